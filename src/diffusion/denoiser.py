@@ -1,0 +1,142 @@
+"""The denoiser: a network, its schedule and the meaning of its output, asked about a noisy image.
+
+    denoiser(x_t, level, condition) -> Prediction(x0, eps)
+    denoiser.reverse(x_t, t, s, condition) -> Gaussian, p(x_s | x_t)
+
+Guidance, clipping and the like are denoisers around denoisers (`WrappedDenoiser`).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .noise_level import NoiseLevel, broadcast, conditional_variance
+from .parameterization import Parameterization, Prediction
+from .schedule import Schedule
+from .variance import Small, Variance
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal Gaussian over images.
+
+    Attributes:
+        mean: shape (B, C, H, W).
+        variance: a float, or a tensor that broadcasts against the mean.
+        prediction: the prediction from which it was made, where there is one.
+    """
+
+    mean: Tensor
+    variance: Tensor | float
+    prediction: Prediction | None = None
+
+
+def posterior_mean(x0: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """Mean of q(x_s | x_t, x0) for s < t (Ho et al. 2020, eq. 7, for any pair of times and any alpha, sigma).
+
+    mean = alpha_s sigma_{t|s}^2 / sigma_t^2 x0 + (alpha_t/alpha_s) sigma_s^2 / sigma_t^2 x_t
+    """
+    of_x0 = s.alpha * conditional_variance(t, s) / t.sigma**2
+    of_x_t = t.alpha / s.alpha * s.sigma**2 / t.sigma**2
+    return broadcast(of_x0, x_t) * x0 + broadcast(of_x_t, x_t) * x_t
+
+
+class BaseDenoiser(nn.Module, ABC):
+    """Anything that can be asked for a prediction: what samplers, losses and likelihoods are written for.
+
+    Attributes:
+        schedule: which level a time has.
+        variance: how p(x_s | x_t) gets its variance.
+    """
+
+    schedule: Schedule
+    variance: Variance
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
+        """The estimates of x0 and eps.
+
+        Args:
+            x_t: noisy images, shape (B, C, H, W).
+            level: one level of floats for all images, or levels of shape (B,); sigma > 0.
+            condition: what the network is conditioned on, e.g. class labels of shape (B,); None for nothing.
+        """
+
+    def reverse(
+        self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Tensor | None = None
+    ) -> Gaussian:
+        """p(x_s | x_t) = q(x_s | x_t, x0_hat) with the chosen variance (Ho et al. 2020, eq. 1 and 7)."""
+        prediction = self(x_t, t, condition)
+        mean = posterior_mean(prediction.x0, x_t, t, s)
+        return Gaussian(mean, broadcast(self.variance(t, s, prediction), x_t), prediction)
+
+
+class Denoiser(BaseDenoiser):
+    """A network as a denoiser.
+
+    Args:
+        network: maps (c_in x_t, label of shape (B,), condition) to an output of x_t's shape.
+        schedule: the noise schedule that it is trained on.
+        parameterization: what its output means.
+        variance: the reverse step's variance (default: `Small`).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        variance: Variance | None = None,
+    ):
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.variance = variance or Small()
+
+    def output(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Tensor:
+        """F(c_in x_t, label): the network's own output, shape (B, C, H, W)."""
+        c_in, _, _ = self.parameterization.coefficients(level)
+        if not (isinstance(c_in, float) and c_in == 1):  # no pass over x_t where there is nothing to scale
+            x_t = broadcast(c_in, x_t) * x_t
+        if isinstance(level.label, float):
+            label = torch.full((x_t.shape[0],), level.label, dtype=x_t.dtype, device=x_t.device)
+        else:
+            label = level.label.to(x_t.device, x_t.dtype, non_blocking=True)
+        return self.network(x_t, label, condition)
+
+    def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
+        output = self.output(x_t, level, condition).to(x_t.dtype)
+        return self.parameterization.predict(x_t, output, level)
+
+
+class WrappedDenoiser(BaseDenoiser):
+    """A denoiser around a denoiser: changes what it predicts, and leaves schedule and variance as they are.
+
+    Args:
+        inner: the denoiser that is asked.
+    """
+
+    def __init__(self, inner: BaseDenoiser):
+        super().__init__()
+        self.inner = inner
+        self.schedule = inner.schedule
+        self.variance = inner.variance
+
+
+class Conditioned(WrappedDenoiser):
+    """A denoiser with its condition filled in, so that a sampler need not carry it.
+
+    Args:
+        inner: the denoiser that is asked.
+        condition: given to it at each call, shape (B, ...).
+    """
+
+    def __init__(self, inner: BaseDenoiser, condition: Tensor | None):
+        super().__init__(inner)
+        self.condition = condition
+
+    def forward(self, x_t, level, condition=None):
+        return self.inner(x_t, level, self.condition)

@@ -1,0 +1,81 @@
+"""The noise level: what a schedule says about a time t.
+
+    x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
+
+    SNR_t = alpha_t^2 / sigma_t^2,     log_snr = lambda_t = ln(alpha_t / sigma_t) = ln(SNR_t) / 2
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """alpha and sigma of one time, of a batch of times, or of a whole grid of times.
+
+    Schedules return float64 tensors of the times' shape, on the CPU; `scalars()` turns a grid into a list
+    of levels of Python floats, with which a sampler computes its coefficients without touching a tensor.
+
+    Attributes:
+        alpha: factor of the image, in [0, 1].
+        sigma: standard deviation of the noise, >= 0.
+        label: the time as the network is told it (for discrete schedules t - 1, as in published checkpoints).
+    """
+
+    alpha: Tensor | float
+    sigma: Tensor | float
+    label: Tensor | float
+
+    @property
+    def snr(self) -> Tensor | float:
+        """Signal-to-noise ratio alpha^2 / sigma^2; infinite where sigma is 0."""
+        if isinstance(self.sigma, float) and self.sigma == 0:
+            return math.inf
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def log_snr(self) -> Tensor | float:
+        """lambda = ln(alpha / sigma): +inf for clean data, -inf for pure noise."""
+        if isinstance(self.alpha, float):
+            return _log(self.alpha) - _log(self.sigma)
+        return self.alpha.log() - self.sigma.log()
+
+    def scalars(self) -> list["NoiseLevel"]:
+        """The levels of a grid of times, shape (N,), one by one as Python floats."""
+        rows = zip(self.alpha.tolist(), self.sigma.tolist(), self.label.tolist(), strict=True)
+        return [NoiseLevel(alpha, sigma, float(label)) for alpha, sigma, label in rows]
+
+
+def broadcast(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
+    """A level's coefficient, ready to multiply the batch x: the one place where a level meets a batch.
+
+    Args:
+        coefficient: a Python float (the same for all images) or a tensor of shape (B,), one for each image.
+        x: shape (B, ...).
+
+    Returns:
+        The float as it is, or a tensor of shape (B, 1, ..., 1) with x's dtype and device.
+    """
+    if isinstance(coefficient, float):
+        return coefficient
+    return coefficient.view(-1, *[1] * (x.dim() - 1)).to(x.device, x.dtype, non_blocking=True)
+
+
+def conditional_variance(t: NoiseLevel, s: NoiseLevel) -> Tensor | float:
+    """Variance of q(x_t | x_s) for s < t: sigma_{t|s}^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2.
+
+    For variance-preserving schedules this is beta_{t|s} = 1 - alphabar_t / alphabar_s.
+    """
+    return t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def as_times(times: Tensor | list[float] | float) -> Tensor:
+    """Times as a float64 tensor on the CPU, where the tables live."""
+    return torch.as_tensor(times, dtype=torch.float64, device="cpu")

@@ -1,0 +1,85 @@
+"""What every schedule offers, and the table that all discrete ones share."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..noise_level import NoiseLevel, as_times
+
+
+class Schedule(ABC):
+    """Maps times to noise levels; t grows with noise and t = 0 is clean data.
+
+    Attributes:
+        t_min: the smallest time at which a network is trained or asked.
+        t_max: the largest.
+    """
+
+    t_min: float
+    t_max: float
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        """The levels of times t, any shape, in {0} and [t_min, t_max]; float64 tensors of t's shape on the CPU."""
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The time at which ln(alpha / sigma) has this value, clamped to [t_min, t_max]; float64."""
+
+    @abstractmethod
+    def time_at(self, u: Tensor) -> Tensor:
+        """The quantile function of the uniform distribution over the training times: u in [0, 1) -> t."""
+
+
+class DiscreteSchedule(Schedule):
+    """A variance-preserving table: alpha_t = sqrt(alphabar_t), sigma_t = sqrt(1 - alphabar_t), t = 0, 1, ..., T.
+
+    Row 0 is the clean image (alphabar 1); rows 1..T are DDPM's x_1..x_T (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+    The network's label is t - 1, the index of the published checkpoints. Times between two rows (which
+    solvers of higher order may ask for) interpolate the log-SNR linearly.
+
+    Args:
+        alphabar: alphabar_1 ... alphabar_T, shape (T,), float64, strictly decreasing, in [0, 1).
+
+    Raises:
+        ValueError: the table is empty or not strictly decreasing.
+    """
+
+    def __init__(self, alphabar: Tensor):
+        alphabar = torch.cat([torch.ones(1, dtype=torch.float64), alphabar.double()])
+        if alphabar.numel() < 2 or not (alphabar.diff() < 0).all() or alphabar[-1] < 0:
+            raise ValueError("T and the noise range must give an alphabar that falls strictly from 1 towards 0")
+        self.alphabar = alphabar
+        self.T = alphabar.numel() - 1
+        self.t_min, self.t_max = 1.0, float(self.T)
+        self.log_snr = (alphabar.log() - (1 - alphabar).log()) / 2
+
+    @property
+    def beta(self) -> Tensor:
+        """beta_1 ... beta_T of q(x_t | x_{t-1}), shape (T,)."""
+        return 1 - self.alphabar[1:] / self.alphabar[:-1]
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        t = as_times(t)
+        if ((t < 0) | (t > self.T) | ((t > 0) & (t < 1))).any():
+            raise ValueError(f"times must be 0 (clean) or in [1, {self.T}], got {t.min():g} to {t.max():g}")
+        row = t.long()
+        alphabar = self.alphabar[row]
+        between = t - row
+        if between.any():
+            log_snr = torch.lerp(self.log_snr[row], self.log_snr[(row + 1).clamp(max=self.T)], between)
+            alphabar = torch.where(between > 0, torch.sigmoid(2 * log_snr), alphabar)
+        return NoiseLevel(alphabar.sqrt(), (1 - alphabar).sqrt(), t - 1)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        rising = -self.log_snr[1:]
+        wanted = -as_times(log_snr)
+        if self.T == 1:
+            return torch.ones_like(wanted)
+        above = torch.searchsorted(rising, wanted).clamp(1, self.T - 1)
+        low, high = rising[above - 1], rising[above]
+        return above + ((wanted - low) / (high - low)).clamp(0, 1)
+
+    def time_at(self, u: Tensor) -> Tensor:
+        return (u * self.T).floor() + 1

@@ -1,0 +1,1 @@
+"""Scores of generated images: feature spaces, distances between sets of images, and the protocol of a score."""

@@ -1,0 +1,101 @@
+"""Feature spaces in which sets of images are compared: a fixed network, named and identified by its weights."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src.metrics.classifier import load_classifier
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of the tensors: independent of the file that held them."""
+    digest = sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class FeatureExtractor(nn.Module):
+    """A fixed map from images to feature vectors.
+
+    `forward` takes uint8 images (B, C, H, W) and returns float32 features (B, num_features). It is always in
+    evaluation mode, without gradients, in full float32 whatever precision the training runs in: neither
+    autocast nor TF32 convolutions, which alone would move features by one part in a thousand.
+
+    Attributes:
+        name: name of the feature space; part of every score's name.
+        num_features: length of a feature vector.
+        sha256: hash of the weights, see `hash_weights`.
+        origin: where the weights come from, in words, for the protocol.
+    """
+
+    def __init__(self, name: str, num_features: int, sha256: str, origin: str):
+        super().__init__()
+        self.name = name
+        self.num_features = num_features
+        self.sha256 = sha256
+        self.origin = origin
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) of checked images (B, C, H, W), uint8; subclasses write this one."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"features of {self.name!r} are of uint8 images (B, C, H, W), not {images.dtype} {tuple(images.shape)}"
+            )
+        with (
+            torch.no_grad(),
+            torch.autocast(images.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            return self.extract(images).float()
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class ClassifierFeatures(FeatureExtractor):
+    """Penultimate features of a small classifier trained by `python -m src.train_classifier`.
+
+    Args:
+        weights: name of a classifier that comes with this project ("digits", "fashion_mnist"), or the path of a
+            safetensors file that `src.train_classifier` wrote.
+
+    Raises:
+        UserError: no such file, or another kind of file.
+    """
+
+    def __init__(self, weights: str):
+        path = Path(weights) if Path(weights).suffix else WEIGHTS_FOLDER / f"{weights}.safetensors"
+        classifier, metadata = load_classifier(path)
+        architecture = classifier.architecture
+        super().__init__(
+            name=path.stem,
+            num_features=architecture["num_features"],
+            sha256=hash_weights(classifier.state_dict()),
+            origin=(
+                f"{path.name}: classifier of {metadata.get('data', 'unknown data')}, test accuracy "
+                f"{metadata.get('test_accuracy', 'unknown')}, made by {metadata.get('command', 'unknown')}"
+            ),
+        )
+        self.image_shape = (architecture["channels"], architecture["image_size"], architecture["image_size"])
+        self.classifier = classifier.requires_grad_(False)
+        self.eval()
+
+    def extract(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"features of {self.name!r} are of images {self.image_shape}, not {tuple(images.shape[1:])}: "
+                "choose metrics=fid, or train a classifier of this data set"
+            )
+        return self.classifier.features(images)

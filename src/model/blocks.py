@@ -1,0 +1,136 @@
+"""Blocks of the DDPM network (Ho et al. 2020, appendix B), with their initial weights."""
+
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def xavier(layer: Layer, parts: int = 1) -> Layer:
+    """The layer with the initial weights of the DDPM code, and zero biases.
+
+    Uniform variance scaling with the mean of fan-in and fan-out and scale 1 (`default_init` in nn.py of the
+    code of Ho et al. 2020), which is Xavier's uniform distribution (Glorot and Bengio 2010, eq. 16).
+
+    Args:
+        layer: changed in place.
+        parts: how many layers of equal size are stacked in this one; each has its own fan-out.
+    """
+    for weight in layer.weight.chunk(parts):
+        nn.init.xavier_uniform_(weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zero(layer: Layer) -> Layer:
+    """The layer with zero weights: the last of a residual branch, which so adds nothing at first.
+
+    The DDPM code scales these weights by 1e-10; the exact zero is that of Nichol and Dhariwal (2021).
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group normalisation with the epsilon of the published DDPM networks (PyTorch's default is 1e-5)."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the pixels, one head over all channels, added to its input.
+
+    Args:
+        channels: a multiple of `groups`.
+        groups: groups of the normalisation.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.qkv = xavier(nn.Linear(channels, 3 * channels), parts=3)
+        self.projection = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        # The fused kernels want (B, heads, pixels, channels) with the channels side by side in memory.
+        query, key, value = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, told the time in between, added to the input; then attention if it is asked for.
+
+        h = conv1(silu(norm1(x))) + embedding_projection(embedding)
+        h = conv2(dropout(silu(norm2(h)))) + shortcut(x)
+
+    Args:
+        in_channels, out_channels: multiples of `groups`.
+        embedding_channels: width of the embedding of time and class.
+        attention: whether self-attention follows.
+        dropout: probability, in [0, 1].
+        groups: groups of the normalisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding_channels: int,
+        attention: bool,
+        dropout: float,
+        groups: int,
+    ):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = xavier(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.embedding_projection = xavier(nn.Linear(embedding_channels, out_channels))
+        self.norm2 = group_norm(out_channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = xavier(nn.Conv2d(in_channels, out_channels, 1))
+        self.attention = SelfAttention(out_channels, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        # In place: a convolution's backward pass does not need its output.
+        h += self.embedding_projection(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h += self.shortcut(x)
+        return self.attention(h)
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a convolution of stride 2.
+
+    The zeros are at the right and the bottom only, which is TensorFlow's "SAME" padding of even sizes and so
+    that of the published networks.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H / 2, W / 2), H and W even."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

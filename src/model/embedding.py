@@ -1,0 +1,51 @@
+"""How a network is told the time."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from src.model.blocks import xavier
+
+
+def sinusoidal_embedding(label: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of the time at `dim / 2` geometrically spaced frequencies.
+
+        [sin(label w_0), ..., sin(label w_{h-1}), cos(label w_0), ..., cos(label w_{h-1})]
+        w_i = 10000^(-i / (h - 1)),   h = dim / 2
+
+    This is the form of the DDPM code (Ho et al. 2020): sines first, and h - 1 in the exponent, where the
+    transformer (Vaswani et al. 2017, section 3.5) interleaves the two and has h.
+
+    Args:
+        label: the time, shape (B,), float or integer; it need not be a whole number.
+        dim: an even number, at least 4.
+
+    Returns:
+        Shape (B, dim), always float32: at a label of 999, half precision would round the angle by whole radians.
+    """
+    half = dim // 2
+    i = torch.arange(half, dtype=torch.float32, device=label.device)
+    frequency = torch.exp(-math.log(10000) * i / (half - 1))
+    angle = label.float()[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding and a two-layer perceptron (Ho et al. 2020, appendix B).
+
+    Args:
+        dim: width of the sinusoidal embedding, an even number, at least 4.
+        embedding_channels: width of both layers.
+    """
+
+    def __init__(self, dim: int, embedding_channels: int):
+        super().__init__()
+        self.dim = dim
+        self.linear1 = xavier(nn.Linear(dim, embedding_channels))
+        self.linear2 = xavier(nn.Linear(embedding_channels, embedding_channels))
+
+    def forward(self, label: Tensor) -> Tensor:
+        """(B,) -> (B, embedding_channels)."""
+        embedding = sinusoidal_embedding(label, self.dim).to(self.linear1.weight.dtype)
+        return self.linear2(nn.functional.silu(self.linear1(embedding)))

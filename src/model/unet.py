@@ -1,0 +1,194 @@
+"""The network of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
+from src.model.embedding import TimeEmbedding
+
+
+class UNet(nn.Module):
+    """The DDPM U-Net, optionally class-conditional.
+
+    One level for each channel multiplier; each next level has half the height and width. The encoder keeps
+    the output of every block and of every halving, and the decoder, with one more block a level, concatenates
+    them to its inputs. The class embedding is added to that of the time (Dhariwal and Nichol 2021, section 3).
+    The last layer is zero at first, so an untrained network returns exactly zero.
+
+    With its default arguments and `image_size=32, channels=3` it is the published CIFAR-10 network
+    (35,746,307 parameters), apart from that one's dropout of 0.1.
+
+    Args:
+        image_size: height and width of the images, in pixels.
+        channels: channels of the images.
+        out_channels: channels of the output; None: as many as the images have.
+        num_classes: number of classes; 0 makes an unconditional network.
+        base_channels: channels of the first level; even, at least 4.
+        channel_multipliers: channels of each level, in units of `base_channels`.
+        blocks_per_level: residual blocks of each level of the encoder.
+        attention_factors: downsampling factors of the levels with self-attention: 1 is the full image, 2 half
+            its height and width. The middle always has attention.
+        dropout: probability inside the residual blocks, in [0, 1].
+        groups: groups of every normalisation; must divide the channels of every level.
+
+    Raises:
+        ValueError: an image size that cannot be halved often enough, channels that the groups do not divide,
+            or an attention factor at which there is no level.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        *,
+        out_channels: int | None = None,
+        num_classes: int = 0,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks_per_level: int = 2,
+        attention_factors: Sequence[int] = (2,),
+        dropout: float = 0.0,
+        groups: int = 32,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.channels = channels
+        self.out_channels = channels if out_channels is None else out_channels
+        self.num_classes = num_classes
+
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        factors = [2**level for level in range(len(widths))]
+        _check_sizes(image_size, widths, blocks_per_level)
+        _check_channels(base_channels, widths, groups)
+        _check_attention(attention_factors, factors)
+
+        embedding_channels = 4 * base_channels
+        self.time_embedding = TimeEmbedding(base_channels, embedding_channels)
+        # The row after the last class stands for "no class".
+        self.class_embedding = nn.Embedding(num_classes + 1, embedding_channels) if num_classes else None
+
+        def block(in_channels: int, width: int, attention: bool) -> ResidualBlock:
+            return ResidualBlock(
+                in_channels,
+                width,
+                embedding_channels=embedding_channels,
+                attention=attention,
+                dropout=dropout,
+                groups=groups,
+            )
+
+        self.conv_in = xavier(nn.Conv2d(channels, base_channels, 3, padding=1))
+        skip_widths = [base_channels]
+        self.encoder = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for width, factor in zip(widths, factors, strict=True):
+            if factor > 1:
+                self.downsample.append(Downsample(skip_widths[-1]))
+                skip_widths.append(skip_widths[-1])
+            level = nn.ModuleList()
+            for _ in range(blocks_per_level):
+                level.append(block(skip_widths[-1], width, factor in attention_factors))
+                skip_widths.append(width)
+            self.encoder.append(level)
+
+        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
+
+        self.decoder = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        in_width = widths[-1]
+        for width, factor in zip(reversed(widths), reversed(factors), strict=True):
+            level = nn.ModuleList()
+            for _ in range(blocks_per_level + 1):
+                level.append(block(in_width + skip_widths.pop(), width, factor in attention_factors))
+                in_width = width
+            self.decoder.append(level)
+            if factor > 1:
+                self.upsample.append(Upsample(width))
+
+        self.norm_out = group_norm(base_channels * channel_multipliers[0], groups)
+        self.conv_out = zero(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The network's output for noisy images.
+
+        Args:
+            x: (B, channels, H, W).
+            label: (B,), float or integer: the time as the network is told it, which for a discrete schedule is
+                t - 1, in [0, T - 1].
+            condition: (B,), int64 classes in [0, num_classes], where num_classes itself stands for "no class";
+                None: no class for any image.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: classes for an unconditional network.
+        """
+        embedding = self.time_embedding(label)
+        if self.class_embedding is not None:
+            if condition is None:
+                condition = torch.full_like(label, self.num_classes, dtype=torch.long)
+            embedding = embedding + self.class_embedding(condition)
+        elif condition is not None:
+            raise ValueError("this network is unconditional: give no classes, or build it with num_classes > 0")
+        embedding = F.silu(embedding)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for i, level in enumerate(self.encoder):
+            if i > 0:
+                x = self.downsample[i - 1](x)
+                skips.append(x)
+            for block in level:
+                x = block(x, embedding)
+                skips.append(x)
+
+        for block in self.middle:
+            x = block(x, embedding)
+
+        for i, level in enumerate(self.decoder):
+            if i > 0:
+                x = self.upsample[i - 1](x)
+            for block in level:
+                x = block(torch.cat((x, skips.pop()), dim=1), embedding)
+
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _check_sizes(image_size: int, widths: Sequence[int], blocks_per_level: int) -> None:
+    if not widths:
+        raise ValueError("channel_multipliers is empty: give one for each level, e.g. (1, 2, 2)")
+    if blocks_per_level < 1:
+        raise ValueError(f"blocks_per_level is {blocks_per_level}: it must be at least 1")
+    factor = 2 ** (len(widths) - 1)
+    if image_size % factor:
+        possible = (image_size & -image_size).bit_length()
+        padded = -(-image_size // factor) * factor
+        raise ValueError(
+            f"image_size {image_size} can be halved {possible - 1} times, but {len(widths)} channel_multipliers "
+            f"halve it {len(widths) - 1} times: pad the images to {padded} pixels, or give at most {possible} "
+            "channel_multipliers"
+        )
+
+
+def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:
+    if base_channels < 4 or base_channels % 2:
+        raise ValueError(f"base_channels is {base_channels}: it must be even and at least 4")
+    for width in widths:
+        if width < 1 or width % groups:
+            raise ValueError(
+                f"groups={groups} does not divide the {width} channels of a level: choose groups that divides "
+                f"base_channels={base_channels}, or another base_channels"
+            )
+
+
+def _check_attention(attention_factors: Sequence[int], factors: Sequence[int]) -> None:
+    unknown = [factor for factor in attention_factors if factor not in factors]
+    if unknown:
+        raise ValueError(
+            f"attention_factors {unknown} name no level: the levels are downsampled by {factors}; "
+            "these are factors, not image sizes"
+        )
