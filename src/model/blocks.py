@@ -18,7 +18,7 @@ def xavier(layer: Layer, parts: int = 1) -> Layer:
         layer: changed in place.
         parts: how many layers of equal size are stacked in this one; each has its own fan-out.
     """
-    for weight in layer.weight.chunk(parts):
+    for weight in layer.weight.detach().chunk(parts):
         nn.init.xavier_uniform_(weight)
     nn.init.zeros_(layer.bias)
     return layer

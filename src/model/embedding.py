@@ -22,7 +22,7 @@ def sinusoidal_embedding(label: Tensor, dim: int) -> Tensor:
         dim: an even number, at least 4.
 
     Returns:
-        Shape (B, dim), always float32: at a label of 999, half precision would round the angle by whole radians.
+        Shape (B, dim), always float32: bfloat16 would round a label of 999 to 1000, a whole radian off.
     """
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=label.device)

@@ -15,7 +15,7 @@ class UNet(nn.Module):
 
     One level for each channel multiplier; each next level has half the height and width. The encoder keeps
     the output of every block and of every halving, and the decoder, with one more block a level, concatenates
-    them to its inputs. The class embedding is added to that of the time (Dhariwal and Nichol 2021, section 3).
+    them to its inputs. The class embedding is added to that of the time, as Nichol and Dhariwal (2021) do.
     The last layer is zero at first, so an untrained network returns exactly zero.
 
     With its default arguments and `image_size=32, channels=3` it is the published CIFAR-10 network
@@ -108,7 +108,7 @@ class UNet(nn.Module):
             if factor > 1:
                 self.upsample.append(Upsample(width))
 
-        self.norm_out = group_norm(base_channels * channel_multipliers[0], groups)
+        self.norm_out = group_norm(widths[0], groups)
         self.conv_out = zero(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -116,9 +116,9 @@ class UNet(nn.Module):
 
         Args:
             x: (B, channels, H, W).
-            label: (B,), float or integer: the time as the network is told it, which for a discrete schedule is
-                t - 1, in [0, T - 1].
-            condition: (B,), int64 classes in [0, num_classes], where num_classes itself stands for "no class";
+            label: (B,), float or integer: the time as the network is told it; for a discrete schedule t - 1,
+                in [0, T - 1], and not always a whole number.
+            condition: (B,), int64 classes in [0, num_classes], where num_classes itself means "no class";
                 None: no class for any image.
 
         Returns:
@@ -133,7 +133,9 @@ class UNet(nn.Module):
                 condition = torch.full_like(label, self.num_classes, dtype=torch.long)
             embedding = embedding + self.class_embedding(condition)
         elif condition is not None:
-            raise ValueError("this network is unconditional: give no classes, or build it with num_classes > 0")
+            raise ValueError(
+                "the network has no classes: give no condition, or build it with num_classes > 0"
+            )
         embedding = F.silu(embedding)
 
         x = self.conv_in(x)
@@ -168,9 +170,9 @@ def _check_sizes(image_size: int, widths: Sequence[int], blocks_per_level: int) 
         possible = (image_size & -image_size).bit_length()
         padded = -(-image_size // factor) * factor
         raise ValueError(
-            f"image_size {image_size} can be halved {possible - 1} times, but {len(widths)} channel_multipliers "
-            f"halve it {len(widths) - 1} times: pad the images to {padded} pixels, or give at most {possible} "
-            "channel_multipliers"
+            f"image_size {image_size} can be halved {possible - 1} times, but {len(widths)} "
+            f"channel_multipliers halve it {len(widths) - 1} times: pad the images to {padded} pixels, or give "
+            f"at most {possible} channel_multipliers"
         )
 
 
@@ -180,7 +182,7 @@ def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> N
     for width in widths:
         if width < 1 or width % groups:
             raise ValueError(
-                f"groups={groups} does not divide the {width} channels of a level: choose groups that divides "
+                f"groups={groups} does not divide the {width} channels of a level: choose groups that divide "
                 f"base_channels={base_channels}, or another base_channels"
             )
 
