@@ -72,7 +72,9 @@ def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m src.train_classifier", description=__doc__)
-    parser.add_argument("data", metavar="data=NAME", help=" or ".join(f"data={name}" for name in ARCHITECTURES))
+    parser.add_argument(
+        "data", metavar="data=NAME", help=" or ".join(f"data={name}" for name in ARCHITECTURES)
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: the weights that come with the project")
     arguments = parser.parse_args()

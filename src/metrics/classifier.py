@@ -1,9 +1,8 @@
-"""The small classifier whose penultimate layer is a feature space for data sets that Inception was not made for."""
+"""The small classifier whose penultimate layer is a feature space where Inception is not at home."""
 
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from src.errors import UserError
 
 
 class SmallClassifier(nn.Module):
-    """Convolutions with 2x2 max-pooling between them, then one convolution over all that is left, then a linear head.
+    """Convolutions with 2x2 max-pooling, one convolution over all that is left, and a linear head.
 
     The last convolution spans the whole map, so its `num_features` outputs keep where things are; a global
     average would not. All layers of the feature path are convolutions: one switch governs their precision.
@@ -67,7 +66,7 @@ class SmallClassifier(nn.Module):
 
 
 def save_classifier(classifier: SmallClassifier, path: Path, metadata: dict[str, str]) -> None:
-    """Write weights, architecture and `metadata` (data set, accuracy, command, ...) to one safetensors file."""
+    """Write weights, architecture and `metadata` (data set, accuracy, command) to one safetensors file."""
     tensors = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(tensors, path, {**metadata, "architecture": json.dumps(classifier.architecture)})
 

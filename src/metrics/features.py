@@ -1,4 +1,4 @@
-"""Feature spaces in which sets of images are compared: a fixed network, named and identified by its weights."""
+"""Feature spaces in which sets of images are compared: fixed networks, identified by their weights."""
 
 from collections.abc import Mapping
 from hashlib import sha256
@@ -50,7 +50,8 @@ class FeatureExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
-                f"features of {self.name!r} are of uint8 images (B, C, H, W), not {images.dtype} {tuple(images.shape)}"
+                f"features of {self.name!r} are of uint8 images (B, C, H, W), "
+                f"not {images.dtype} {tuple(images.shape)}"
             )
         with (
             torch.no_grad(),
@@ -68,8 +69,8 @@ class ClassifierFeatures(FeatureExtractor):
     """Penultimate features of a small classifier trained by `python -m src.train_classifier`.
 
     Args:
-        weights: name of a classifier that comes with this project ("digits", "fashion_mnist"), or the path of a
-            safetensors file that `src.train_classifier` wrote.
+        weights: name of a classifier that comes with this project ("digits", "fashion_mnist"), or the path of
+            a safetensors file that `src.train_classifier` wrote.
 
     Raises:
         UserError: no such file, or another kind of file.
