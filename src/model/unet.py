@@ -171,8 +171,8 @@ def _check_sizes(image_size: int, widths: Sequence[int], blocks_per_level: int) 
         padded = -(-image_size // factor) * factor
         raise ValueError(
             f"image_size {image_size} can be halved {possible - 1} times, but {len(widths)} "
-            f"channel_multipliers halve it {len(widths) - 1} times: pad the images to {padded} pixels, or give "
-            f"at most {possible} channel_multipliers"
+            f"channel_multipliers halve it {len(widths) - 1} times: pad the images to {padded} pixels, or "
+            f"give at most {possible} channel_multipliers"
         )
 
 

@@ -1,0 +1,68 @@
+"""The presets of the group `model`, joined with the sizes of the data as the doors join them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+GROUP = Path(__file__).parents[2] / "conf" / "model"
+
+
+def build(name: str, image_size: int, channels: int, **arguments):
+    config = OmegaConf.create(
+        {
+            "data": {"image_size": image_size, "channels": channels},
+            "model": OmegaConf.load(GROUP / f"{name}.yaml"),
+        }
+    )
+    return instantiate(config.model, **arguments)
+
+
+def size(network) -> int:
+    return sum(weight.numel() for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [
+        ("unet_tiny", 8),
+        ("unet_tiny", 28),
+        ("unet_tiny", 32),
+        ("unet_small", 8),
+        ("unet_small", 28),
+        ("unet_small", 32),
+        ("unet_ddpm", 8),
+        ("unet_ddpm", 32),
+    ],
+)
+def test_preset_runs_at(name, image_size):
+    network = build(name, image_size, 3, num_classes=10, out_channels=6)
+    assert (network.image_size, network.channels) == (image_size, 3)
+    assert (network.num_classes, network.out_channels) == (10, 6)
+    x = torch.randn(2, 3, image_size, image_size)
+    output = network(x, torch.tensor([0.0, 999.0]), torch.tensor([3, 10]))
+    assert output.shape == (2, 6, image_size, image_size)
+
+
+def test_ddpm_preset_is_the_published_network():
+    network = build("unet_ddpm", 32, 3)
+    # the exact count of google/ddpm-cifar10-32, with the dropout of Ho et al. 2020, appendix B
+    assert size(network) == 35_746_307
+    assert network.encoder[0][0].dropout.p == 0.1
+
+
+def test_ddpm_preset_says_what_to_do_at_28_pixels():
+    with pytest.raises(Exception, match="pad the images to 32 pixels, or give at most 3 channel_multipliers"):
+        build("unet_ddpm", 28, 1)
+
+
+def test_sizes_in_the_comments():
+    assert size(build("unet_small", 28, 1)) == pytest.approx(1.6e6, rel=0.05)
+    assert size(build("unet_tiny", 8, 1)) < 1.05e6
+
+
+@pytest.mark.parametrize("path", sorted(GROUP.glob("*.yaml")), ids=lambda path: path.stem)
+def test_first_line_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
