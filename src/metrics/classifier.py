@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -81,8 +82,10 @@ def load_classifier(path: Path) -> tuple[SmallClassifier, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        classifier = SmallClassifier(**json.loads(metadata["architecture"]))
-        classifier.load_state_dict(tensors)
+        # on the meta device no initial weights are drawn: loading leaves the random state as it was
+        with torch.device("meta"):
+            classifier = SmallClassifier(**json.loads(metadata["architecture"]))
+        classifier.load_state_dict(tensors, assign=True)
     except FileNotFoundError:
         raise UserError(
             f"metrics.features.weights: no file {path}; train it with python -m src.train_classifier"

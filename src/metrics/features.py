@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.metrics.classifier import load_classifier
+from src.metrics.inception import LAYERS, build_network, find_weights, fold_batch_norms, read_weights
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
@@ -100,3 +101,52 @@ class ClassifierFeatures(FeatureExtractor):
                 "choose metrics=fid, or train a classifier of this data set"
             )
         return self.classifier.features(images)
+
+
+class InceptionFeatures(FeatureExtractor):
+    """InceptionV3 of the original TensorFlow graph, as FID uses it (Heusel et al. 2017).
+
+    The network is torch-fidelity's. Images are resized to 299 x 299 as TensorFlow 1 did, without antialias;
+    grey images are repeated into RGB.
+
+    Args:
+        weights: path of the weights (safetensors or a PyTorch state dict). None looks for the file that
+            `make inception` makes, then for torch-fidelity's own, which is downloaded if need be.
+        layer: torch-fidelity's name of the layer. "2048" is FID's; the space is then called "inception", and
+            "inception_<layer>" otherwise. "logits_unbiased" is for the Inception Score.
+        chunk: images in the network at once.
+
+    Raises:
+        ValueError: no such layer.
+        UserError: no weights, or a file that is not what it says.
+    """
+
+    def __init__(self, weights: str | None = None, layer: str = "2048", chunk: int = 64):
+        layer = str(layer)
+        if layer not in LAYERS:
+            raise ValueError(f"layer={layer!r}: choose one of {', '.join(LAYERS)}")
+        path = find_weights(weights, layer)
+        tensors = read_weights(path)
+        network = build_network(tensors, layer, str(path))
+        used = {
+            name: tensor
+            for name, tensor in network.state_dict().items()
+            if not name.endswith("num_batches_tracked")
+            and (layer == "logits_unbiased" or not name.startswith("fc."))
+        }
+        super().__init__(
+            name="inception" if layer == "2048" else f"inception_{layer}",
+            num_features=LAYERS[layer],
+            sha256=hash_weights(used),
+            origin=f"{path.name}: InceptionV3 of TensorFlow's graph of 2015-12-05 in torch-fidelity",
+        )
+        fold_batch_norms(network)
+        self.network = network
+        self.chunk = chunk
+        self.eval()
+
+    def extract(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"Inception takes images of 1 or 3 channels, not {images.shape[1]}")
+        images = images.expand(-1, 3, -1, -1)
+        return torch.cat([self.network(chunk)[0] for chunk in images.split(self.chunk)])

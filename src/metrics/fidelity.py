@@ -90,7 +90,7 @@ def shares(images: Any, batch_size: int, rank: int = 0, world_size: int = 1) -> 
 
 
 class FidelityScore(Metric):
-    """A number that says how near a set of generated images is to a reference set.
+    """A number that says how good a set of generated images is, mostly by its distance to a reference set.
 
     Use: `set_reference` once, then `update` with each rank's generated images and `compute`; `reset` forgets
     the generated images and keeps the reference. `compute` returns the same dict of floats on all ranks.
@@ -107,6 +107,7 @@ class FidelityScore(Metric):
         name: key of the number to monitor in what `compute` returns. It says the feature space.
         num_images: number of generated images in the last `compute`, over all ranks.
         reference: what `set_reference` was given, or None.
+        needs_reference: False for a score of the generated images alone.
     """
 
     is_differentiable = False
@@ -249,6 +250,166 @@ class FrechetDistance(FidelityScore):
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         return {self.name: frechet_distance(Gaussian.of_sums(**generated), Gaussian.of_sums(**reference))}
+
+
+class FeatureSetScore(FidelityScore):
+    """A score that needs every feature vector, not only sums: it holds num_images x num_features floats.
+
+    The sets are put in an order of their own before they are compared, so that what is drawn from them does
+    not depend on how the images were dealt out to the ranks.
+    """
+
+    def __init__(self, name: str, features: FeatureExtractor, reference_split: str):
+        super().__init__(name, features, reference_split)
+        # flat, because ranks without images contribute a tensor of one dimension
+        self.add_state("vectors", [], dist_reduce_fx="cat")
+
+    def accumulate(self, features: Tensor) -> None:
+        self.vectors.append(features.flatten())
+
+    def feature_set(self, states: dict[str, Tensor]) -> Tensor:
+        """The features (n, num_features), float64 on the CPU, in increasing order of their sums."""
+        vectors = states["vectors"].reshape(-1, self.features.num_features).double().cpu()
+        return vectors[vectors.sum(1).argsort(stable=True)]
+
+
+class KernelDistance(FeatureSetScore):
+    """Squared maximum mean discrepancy with the kernel (x.y/d + 1)^3; KID (Bińkowski et al. 2018).
+
+    Mean and standard deviation of the unbiased estimate over random subsets, by torch-fidelity. Unlike FID's,
+    the expectation does not depend on the number of images; it may be slightly negative. Its name is "kid"
+    for InceptionV3 and `kd_<features>` for any other space.
+
+    Args:
+        features: the feature space.
+        subsets: number of subsets.
+        subset_size: images in a subset, drawn from either set without replacement.
+        seed: seed of the draws.
+        reference_split: which split of the data is the reference.
+    """
+
+    def __init__(
+        self,
+        features: FeatureExtractor,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 2020,
+        reference_split: str = "train",
+    ):
+        name = "kid" if features.name == "inception" else f"kd_{features.name}"
+        super().__init__(name, features, reference_split)
+        self.subsets = subsets
+        self.subset_size = subset_size
+        self.seed = seed
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "kernel": "(x.y/d + 1)^3",
+            "subsets": self.subsets,
+            "subset_size": self.subset_size,
+            "seed": self.seed,
+        }
+
+    def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+
+        smaller = min(int(generated["count"]), int(reference["count"]))
+        if smaller < self.subset_size:
+            raise UserError(
+                f"metrics.subset_size={self.subset_size}: {self.name} has only {smaller} images to draw from"
+            )
+        result = kid_features_to_metric(
+            self.feature_set(generated),
+            self.feature_set(reference),
+            kid_subsets=self.subsets,
+            kid_subset_size=self.subset_size,
+            rng_seed=self.seed,
+            verbose=False,
+        )
+        return {
+            self.name: result["kernel_inception_distance_mean"],
+            f"{self.name}_std": result["kernel_inception_distance_std"],
+        }
+
+
+class PrecisionRecall(FeatureSetScore):
+    """Improved precision and recall (Kynkäänniemi et al. 2019), by torch-fidelity.
+
+    Precision: the share of generated images that lie nearer to some reference image than its k-th neighbour
+    in the reference. Recall: the same with the sets exchanged. Named `precision_<features>` and
+    `recall_<features>`: the paper's numbers are of VGG-16's features.
+
+    Args:
+        features: the feature space.
+        neighbours: k.
+        reference_split: which split of the data is the reference.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, features: FeatureExtractor, neighbours: int = 3, reference_split: str = "train"):
+        super().__init__(f"precision_{features.name}", features, reference_split)
+        self.neighbours = neighbours
+
+    def settings(self) -> dict[str, Any]:
+        return {"neighbours": self.neighbours}
+
+    def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
+        smaller = min(int(generated["count"]), int(reference["count"]))
+        if smaller <= self.neighbours:
+            raise UserError(
+                f"metrics.neighbours={self.neighbours}: {self.name} has only {smaller} images in a set"
+            )
+        result = prc_features_to_metric(
+            self.feature_set(generated),
+            self.feature_set(reference),
+            prc_neighborhood=self.neighbours,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+        space = self.features.name
+        return {f"precision_{space}": result["precision"], f"recall_{space}": result["recall"]}
+
+
+class InceptionScore(FeatureSetScore):
+    """Inception Score (Salimans et al. 2016), by torch-fidelity: exp of the mean KL(p(y|x) || p(y)).
+
+    It looks at generated images only, through InceptionV3's logits.
+
+    Args:
+        features: `InceptionFeatures` with layer "logits_unbiased".
+        splits: parts in which the images are scored; mean and standard deviation over them are returned.
+        seed: seed of the shuffling into parts.
+    """
+
+    higher_is_better = True
+    needs_reference = False
+
+    def __init__(self, features: FeatureExtractor, splits: int = 10, seed: int = 2020):
+        if features.name != "inception_logits_unbiased":
+            raise ValueError(
+                f"features={features.name!r}: the Inception Score is of InceptionV3's logits; "
+                "set metrics.features.layer=logits_unbiased"
+            )
+        super().__init__("inception_score", features, reference_split="none")
+        self.splits = splits
+        self.seed = seed
+
+    def settings(self) -> dict[str, Any]:
+        return {"splits": self.splits, "seed": self.seed}
+
+    def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        if int(generated["count"]) < self.splits:
+            raise UserError(f"metrics.splits={self.splits}: only {int(generated['count'])} images to split")
+        result = isc_features_to_metric(self.feature_set(generated), self.splits, rng_seed=self.seed)
+        return {
+            self.name: result["inception_score_mean"],
+            f"{self.name}_std": result["inception_score_std"],
+        }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""InceptionV3 of the original TensorFlow graph (Inception-2015-12-05), the feature space of FID.
+
+The network is torch-fidelity's `FeatureExtractorInceptionV3`; here its weights are found, read, checked.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+POOL3_FILE = Path("~/.cache/diffusion-lab/inception-2015-12-05-pool3.safetensors")
+"""What `make inception` writes: the weights up to the 2048 features, without the classifier's head `fc`."""
+
+LAYERS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008}
+"""torch-fidelity's names of the layers, and their numbers of features."""
+
+
+def find_weights(weights: str | None, layer: str) -> Path:
+    """The file of the weights: the one asked for, or `make inception`'s, or torch-fidelity's own download.
+
+    Args:
+        weights: a path, or None to look for one.
+        layer: "logits_unbiased" passes over `make inception`'s file, which ends before the logits.
+
+    Raises:
+        UserError: no such file; or none was found, and none could be downloaded.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    if weights is not None:
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"metrics.features.weights: no file {path}; leave it null, and run `make inception`"
+            )
+        return path
+    pool3 = POOL3_FILE.expanduser()
+    if layer != "logits_unbiased" and pool3.is_file():
+        return pool3
+    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not downloaded.is_file():
+        downloaded.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # the file's name ends in the first digits of its SHA-256
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(downloaded), hash_prefix="6726825d")
+        except (URLError, OSError, RuntimeError) as error:
+            cure = (
+                f"fetch {URL_INCEPTION_V3} to {downloaded} (the logits are in no other file)"
+                if layer == "logits_unbiased"
+                else "run `make inception`, or choose metrics=fd_digits"
+            )
+            raise UserError(
+                f"metrics.features.weights: no InceptionV3 weights in {pool3} or {downloaded}, "
+                f"and the download failed ({error}): {cure}"
+            ) from None
+    return downloaded
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The named tensors in a safetensors file or a PyTorch state dict. No code in the file is run.
+
+    Raises:
+        UserError: the file is neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+        raise UserError(
+            f"metrics.features.weights: {path} is neither a safetensors file nor a PyTorch state dict"
+        ) from None
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"metrics.features.weights: {path} holds no state dict of tensors")
+    return dict(weights)
+
+
+def empty_network(layer: str) -> "FeatureExtractorInceptionV3":
+    """torch-fidelity's InceptionV3 without weights, on the meta device: no random numbers are drawn."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class WithoutLoading(FeatureExtractorInceptionV3):
+        """Its parent's constructor reads a file with the unsafe loader; here it gets an empty one."""
+
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            if state_dict:
+                return super().load_state_dict(state_dict, *args, **kwargs)
+
+    file = io.BytesIO()
+    torch.save({}, file)
+    file.seek(0)
+    with torch.device("meta"):
+        return WithoutLoading("inception-v3-compat", [layer], feature_extractor_weights_path=file)
+
+
+def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "FeatureExtractorInceptionV3":
+    """torch-fidelity's InceptionV3 with these weights, giving one layer's features.
+
+    Args:
+        weights: state dict; `fc` may be missing unless `layer` is "logits_unbiased".
+        layer: one of `LAYERS`.
+        origin: what error messages call the weights.
+
+    Raises:
+        UserError: names or shapes are not those of InceptionV3, or values are not finite.
+    """
+    weights = dict(weights)
+    if "fc.weight" not in weights:
+        if layer == "logits_unbiased":
+            raise UserError(
+                f"metrics.features.weights: {origin} ends before the logits (no fc): there is no Inception "
+                "Score with it; use torch-fidelity's own file, or choose metrics=fid"
+            )
+        weights |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"metrics.features.weights: {origin} has values that are not finite")
+    network = empty_network(layer)
+    try:
+        network.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:2])[:200]
+        raise UserError(
+            f"metrics.features.weights: {origin} is not InceptionV3 of torch-fidelity ({reason})"
+        ) from None
+    return network.requires_grad_(False)
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, and lay weights out channels last.
+
+    Together 1.5 times faster on a CPU, with features that differ by 3e-7 of their norm.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
+
+    for module in network.modules():
+        if isinstance(module, BasicConv2d):
+            module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    network.to(memory_format=torch.channels_last)
