@@ -413,10 +413,11 @@ class InceptionScore(FeatureSetScore):
 
 
 @dataclass(frozen=True)
-class Generation:
-    """How generated images were made.
+class Recipe:
+    """How generated images were made, in words and numbers for the protocol.
 
     Attributes:
+        training_steps: optimiser steps that the weights have seen.
         weights: "ema" or "raw".
         ema_decay: decay of the averaged weights, None for raw ones.
         sampler, spacing, guidance, clipping: the choices, in words.
@@ -425,6 +426,7 @@ class Generation:
         seed: seed of the noise.
     """
 
+    training_steps: int
     weights: str
     ema_decay: float | None
     sampler: str
@@ -445,7 +447,7 @@ class Protocol:
         reference: the reference set, None for scores without one.
         features: name, size, sha256 and origin of the feature space.
         settings: the score's own numbers, e.g. subset sizes of KID.
-        generation: how the images were made.
+        recipe: how the images were made.
         quantisation: how images became bytes.
         versions: of the libraries that computed it.
     """
@@ -454,14 +456,14 @@ class Protocol:
     reference: Reference | None
     features: dict[str, Any]
     settings: dict[str, Any]
-    generation: Generation
+    recipe: Recipe
     quantisation: str = "clip(round((x + 1) * 127.5), 0, 255) to uint8"
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")}
     )
 
     @classmethod
-    def of(cls, score: FidelityScore, generation: Generation) -> "Protocol":
+    def of(cls, score: FidelityScore, recipe: Recipe) -> "Protocol":
         """The protocol of what `score.compute()` returned last."""
         space = score.features
         return cls(
@@ -474,7 +476,7 @@ class Protocol:
                 "origin": space.origin,
             },
             settings=score.settings(),
-            generation=generation,
+            recipe=recipe,
         )
 
     def as_dict(self) -> dict[str, Any]:
