@@ -1,0 +1,137 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from src.data.datamodule import ImageDataModule, per_device_batch
+from src.data.digits import Digits
+
+
+class Probe(pl.LightningModule):
+    """A linear classifier that notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(64, 10)
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, index):
+        self.trained.append(batch.positions)
+        return cross_entropy(self.head(batch.images.flatten(1)), batch.labels)
+
+    def validation_step(self, batch, index):
+        self.validated.append(batch.positions)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(data, steps, module=None, ckpt_path=None, **options):
+    module = module or Probe()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=data.accumulation,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Digits()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_run_is_bit_identical(tmp_path, source, workers, accumulation):
+    def data():
+        return ImageDataModule(source, 96, seed=3, workers=workers, accumulation=accumulation)
+
+    _, whole = fit(data(), 20)
+    trainer, _ = fit(data(), 11)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    _, resumed = fit(data(), 20, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(torch.cat(resumed.trained), torch.arange(11 * 96, 20 * 96))
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+
+
+def test_state_is_one_integer_and_survives_another_batch_size(tmp_path, source):
+    first = ImageDataModule(source, 96, seed=3, workers=2, accumulation=2)
+    trainer, _ = fit(first, 10)
+    assert first.state_dict() == {"samples": 960}
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = ImageDataModule(source, 32, seed=3)
+    trainer, module = fit(second, 13, ckpt_path=tmp_path / "last.ckpt")
+    assert module.trained[0][0] == 960
+    assert second.state_dict() == {"samples": 960 + 3 * 32}
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    third = ImageDataModule(source, 96, seed=3)
+    _, module = fit(third, 14, ckpt_path=tmp_path / "last.ckpt")
+    assert module.trained[0][0] == 1056
+
+
+def test_a_new_trainer_begins_anew_and_the_same_one_goes_on(source):
+    data = ImageDataModule(source, 64, seed=3)
+    trainer, module = fit(data, 5)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(module, data)
+    assert module.trained[5][0] == 5 * 64
+    _, other = fit(data, 2)
+    assert other.trained[0][0] == 0
+
+
+def test_validation_is_the_split_in_order(source):
+    data = ImageDataModule(source, 64, seed=3)
+    _, module = fit(data, 4)
+    assert torch.equal(torch.cat(module.validated), torch.arange(147))
+    batch = next(iter(data.val_dataloader()))
+    assert torch.equal(batch.labels, source.split("validation").labels[batch.positions])
+
+
+def test_works_without_a_trainer(source):
+    data = ImageDataModule(source, 8, seed=0)
+    assert next(iter(data.train_dataloader())).images.shape == (8, 1, 8, 8)
+    assert sum(len(b.images) for b in data.test_dataloader()) == 146
+    assert data.state_dict() == {"samples": 0}
+
+
+def test_accumulation_must_be_the_trainers(source):
+    data = ImageDataModule(source, 64, seed=3)
+    data.trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((128, 3, 1), "batch_size=128 is not divisible by 3 devices: choose 126 or 129"),
+        ((2, 4, 1), "choose 4"),
+        ((10, 1, 4), "4 accumulated micro-batches: choose 8 or 12"),
+        ((0, 1, 1), "batch_size=0 .* choose 1"),
+    ],
+)
+def test_indivisible_batches_name_the_nearest(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        per_device_batch(*numbers)
+
+
+def test_per_device_batch():
+    assert per_device_batch(128, 4, 2) == 16
+
+
+@pytest.mark.parametrize("wrong", [{"workers": -1}, {"accumulation": 0}, {"batch_size": 0}])
+def test_impossible_numbers(source, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ImageDataModule(**{"source": source, "batch_size": 8, "seed": 0} | wrong)

@@ -1,0 +1,130 @@
+from itertools import islice
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from src.data.source import InMemoryImages
+from src.data.stream import FixedOrder, PositionSampler, ShardSampler, TrainingStream
+from src.data.transforms import to_uint8
+
+
+def numbered(n: int) -> InMemoryImages:
+    """Images of 1x2 pixels: the left one is the image's number, the right one 255."""
+    pixels = torch.full((n, 1, 1, 2), 255, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = torch.arange(n)
+    return InMemoryImages(pixels, torch.arange(n) % 7)
+
+
+def seen(batch) -> set[tuple[int, int, bool]]:
+    """(position, image, flipped) of each sample, read off the pixels."""
+    left, right = to_uint8(batch.images)[:, 0, 0].T.tolist()
+    flipped = [a == 255 for a in left]
+    images = [b if f else a for a, b, f in zip(left, right, flipped, strict=True)]
+    assert [i % 7 for i in images] == batch.labels.tolist()
+    return set(zip(batch.positions.tolist(), images, flipped, strict=True))
+
+
+def stream(n=101, global_batch_size=24, seed=5, flip=True) -> TrainingStream:
+    return TrainingStream(numbered(n), seed, global_batch_size, flip)
+
+
+def steps(stream: TrainingStream, count: int, start=0, world_size=1, accumulation=1) -> list[set]:
+    size = stream.global_batch_size
+    micro = size // (world_size * accumulation)
+    ranks = [
+        iter(PositionSampler(start, size, micro, rank, world_size, accumulation))
+        for rank in range(world_size)
+    ]
+    return [
+        set().union(*(seen(stream.__getitems__(b)) for rank in ranks for b in islice(rank, accumulation)))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("global_batch_size", [24, 25, 101, 250])
+def test_each_pass_sees_every_image_once(global_batch_size):
+    data = stream(101, global_batch_size)
+    samples = sorted(set().union(*steps(data, 404 // global_batch_size + 1)))
+    for k in range(4):
+        assert sorted(image for _, image, _ in samples[101 * k : 101 * (k + 1)]) == list(range(101))
+    assert [p for p, _, _ in samples] == list(range(len(samples)))
+
+
+def test_passes_and_seeds_differ_in_order():
+    order = [stream().indices(torch.arange(101 * k, 101 * (k + 1))).tolist() for k in range(2)]
+    assert order[0] != order[1]
+    assert stream(seed=6).indices(torch.arange(101)).tolist() != order[0]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 3), (4, 2), (8, 3)])
+def test_sharding_changes_nothing_about_a_step(world_size, accumulation):
+    assert steps(stream(), 12, world_size=world_size, accumulation=accumulation) == steps(stream(), 12)
+
+
+def test_start_goes_on_where_the_stream_was_left():
+    assert steps(stream(), 5, start=7 * 24) == steps(stream(), 12)[7:]
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    wide = sorted(set().union(*steps(stream(global_batch_size=48, flip=False), 5)))
+    assert wide == sorted(set().union(*steps(stream(global_batch_size=24, flip=False), 10)))
+
+
+def test_half_of_the_images_are_flipped():
+    flips = stream(global_batch_size=50).flips(torch.arange(20_000)).float()
+    # Five standard deviations of a fair coin.
+    assert abs(flips.mean() - 0.5) < 5 * 0.5 / 20_000**0.5
+
+
+def test_no_flips_unless_asked_for():
+    assert not any(flipped for step in steps(stream(flip=False), 5) for _, _, flipped in step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_no_bit(workers):
+    data = stream(global_batch_size=24)
+    loader = DataLoader(
+        data, batch_sampler=PositionSampler(48, 24, 12, 1, 2), num_workers=workers, collate_fn=lambda b: b
+    )
+    for got, positions in zip(loader, islice(iter(PositionSampler(48, 24, 12, 1, 2)), 15), strict=False):
+        want = stream(global_batch_size=24).__getitems__(positions)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_flips_are_made_on_a_copy():
+    images = numbered(30)
+    before = images.pixels.clone()
+    TrainingStream(images, 0, 30, True).__getitems__(range(30))
+    assert torch.equal(images.pixels, before)
+
+
+def test_unlabelled_sets_give_no_labels():
+    images = InMemoryImages(numbered(5).pixels, None)
+    assert TrainingStream(images, 0, 2, True).__getitems__(range(2)).labels is None
+    assert FixedOrder(images).__getitems__([1, 2]).labels is None
+
+
+def test_empty_training_set():
+    with pytest.raises(ValueError, match="no images"):
+        TrainingStream(InMemoryImages(torch.zeros(0, 1, 1, 2, dtype=torch.uint8), None), 0, 2, True)
+
+
+def test_sampler_wants_a_whole_division():
+    with pytest.raises(ValueError, match="global_batch_size=24"):
+        PositionSampler(0, 24, 5, 0, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "world"), [(101, 8, 1), (101, 8, 4), (33, 8, 4), (7, 8, 7), (64, 8, 2)]
+)
+def test_shards_partition_the_set_in_as_many_batches_on_each_rank(n, batch, world):
+    shards = [list(ShardSampler(n, batch, rank, world)) for rank in range(world)]
+    assert {len(shard) for shard in shards} == {-(-n // (batch * world))}
+    assert sorted(i for shard in shards for part in shard for i in part) == list(range(n))
+    assert all(0 < len(part) <= batch for shard in shards for part in shard)
+
+
+def test_more_devices_than_images():
+    with pytest.raises(ValueError, match="3 images"):
+        ShardSampler(3, 8, 0, 4)
