@@ -179,7 +179,9 @@ def _check_sizes(image_size: int, widths: Sequence[int], blocks_per_level: int) 
 def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels is {base_channels}: it must be even and at least 4")
-    for width in widths:
+    if groups < 1:
+        raise ValueError(f"groups is {groups}: it must be at least 1")
+    for width in (base_channels, *widths):
         if width < 1 or width % groups:
             raise ValueError(
                 f"groups={groups} does not divide the {width} channels of a level: choose groups that divide "

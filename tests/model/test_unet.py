@@ -220,6 +220,8 @@ def test_compiled_network_is_the_same_function():
         ),
         ({"image_size": 7, "channel_multipliers": (1, 2)}, "0 times.*pad the images to 8.*at most 1"),
         ({"groups": 32}, "groups=32 does not divide the 16 channels.*choose groups"),
+        ({"base_channels": 12, "channel_multipliers": (2, 4)}, "groups=8 does not divide the 12 channels"),
+        ({"groups": 0}, "groups is 0"),
         ({"base_channels": 2, "groups": 2}, "base_channels is 2: it must be even and at least 4"),
         ({"attention_factors": (16,)}, r"attention_factors \[16\].*downsampled by \[1, 2\]"),
         ({"channel_multipliers": ()}, "channel_multipliers is empty"),
