@@ -1,0 +1,474 @@
+import io
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from src.data import folder_index
+from src.data.image_folder import DecodedFiles, ImageFolder, StreamedFiles
+from src.data.stream import FixedOrder
+from src.errors import UserError
+
+SIZE = 16
+
+
+def noise(seed=0, size=(SIZE, SIZE), channels=3) -> np.ndarray:
+    shape = (size[1], size[0], channels) if channels > 1 else (size[1], size[0])
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def encoded(picture, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    """A PNG by hand, for kinds that Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+def whole(root: Path, tmp_path: Path, **options) -> torch.Tensor:
+    """All images of a folder as one set, in the order of their paths."""
+    options = {"image_size": SIZE, "holdout": 0, "cache": str(tmp_path / "cache")} | options
+    images = ImageFolder(str(root), **options).split("train")
+    return images.images(range(len(images)))
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    return root
+
+
+def rotated_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = np.zeros((SIZE, SIZE, 3), np.uint8)
+    picture[: SIZE // 2] = 255
+    return encoded(picture, "JPEG", quality=100, exif=exif)
+
+
+FAULTY = {
+    "truncated.jpg": (encoded(noise(size=(64, 64)), "JPEG")[:-500], "truncated"),
+    "truncated.png": (encoded(noise(size=(64, 64)))[:-500], "Truncated"),
+    "endless.png": (encoded(noise())[:-12], "truncated"),
+    "flipped_bit.png": (encoded(noise()).replace(b"IDAT\x78", b"IDAT\x79", 1), "checksum"),
+    "truncated.webp": (encoded(noise(size=(64, 64)), "WEBP")[:-300], ""),
+    "truncated.gif": (encoded(noise(size=(64, 64)), "GIF")[:-300], "truncated"),
+    "truncated.bmp": (encoded(noise(), "BMP")[:-30], "truncated"),
+    "truncated.tiff": (encoded(noise(), "TIFF")[:-300], ""),
+    "empty.jpg": (b"", "empty file"),
+    "header_only.jpg": (encoded(noise(), "JPEG")[:20], ""),
+    "header_only.png": (encoded(noise())[:33], ""),
+    "text.jpg": (b"<html>not found</html>", "not an image"),
+    "zeros.jpg": (bytes(1000), "not an image"),
+    "bomb.png": (png(20_000, 20_000, 8, 0, b""), "400000000 pixels"),
+    "float_out_of_range.tiff": (
+        encoded(np.linspace(-3, 900, SIZE**2, dtype=np.float32).reshape(SIZE, SIZE), "TIFF"),
+        r"from -3 to 900, not within \[0, 1\]",
+    ),
+    "float_nan.tiff": (encoded(np.full((SIZE, SIZE), np.nan, np.float32), "TIFF"), "nan"),
+    "integers.tiff": (encoded(np.arange(SIZE**2, dtype=np.int32).reshape(SIZE, SIZE), "TIFF"), "white point"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_faulty_file_is_named_or_skipped(root, tmp_path, name, caplog):
+    content, reason = FAULTY[name]
+    (root / "good.png").write_bytes(encoded(noise()))
+    (root / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"1 of 2 images .*{re.escape(name)} \(.*{reason}.*on_error=skip"
+    ) as caught:
+        whole(root, tmp_path)
+    assert "\n" not in str(caught.value)
+    for _ in range(2):
+        caplog.clear()
+        assert torch.equal(whole(root, tmp_path, on_error="skip")[0], torch.tensor(noise()).permute(2, 0, 1))
+        assert name in caplog.text
+
+
+def test_dangling_link_folder_and_pipe_with_image_names(root, tmp_path, caplog):
+    (root / "good.png").write_bytes(encoded(noise()))
+    (root / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "folder.jpg").mkdir()
+    os.mkfifo(root / "pipe.png")
+    with pytest.raises(
+        UserError, match=r"2 of 3 .*dangling.jpg \(dangling link\), pipe.png \(not a regular file\)"
+    ):
+        whole(root, tmp_path)
+    assert len(whole(root, tmp_path, on_error="skip")) == 1
+
+
+def test_many_faults_are_counted_and_the_first_named(root, tmp_path):
+    for i in range(9):
+        (root / f"{i}.jpg").write_bytes(b"")
+    (root / "good.png").write_bytes(encoded(noise()))
+    with pytest.raises(UserError, match=r"9 of 10 .*0.jpg .*4.jpg \(empty file\) and 4 more; set"):
+        whole(root, tmp_path)
+
+
+def test_nothing_usable_is_an_error_even_when_skipping(root, tmp_path):
+    (root / "0.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="no image is left"):
+        whole(root, tmp_path, on_error="skip")
+
+
+RAMP = np.linspace(0, 65535, SIZE**2).round().astype(np.uint16).reshape(SIZE, SIZE)
+RAMP_8 = torch.tensor(np.rint(RAMP / 257).astype(np.uint8))
+
+
+def grey(values: torch.Tensor) -> torch.Tensor:
+    return values.expand(3, SIZE, SIZE)
+
+
+def test_16_bits_keep_their_brightness(root, tmp_path):
+    (root / "a.png").write_bytes(encoded(RAMP))
+    (root / "b.tiff").write_bytes(encoded(RAMP, "TIFF"))
+    big_endian = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RAMP)
+    (root / "c.png").write_bytes(png(SIZE, SIZE, 16, 0, big_endian))
+    images = whole(root, tmp_path)
+    assert all(torch.equal(image, grey(RAMP_8)) for image in images)
+
+
+def test_floats_in_the_unit_interval_are_scaled(root, tmp_path):
+    (root / "a.tiff").write_bytes(encoded((RAMP / 65535).astype(np.float32), "TIFF"))
+    assert torch.equal(whole(root, tmp_path)[0], grey(RAMP_8))
+
+
+def test_16_bit_colour_keeps_its_brightness(root, tmp_path):
+    rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in RAMP)
+    (root / "a.png").write_bytes(png(SIZE, SIZE, 16, 2, rows))
+    assert (whole(root, tmp_path)[0].int() - grey(RAMP_8).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_white(root, tmp_path, mode):
+    alpha = np.zeros((SIZE, SIZE), np.uint8)
+    alpha[:, : SIZE // 2] = 255
+    picture = Image.fromarray(np.dstack([np.full((SIZE, SIZE, 3), 40, np.uint8), alpha]))
+    options = {}
+    if mode == "P":
+        # Index 0 is dark and opaque, 1 is black but declared transparent.
+        picture = Image.fromarray((alpha == 0).astype(np.uint8)).convert("P")
+        picture.putpalette([40, 40, 40, 0, 0, 0])
+        options["transparency"] = 1
+    (root / "a.png").write_bytes(encoded(picture if mode == "P" else picture.convert(mode), **options))
+    for channels in (1, 3):
+        image = whole(root, tmp_path, channels=channels)[0]
+        assert image[:, :, : SIZE // 2].unique().tolist() == [40]
+        assert image[:, :, SIZE // 2 :].unique().tolist() == [255]
+
+
+def test_half_transparent_is_halfway_to_white(root, tmp_path):
+    (root / "a.png").write_bytes(encoded(Image.new("RGBA", (SIZE, SIZE), (0, 100, 255, 128))))
+    # c * a + 255 * (1 - a), a = 128 / 255
+    assert torch.allclose(
+        whole(root, tmp_path)[0, :, 0, 0].float(), torch.tensor([127.0, 177.2, 255.0]), atol=1
+    )
+
+
+def test_palette_colours_are_looked_up(root, tmp_path):
+    picture = Image.new("P", (SIZE, SIZE), 1)
+    picture.putpalette([0, 0, 0, 10, 200, 30])
+    (root / "a.gif").write_bytes(encoded(picture, "GIF"))
+    assert whole(root, tmp_path)[0, :, 0, 0].tolist() == [10, 200, 30]
+
+
+def test_cmyk_becomes_rgb(root, tmp_path):
+    # No cyan, full magenta, full yellow, no black: red.
+    (root / "a.jpg").write_bytes(
+        encoded(Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0)), "JPEG", quality=100)
+    )
+    assert torch.allclose(whole(root, tmp_path)[0].float().mean((1, 2)), torch.tensor([255.0, 0, 0]), atol=3)
+
+
+def test_exif_orientation_is_applied(root, tmp_path):
+    (root / "a.jpg").write_bytes(rotated_jpeg())
+    # Orientation 6: the stored top is the right-hand side of the picture.
+    image = whole(root, tmp_path)[0].float()
+    assert image[:, :, SIZE // 2 + 2 :].mean() > 250
+    assert image[:, :, : SIZE // 2 - 2].mean() < 5
+
+
+def test_grey_in_a_colour_set_and_colour_in_a_grey_set(root, tmp_path):
+    (root / "a.png").write_bytes(encoded(noise(channels=1)))
+    (root / "b.png").write_bytes(encoded(noise()))
+    colour, luma = whole(root, tmp_path), whole(root, tmp_path, channels=1)
+    assert torch.equal(colour[0], grey(torch.tensor(noise(channels=1))))
+    assert torch.equal(luma[0, 0], torch.tensor(noise(channels=1)))
+    # ITU-R 601
+    want = noise().astype(float) @ [0.299, 0.587, 0.114]
+    assert np.abs(luma[1, 0].numpy() - want).max() <= 1
+
+
+def test_shorter_side_is_scaled_and_the_centre_cut_out(root, tmp_path):
+    # Left and right quarters are black; what is left in the middle is a grey square.
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, 32:96] = 90
+    (root / "wide.png").write_bytes(encoded(wide))
+    (root / "tall.png").write_bytes(encoded(wide.transpose(1, 0, 2)))
+    for image in whole(root, tmp_path):
+        assert image[:, 2:-2, 2:-2].unique().tolist() == [90]
+
+
+def test_scaling_is_antialiased(root, tmp_path):
+    # A chessboard of single pixels has the mean 127.5 everywhere; picking pixels would give 0 or 255.
+    board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    (root / "a.png").write_bytes(encoded(board))
+    image = whole(root, tmp_path)[0].float()
+    assert 120 < image.min() <= image.max() < 135
+
+
+def test_small_images_are_enlarged_with_a_warning_or_left_out(root, tmp_path, caplog):
+    (root / "good.png").write_bytes(encoded(noise()))
+    (root / "tiny.png").write_bytes(encoded(noise(size=(3, 5))))
+    assert len(whole(root, tmp_path)) == 2
+    assert "tiny.png (3x5)" in caplog.text
+    with pytest.raises(UserError, match=r"tiny.png \(3x5 pixels\)"):
+        whole(root, tmp_path, min_size=4)
+    assert len(whole(root, tmp_path, min_size=4, on_error="skip")) == 1
+
+
+def test_large_images_are_no_fault(root, tmp_path, recwarn):
+    (root / "large.png").write_bytes(encoded(Image.new("1", (10_000, 9_500))))
+    assert len(whole(root, tmp_path)) == 1
+    assert not recwarn.list
+
+
+def test_circles_of_links_end_and_nothing_is_taken_twice(root, tmp_path, caplog):
+    inner = root / "a" / "b"
+    inner.mkdir(parents=True)
+    for i in range(24):
+        (inner / f"{i}.png").write_bytes(encoded(noise(i)))
+    (inner / "up").symlink_to(root)
+    (root / "a" / "self").symlink_to(root / "a" / "self")
+    (root / "again").symlink_to(inner)
+    (root / "again.png").symlink_to(inner / "3.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.png").write_bytes(encoded(noise(99)))
+    (root / "linked").symlink_to(elsewhere)
+    assert len(whole(root, tmp_path)) == 25
+    assert "1 links" in caplog.text
+
+
+def test_hidden_and_other_files_are_left_out_and_odd_names_are_not(root, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in (".hidden.png", "._a.png", "naïve 画像.PNG", "a.b.JPEG"):
+        (root / name).write_bytes(encoded(noise(), "JPEG" if name.endswith("JPEG") else "PNG"))
+    Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe.png")).write_bytes(encoded(noise()))
+    (root / ".git").mkdir()
+    (root / ".git" / "x.png").write_bytes(encoded(noise()))
+    (root / "notes.txt").write_text("x")
+    for _ in range(2):
+        assert len(whole(root, tmp_path)) == 3
+    assert "1 .txt" in caplog.text
+
+
+def several(root: Path, count: int, *folders: str) -> None:
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (root / folder / f"{i:03d}.png").write_bytes(encoded(noise(i)))
+
+
+def source(root, tmp_path, **options) -> ImageFolder:
+    return ImageFolder(str(root), **({"image_size": SIZE, "cache": str(tmp_path / "cache")} | options))
+
+
+def test_labels_are_the_first_folders(root, tmp_path):
+    several(root, 3, "cat/black", "ant", "bee/x/y")
+    data = source(root, tmp_path, num_classes=3, holdout=0)
+    data.check()
+    # Paths in order: ant, bee, cat.
+    assert data.split("train").labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert source(root, tmp_path).split("train").labels is None
+
+
+def test_class_mistakes_are_named(root, tmp_path):
+    several(root, 2, "ant", "bee")
+    with pytest.raises(UserError, match=r"2 class folders \(ant, bee\), not .*=7: set data.num_classes=2"):
+        source(root, tmp_path, num_classes=7).check()
+    (root / "stray.png").write_bytes(encoded(noise()))
+    with pytest.raises(UserError, match=r"none of its class folders: stray.png"):
+        source(root, tmp_path, num_classes=2).split("train")
+    (root / "stray.png").unlink()
+    (root / "cow").mkdir()
+    with pytest.raises(UserError, match="without a usable image: cow"):
+        source(root, tmp_path, num_classes=3).split("train")
+
+
+def test_hashed_splits_are_disjoint_complete_and_stable(root, tmp_path):
+    several(root, 200, "x")
+    data = source(root, tmp_path, holdout=0.2)
+    sets = {name: data.split(name) for name in ("train", "validation", "test")}
+    rows = [set(s.rows.tolist()) for s in sets.values()]
+    assert set.union(*rows) == set(range(200))
+    assert sum(map(len, rows)) == 200
+    # Five standard deviations of Binomial(200, 0.2).
+    assert all(abs(len(r) - 40) < 5 * (200 * 0.16) ** 0.5 for r in rows[1:])
+    before = sets["test"].images(range(len(sets["test"])))
+    several(root, 30, "a_new_one")
+    after = source(root, tmp_path, holdout=0.2).split("test")
+    pixels = {image.numpy().tobytes() for image in after.images(range(len(after)))}
+    assert {image.numpy().tobytes() for image in before} <= pixels
+
+
+def test_split_folders(root, tmp_path):
+    several(root, 3, "train/ant", "train/bee")
+    several(root, 2, "val/bee")
+    data = source(root, tmp_path, num_classes=2)
+    assert [len(data.split(s)) for s in ("train", "validation", "test")] == [6, 2, 2]
+    assert data.split("validation").labels.tolist() == [1, 1]
+    several(root, 1, "test/ant")
+    data = source(root, tmp_path, num_classes=2)
+    assert [len(data.split(s)) for s in ("train", "validation", "test")] == [6, 2, 1]
+
+
+def test_only_train_is_split_by_hash(root, tmp_path):
+    several(root, 60, "train/ant", "train/bee")
+    data = source(root, tmp_path, num_classes=2, holdout=0.2)
+    sizes = [len(data.split(s)) for s in ("train", "validation", "test")]
+    assert sum(sizes) == 120
+    assert min(sizes) > 0
+
+
+def test_memory_and_stream_agree(root, tmp_path):
+    several(root, 12, "ant", "bee")
+    for i in range(4):
+        (root / "ant" / f"big{i}.jpg").write_bytes(encoded(noise(i, (50, 70)), "JPEG"))
+    options = {"num_classes": 2, "holdout": 0.2}
+    held = source(root, tmp_path, **options)
+    streamed = source(root, tmp_path, memory_limit_mb=0, **options)
+    for split in ("train", "validation", "test"):
+        a, b = held.split(split), streamed.split(split)
+        assert isinstance(a, DecodedFiles)
+        assert isinstance(b, StreamedFiles)
+        assert torch.equal(a.labels, b.labels)
+        order = torch.randperm(len(a))
+        assert torch.equal(a.images(order), b.images(order))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_with_workers(root, tmp_path, workers):
+    several(root, 10, "x")
+    images = source(root, tmp_path, memory_limit_mb=0, holdout=0).split("train")
+    loader = DataLoader(
+        FixedOrder(images), batch_sampler=[[0, 3], [9, 1]], num_workers=workers, collate_fn=lambda b: b
+    )
+    assert torch.cat([batch.positions for batch in loader]).tolist() == [0, 3, 9, 1]
+    (root / "x" / "001.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"001\.png could be read when it was indexed"):
+        list(loader)
+
+
+@pytest.mark.parametrize("memory_limit_mb", [0, 100])
+def test_second_start_decodes_nothing_and_a_changed_file_is_seen(
+    root, tmp_path, monkeypatch, memory_limit_mb
+):
+    several(root, 10, "x")
+    (root / "bad.jpg").write_bytes(b"text")
+    options = {"memory_limit_mb": memory_limit_mb, "on_error": "skip", "holdout": 0}
+    first = source(root, tmp_path, **options)
+    first.prepare()
+    examined = []
+    original = folder_index._examine
+    monkeypatch.setattr(folder_index, "_examine", lambda *a: (examined.append(a[1].path), original(*a))[1])
+    second = source(root, tmp_path, **options)
+    assert len(second.split("train")) == 10
+    assert examined == []
+    assert second.fingerprint("train") == first.fingerprint("train")
+    (root / "x" / "004.png").write_bytes(encoded(noise(77)))
+    third = source(root, tmp_path, **options)
+    assert torch.equal(third.split("train").images([4])[0], torch.tensor(noise(77)).permute(2, 0, 1))
+    assert "x/004.png" in examined
+    assert third.fingerprint("train") != first.fingerprint("train")
+    # One set of pixels a folder is kept, and no partial file is left.
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == (memory_limit_mb > 0)
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_an_error_of_the_disk_is_not_remembered(root, tmp_path, monkeypatch):
+    several(root, 4, "x")
+    read = Path.read_bytes
+
+    def failing(self):
+        if self.name == "002.png":
+            raise OSError(5, "Input/output error")
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        assert len(whole(root, tmp_path, on_error="skip")) == 3
+        with pytest.raises(UserError, match=r"002.png \(input/output error\)"):
+            whole(root, tmp_path)
+    assert len(whole(root, tmp_path)) == 4
+
+
+def test_settings_have_pixels_of_their_own(root, tmp_path):
+    (root / "a.png").write_bytes(encoded(noise(size=(40, 40))))
+    assert whole(root, tmp_path).shape == (1, 3, 16, 16)
+    assert whole(root, tmp_path, image_size=20, channels=1).shape == (1, 1, 20, 20)
+    assert whole(root, tmp_path).shape == (1, 3, 16, 16)
+
+
+def test_damaged_index_is_made_afresh(root, tmp_path):
+    several(root, 3, "x")
+    before = whole(root, tmp_path, memory_limit_mb=0)
+    (index,) = (tmp_path / "cache").rglob("*.json")
+    for content in ("", "[]", '{"x/000.png": 3}'):
+        index.write_text(content)
+        assert torch.equal(whole(root, tmp_path, memory_limit_mb=0), before)
+
+
+def test_full_disk_is_one_line(root, tmp_path, monkeypatch):
+    several(root, 3, "x")
+    monkeypatch.setattr(folder_index.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"data\.cache=.*MB free"):
+        whole(root, tmp_path)
+
+
+def test_missing_and_empty_folders(root, tmp_path):
+    with pytest.raises(UserError, match=r"data\.root is not set"):
+        ImageFolder(None, SIZE).check()
+    with pytest.raises(UserError, match=r"data\.root=.*nowhere is not a readable folder"):
+        source(tmp_path / "nowhere", tmp_path).check()
+    with pytest.raises(UserError, match=r"data\.root=.* is empty"):
+        source(root, tmp_path).check()
+    (root / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no images"):
+        source(root, tmp_path).split("train")
+
+
+def test_building_and_checking_decode_nothing(root, tmp_path):
+    (root / "0.jpg").write_bytes(b"broken")
+    source(root, tmp_path).check()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"image_size": 0}, {"channels": 4}, {"num_classes": -1}, {"holdout": 0.5}, {"on_error": "ignore"}],
+)
+def test_impossible_numbers(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ImageFolder(**{"root": "x", "image_size": SIZE} | wrong)
