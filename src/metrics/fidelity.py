@@ -85,8 +85,9 @@ def shares(images: Any, batch_size: int, rank: int = 0, world_size: int = 1) -> 
         images: has a length and `images(indices) -> uint8 (n, C, H, W)`.
         batch_size: largest batch.
     """
-    for indices in torch.arange(rank, len(images), world_size).split(batch_size):
-        yield images.images(indices)
+    indices = torch.arange(len(images))[rank::world_size]
+    for start in range(0, len(indices), batch_size):
+        yield images.images(indices[start : start + batch_size])
 
 
 class FidelityScore(Metric):
@@ -268,9 +269,10 @@ class FeatureSetScore(FidelityScore):
         self.vectors.append(features.flatten())
 
     def feature_set(self, states: dict[str, Tensor]) -> Tensor:
-        """The features (n, num_features), float64 on the CPU, in increasing order of their sums."""
+        """The features (n, num_features), float64 on the CPU, in lexicographic order."""
         vectors = states["vectors"].reshape(-1, self.features.num_features).double().cpu()
-        return vectors[vectors.sum(1).argsort(stable=True)]
+        distinct, counts = vectors.unique(dim=0, return_counts=True)
+        return distinct.repeat_interleave(counts, dim=0)
 
 
 class KernelDistance(FeatureSetScore):
