@@ -376,9 +376,15 @@ def test_streaming_with_workers(root, tmp_path, workers):
         FixedOrder(images), batch_sampler=[[0, 3], [9, 1]], num_workers=workers, collate_fn=lambda b: b
     )
     assert torch.cat([batch.positions for batch in loader]).tolist() == [0, 3, 9, 1]
+
+
+def test_a_file_that_breaks_after_indexing_is_named(root, tmp_path):
+    several(root, 3, "x")
+    images = source(root, tmp_path, memory_limit_mb=0, holdout=0).split("train")
     (root / "x" / "001.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"001\.png could be read when it was indexed"):
-        list(loader)
+    assert images.images([0, 2]).shape == (2, 3, SIZE, SIZE)
+    with pytest.raises(UserError, match=r"001\.png could be read when it was indexed .*not an image"):
+        images.images([0, 1])
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])
