@@ -1,4 +1,4 @@
-"""InceptionV3 here against torch-fidelity and torchmetrics on random weights, and, where they are, on the real ones."""
+"""InceptionV3 against torch-fidelity and torchmetrics: on random weights, and on the real ones if present."""
 
 import io
 import pickle
@@ -22,7 +22,7 @@ real_weights = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def random_weights() -> dict[str, Tensor]:
-    """He-initialised weights and batch norms that are not the identity, so that folding has something to do."""
+    """He-initialised convolutions, and batch norms that are not the identity."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in empty_network("2048").state_dict().items():
@@ -93,16 +93,20 @@ class Dataset(torch.utils.data.Dataset):
         return self.images[index]
 
 
-def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file):
+@pytest.mark.parametrize(
+    ("layer", "name", "count"),
+    [("64", "fd_inception_64", 160), pytest.param("2048", "fid", 24, marks=pytest.mark.slow)],
+)
+def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file, layer, name, count):
     import torch_fidelity
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    real, fake = random_images(24, (3, 32, 32), seed=1), random_images(24, (3, 32, 32), seed=2) // 2
-    ours = FrechetDistance(InceptionFeatures(str(state_dict_file)))
-    ours.set_reference(real.split(10), Reference("noise", "train", 24, "abc"))
+    real, fake = random_images(count, (3, 32, 32), seed=1), random_images(count, (3, 32, 32), seed=2) // 2
+    ours = FrechetDistance(InceptionFeatures(str(state_dict_file), layer))
+    ours.set_reference(real.split(10), Reference("noise", "train", count, "abc"))
     for batch in fake.split(7):
         ours.update(batch)
-    found = ours.compute()["fid"]
+    found = ours.compute()[name]
 
     theirs = torch_fidelity.calculate_metrics(
         input1=Dataset(fake),
@@ -112,13 +116,14 @@ def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file):
         cache=False,
         verbose=False,
         save_cpu_ram=True,
+        feature_layer_fid=layer,
         feature_extractor_weights_path=str(state_dict_file),
     )["frechet_inception_distance"]
     assert found == pytest.approx(theirs, rel=1e-5)
 
     # antialiasing off: on, its default, torchmetrics resizes otherwise than FID's reference implementation
     metric = FrechetInceptionDistance(
-        antialias=False, feature_extractor_weights_path=str(state_dict_file), normalize=False
+        int(layer), antialias=False, feature_extractor_weights_path=str(state_dict_file)
     )
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -138,7 +143,7 @@ def test_order_of_the_places_that_weights_come_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
-        UserError, match="no network.*run `make inception`, or choose metrics=fd_digits"
+        UserError, match=r"no network.*run `make inception`, or choose metrics=fd_digits"
     ) as raised:
         find_weights(None, "2048")
     assert "\n" not in str(raised.value)
