@@ -78,9 +78,9 @@ class TrainingStream(Dataset):
         indices = self.indices(places)
         images = self.image_set.images(indices)
         if self.horizontal_flip:
-            mirrored = self.flips(places).nonzero().squeeze(1)
-            # On bytes, before the conversion: a quarter of the memory traffic.
-            images.index_copy_(0, mirrored, images.index_select(0, mirrored).flip(-1))
+            # On bytes, and by picking whole rows: several times faster than torch.where or index_copy.
+            either = torch.cat([images, images.flip(-1)])
+            images = either.index_select(0, torch.arange(len(places)) + len(places) * self.flips(places))
         labels = self.image_set.labels
         return Batch(to_model_range(images), None if labels is None else labels[indices], places)
 
