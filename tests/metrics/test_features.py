@@ -126,3 +126,16 @@ def test_a_file_that_is_not_what_it_says_is_a_user_error(tmp_path, content):
 def test_too_many_poolings_are_refused():
     with pytest.raises(ValueError, match="widths: 3 poolings leave nothing of 4 pixels"):
         SmallClassifier(1, 4, [2, 2, 2], 4, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_features_on_the_gpu_are_those_on_the_cpu_even_when_training_allows_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    features = ClassifierFeatures("digits")
+    images = random_images(64, (1, 8, 8))
+    expected = features(images)
+    found = features.cuda()(images.cuda()).cpu()
+    # TF32 convolutions are off by about 1e-3
+    assert (found - expected).norm() < 1e-5 * expected.norm()
