@@ -1,0 +1,180 @@
+"""What the doors share: composing with Hydra, one-line errors, `--help`, the exit status.
+
+Nothing heavy is imported here: `--help` and a mistyped option answer at once.
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+JOB_FAILED = 1
+USER_ERROR = 2
+OUTCOME_FILE = "outcome.json"
+
+
+def run(config_name: str, task: Callable[[Any], dict[str, float]]) -> None:
+    """Composes conf/<config_name>.yaml with the command line's overrides and runs the task on it.
+
+    Exits with status 0, or 2 after a mistake of the user's, told in one line. In a sweep each job's outcome is
+    written to its folder, a failing job does not take the others along, and a table closes the sweep; the
+    status is then 1 if a job has failed.
+
+    Args:
+        config_name: also the module's name, src.<config_name>.
+        task: composed configuration -> scores by name.
+    """
+    arguments = sys.argv[1:]
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(help_text(config_name))
+        return
+    # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        failed = _run_hydra(config_name, task)
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except Exception as error:
+        line = hydra_error(error, config_name)
+        if line is None:
+            raise
+        sys.exit(_complain(line))
+    if failed:
+        sys.exit(JOB_FAILED)
+
+
+def _complain(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from src.sweep import SweepTable, register_resolvers
+
+    register_resolvers()
+    raised: list[Exception] = []
+
+    def job(config: Any) -> float | None:
+        settings = HydraConfig.get()
+        folder = Path(settings.runtime.output_dir)
+        sweeping = settings.mode == RunMode.MULTIRUN
+        outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
+        try:
+            outcome["scores"] = task(config)
+        except Exception as error:
+            if not sweeping:
+                raised.append(error)  # raised again below: Hydra would print a line of its own first
+                return None
+            import logging
+
+            known = isinstance(error, UserError)
+            logging.getLogger(__name__).error("job failed: %s", error, exc_info=not known)
+            outcome["error"] = str(error) or type(error).__name__
+        if sweeping:
+            (folder / OUTCOME_FILE).write_text(json.dumps(outcome, indent=2))
+        return next(iter((outcome.get("scores") or {}).values()), None)
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    if raised:
+        raise raised[0]
+    return SweepTable.failed
+
+
+def hydra_error(error: Exception, config_name: str) -> str | None:
+    """One line for what Hydra or OmegaConf say of a wrong override; None if it is no such error."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    text = f"{error} {error.__cause__ or ''}"
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: no such choice; choose from {', '.join(error.options)}"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if unknown:
+        key = unknown[1]
+        if "No match in the defaults list" in text:
+            groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+            return (
+                f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"
+            )
+        return f"{key}: no such option{_nearest(key, _all_keys())}; python -m src.{config_name} --help lists the groups"
+    first = str(error).strip().splitlines()[0]
+    return f"{first} (python -m src.{config_name} --help)"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _all_keys() -> list[str]:
+    """Dotted names of all options in conf/."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def names(node: DictConfig, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            found.append(f"{prefix}{key}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                found += names(child, f"{prefix}{key}.")
+        return found
+
+    keys = []
+    for path in CONF.rglob("*.yaml"):
+        group = path.parent.relative_to(CONF).as_posix()
+        config = OmegaConf.load(path)
+        if isinstance(config, DictConfig):
+            keys += names(config, "" if group == "." else f"{group.replace('/', '.')}.")
+    return keys
+
+
+def help_text(config_name: str) -> str:
+    """The door's options in plain words: taken from the comments of the files in conf/, so never out of date."""
+    lines = (CONF / f"{config_name}.yaml").read_text().splitlines()
+    head = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("# "))
+    text = [*head, ""]
+    defaults, options = _defaults_and_options(lines)
+    for group, (chosen, comment) in defaults.items():
+        text.append(f"{group}={chosen}   {comment}")
+        for path in sorted((CONF / group).glob("*.yaml")):
+            comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+            first = next(line.lstrip("# ") for line in comments if "@package" not in line)
+            text.append(f"    {path.stem:<22}{first}")
+    text += ["", "Single options, with their defaults:"]
+    text += [f"    {option:<34}{comment}" for option, comment in options]
+    text += [
+        "",
+        "Choose with group=choice, set numbers with group.option=value, sweep with -m and commas:",
+        f"    python -m src.{config_name} --cfg job              shows the composed configuration",
+        f"    python -m src.{config_name} --hydra-help           shows Hydra's own flags",
+    ]
+    return "\n".join(text)
+
+
+def _defaults_and_options(lines: list[str]) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
+    defaults, options = {}, []
+    for line in lines:
+        body, _, comment = line.partition("#")
+        if match := re.fullmatch(r"  - (?:override )?/?(\w+)(?:@\S+)?: (\S+)\s*", body):
+            defaults[match[1]] = (match[2], comment.strip())
+        elif (match := re.fullmatch(r"(\w+): (.+?)\s*", body)) and comment:
+            options.append((f"{match[1]}={match[2]}", comment.strip()))
+    return defaults, options

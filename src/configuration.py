@@ -1,0 +1,118 @@
+"""From a node of the configuration to an object, with the mistakes of its author told in one line.
+
+Only classes of this project and of the libraries it is made of can be named by a `_target_`, and only where
+an object of their kind belongs: a configuration may come from a stranger.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.errors import UserError
+
+T = TypeVar("T")
+
+# Where classes may come from. The name under which an object is asked for is not enough: through
+# torch.nn.modules.module.torch one reaches all of torch, so the resolved object's own module is checked too.
+ALLOWED_PACKAGES = ("src.", "torch.optim.", "lightning.pytorch.")
+
+
+def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) -> T | Any:
+    """The object that a configuration node describes.
+
+    Args:
+        node: has a `_target_`, the class, and its numbers; `_partial_: true` gives a functools.partial. Empty
+            or None gives None.
+        kind: what the object must be an instance of (or make, if partial).
+        option: the node's place in the configuration, for messages.
+        joined: built objects and derived numbers that the constructor gets besides the node's.
+
+    Raises:
+        UserError: an unknown or forbidden class, an unknown option, a value of the wrong type or out of range.
+    """
+    if not node:
+        return None
+    numbers = resolve(node, option)
+    target = _checked(numbers, option)
+    if not (inspect.isclass(target) and issubclass(target, kind)):
+        raise UserError(f"{option}._target_={numbers['_target_']} is no {kind.__name__}")
+    try:
+        return instantiate(numbers, **joined, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, ValueError):
+            raise UserError(f"{option}.{cause}") from None
+        raise
+
+
+def resolve(node: DictConfig, option: str) -> dict[str, Any]:
+    """The node as plain dictionaries, interpolations filled in.
+
+    Raises:
+        UserError: an interpolation leads nowhere, or a value is missing.
+    """
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
+
+
+def _checked(numbers: Mapping[str, Any], option: str) -> Any:
+    """The allowed object that `_target_` names; the nodes below and all values are checked on the way."""
+    name = numbers.get("_target_")
+    if not isinstance(name, str):
+        raise UserError(f"{option} needs a _target_, the name of a class; choose one of the group's files")
+    if not name.startswith(ALLOWED_PACKAGES):
+        raise UserError(
+            f"{option}._target_={name} is not allowed: classes come from {', '.join(ALLOWED_PACKAGES)}"
+        )
+    try:
+        target = get_object(name)
+    except Exception:
+        raise UserError(f"{option}._target_={name} does not exist") from None
+    home = f"{getattr(target, '__module__', None)}."
+    if not inspect.isclass(target) or not home.startswith((*ALLOWED_PACKAGES, "torch.optim.")):
+        raise UserError(
+            f"{option}._target_={name} is not allowed: it is no class of {', '.join(ALLOWED_PACKAGES)}"
+        )
+    _check_values(target, numbers, option)
+    return target
+
+
+def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None:
+    parameters = inspect.signature(target.__init__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = get_type_hints(target.__init__) if target.__module__.startswith("src.") else {}
+    for name, value in numbers.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        if name not in parameters and not open_ended:
+            known = ", ".join(p for p in parameters if p != "self")
+            raise UserError(f"{option}.{name}: {target.__name__} has no such option; it has {known}")
+        if isinstance(value, Mapping) and "_target_" in value:
+            _checked(value, f"{option}.{name}")
+        elif name in hints:
+            check_value(hints[name], value, f"{option}.{name}")
+
+
+def check_value(hint: Any, value: Any, option: str) -> None:
+    """Holds a value against a type annotation.
+
+    Raises:
+        UserError: it is of another type; says what is wanted.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    # Sequences come as lists; scalars are compared strictly, so that "3" or true is no number.
+    strict = not isinstance(value, list)
+    try:
+        TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value, strict=strict)
+    except ValidationError as error:
+        wanted = error.errors()[0]["msg"]
+        raise UserError(f"{option}={value!r}: {wanted[0].lower()}{wanted[1:]}") from None

@@ -1,0 +1,388 @@
+"""Joins the parts: configuration -> objects, run folder -> denoiser.
+
+Hydra picks the leaves; the arrows between them are the plain lines of `denoiser_of` and `assemble`.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from src.configuration import build, check_value, resolve
+from src.data.datamodule import ImageDataModule, per_device_batch
+from src.data.source import ImageSource
+from src.diffusion.clipping import StaticClipping
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.loss import DenoisingLoss
+from src.diffusion.parameterization import Parameterization
+from src.diffusion.sampler import Sampler
+from src.diffusion.schedule import Schedule
+from src.diffusion.spacing import Spacing
+from src.diffusion.time_sampling import TimeSampling
+from src.diffusion.variance import Variance
+from src.diffusion.weighting import Weighting
+from src.errors import UserError
+from src.generation import Generation, describe
+from src.metrics import fidelity
+from src.metrics.fidelity import FidelityScore, Protocol, Reference
+from src.randomness import key
+from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, FoundRun, find_run
+from src.training.callbacks import SampleImages, TrackFidelity
+from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from src.training.dashboard import wandb_settings
+from src.training.ema import EMA
+from src.training.module import DiffusionModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A training, ready to run."""
+
+    module: DiffusionModule
+    data: ImageDataModule
+    trainer: Trainer
+    score: FidelityScore | None
+    generation: Generation
+    summary: str
+
+    def scores(self) -> dict[str, float]:
+        """The latest scores and validation losses by name, the score to be monitored first."""
+        tracked = [
+            callback.latest for callback in self.trainer.callbacks if isinstance(callback, TrackFidelity)
+        ]
+        losses = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {name: value for scores in [*tracked, losses] for name, value in scores.items()}
+
+
+def assemble(config: DictConfig, folder: Path) -> Experiment:
+    """The objects of a training.
+
+    Everything is checked here, before any image is read.
+
+    Args:
+        config: conf/train.yaml, composed.
+        folder: the run's folder.
+
+    Raises:
+        UserError: a choice that is impossible or does not fit another.
+    """
+    for option, kind in SCALARS.items():
+        check_value(kind, config[option], option)
+    source = source_of(config)
+    torch.manual_seed(key(config.seed, "initial weights", 0))
+    denoiser = denoiser_of(config, source)
+    weighting = build(config.weighting, Weighting, "weighting")
+    time_sampling = build(config.time_sampling, TimeSampling, "time_sampling")
+    loss = DenoisingLoss(denoiser, weighting, time_sampling)
+    ema = build(config.ema, EMA, "ema")
+    module = DiffusionModule(
+        loss,
+        optimizer=build(config.optimizer, Optimizer, "optimizer"),
+        lr_schedule=build(config.lr_schedule, LRScheduler, "lr_schedule"),
+        ema=ema,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        conditional=config.class_conditional,
+    )
+    generation = generation_of(config, config.generation.seed, denoiser.schedule, source)
+    score = build(config.metrics, FidelityScore, "metrics")
+    callbacks = callbacks_of(config, folder, source, generation, score, denoiser, ema)
+    trainer = trainer_of(config, folder, callbacks)
+    accumulation = accumulation_of(config, trainer.world_size)
+    trainer.accumulate_grad_batches = accumulation
+    # validate_every counts optimiser steps, Lightning counts batches
+    trainer.val_check_interval = config.validate_every * accumulation
+    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation)
+    if config.compile:
+        denoiser.network.compile()  # in place: the checkpoint's names stay as they are
+    summary = summary_of(config, denoiser, trainer, accumulation)
+    return Experiment(module, data, trainer, score, generation, summary)
+
+
+SCALARS = {
+    "seed": int,
+    "batch_size": int,
+    "max_device_batch": int | None,
+    "workers": int,
+    "class_conditional": bool,
+    "compile": bool,
+    "validate_every": int,
+    "ckpt": str | None,
+    "name": str | None,
+}
+
+
+def source_of(config: DictConfig) -> ImageSource:
+    """The data set, found on disk but not read."""
+    source = build(config.data, ImageSource, "data")
+    if config.class_conditional and source.num_classes == 0:
+        raise UserError("class_conditional=true: these data have no labels; choose class_conditional=false")
+    source.check()
+    return source
+
+
+def denoiser_of(config: DictConfig, source: ImageSource | None = None) -> Denoiser:
+    """The network with its schedule and the meaning of its output, freshly initialised."""
+    schedule = build(config.schedule, Schedule, "schedule")
+    parameterization = build(config.parameterization, Parameterization, "parameterization")
+    variance = build(config.variance, Variance, "variance")
+    num_classes = config.data.num_classes if config.class_conditional else 0
+    network = build(config.model, nn.Module, "model", num_classes=num_classes)
+    for what in ("channels", "image_size"):
+        given, needed = getattr(network, what), config.data[what]
+        if given != needed:
+            raise UserError(
+                f"model.{what}={given}: the images have {needed}; leave model.{what} out, it follows the data"
+            )
+    return Denoiser(network, schedule, parameterization, variance)
+
+
+def generation_of(
+    config: DictConfig, seed: int, schedule: Schedule, source: ImageSource | DictConfig
+) -> Generation:
+    """The recipe by which images are made; its times are tried on the schedule at once."""
+    numbers = resolve(config.sampler, "sampler")
+    # the number of steps is the spacing's affair, but it is at the sampler that everyone looks for it
+    steps = numbers.pop("steps")
+    check_value(int, steps, "sampler.steps")
+    generation = Generation(
+        sampler=build(OmegaConf.create(numbers), Sampler, "sampler"),
+        spacing=build(config.spacing, Spacing, "spacing"),
+        steps=steps,
+        clipping=build(config.clipping, StaticClipping, "clipping"),
+        image_shape=(source.channels, source.image_size, source.image_size),
+        num_classes=source.num_classes if config.class_conditional else 0,
+        seed=seed,
+    )
+    try:
+        generation.times(schedule)
+    except ValueError as error:
+        raise UserError(f"sampler.{error}") from None
+    return generation
+
+
+def callbacks_of(
+    config: DictConfig,
+    folder: Path,
+    source: ImageSource,
+    generation: Generation,
+    score: FidelityScore | None,
+    denoiser: Denoiser,
+    ema: EMA | None,
+) -> list[Callback]:
+    """The callbacks in the order in which they act: the average first, so that all others see it up to date."""
+    joined: dict[str, dict[str, Any]] = {
+        "sample_images": {"generation": generation, "folder": folder / "samples"},
+        "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
+        "track_fidelity": {
+            "score": score,
+            "generation": generation,
+            "set_reference": partial(set_reference, source=source, cache=config.cache),
+            "best": folder / CHECKPOINTS / BEST_FILE,
+            "protocol": partial(protocol, generation=generation, ema=ema),
+        },
+    }
+    kinds = {"sample_images": SampleImages, "checkpoints": Checkpoints, "track_fidelity": TrackFidelity}
+    callbacks: list[Callback] = [] if ema is None else [ema]
+    for name, node in (config.callbacks or {}).items():
+        if name == "track_fidelity" and score is None:
+            continue
+        option = f"callbacks.{name}"
+        callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))
+    return callbacks
+
+
+def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
+    silence_lightning()
+    return build(
+        config.trainer,
+        Trainer,
+        "trainer",
+        logger=loggers_of(config, folder),
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        max_epochs=-1,
+        enable_progress_bar="progress" in (config.callbacks or {}),
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
+    """CSV always, and the chosen ones."""
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    for name, node in (config.logger or {}).items():
+        joined = wandb_settings(folder, config.name) if name == "wandb" else {}
+        loggers.append(build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined))
+    return loggers
+
+
+def accumulation_of(config: DictConfig, world_size: int) -> int:
+    """The fewest micro-batches by which max_device_batch is kept."""
+    try:
+        largest = per_device_batch(config.batch_size, world_size, 1)
+        limit = config.max_device_batch or largest
+        for accumulation in range(1, largest + 1):
+            if largest % accumulation == 0 and largest // accumulation <= limit:
+                return accumulation
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    raise UserError(f"max_device_batch={config.max_device_batch} must be at least 1")
+
+
+def summary_of(config: DictConfig, denoiser: Denoiser, trainer: Trainer, accumulation: int) -> str:
+    """What is about to be trained, in a few lines."""
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    per_device = config.batch_size // (trainer.world_size * accumulation)
+    return (
+        f"network     {type(denoiser.network).__name__}, {parameters:,} parameters\n"
+        f"process     {describe(denoiser.parameterization)} on {type(denoiser.schedule).__name__}\n"
+        f"batch       {config.batch_size} = {trainer.world_size} device(s) x {accumulation} micro-batch(es) x {per_device}\n"
+        f"training    {config.trainer.max_steps:,} steps on {trainer.accelerator.__class__.__name__}, {trainer.precision}"
+    )
+
+
+def set_reference(score: FidelityScore, rank: int, world_size: int, source: ImageSource, cache: str) -> None:
+    """Gives a score its reference set: the split that it asks for, shared out over the ranks."""
+    split = score.reference_split
+    images = source.split(split)
+    reference = Reference(source.name, split, len(images), source.fingerprint(split))
+    score.set_reference(fidelity.shares(images, 512, rank, world_size), reference, cache)
+
+
+def protocol(score: FidelityScore, step: int, generation: Generation, ema: EMA | None) -> dict[str, Any]:
+    """All that the last score depends on, as primitives."""
+    made = fidelity.Recipe(
+        weights="raw" if ema is None else "ema",
+        ema_decay=None if ema is None else ema.decay,
+        sampler=describe(generation.sampler),
+        spacing=describe(generation.spacing),
+        guidance="none",
+        clipping=describe(generation.clipping),
+        steps=generation.steps,
+        network_evaluations=generation.network_evaluations,
+        seed=generation.seed,
+    )
+    return {"training_step": step, **Protocol.of(score, made).as_dict()}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained denoiser in eval mode, and where it is from.
+
+    Attributes:
+        denoiser: with the weights that were asked for, on its device.
+        config: the run's configuration.
+        found: its folder and checkpoint.
+        step: training step of the checkpoint.
+        weights: "ema" or "raw".
+    """
+
+    denoiser: Denoiser
+    config: DictConfig
+    found: FoundRun
+    step: int
+    weights: str
+
+
+def load(run: str, checkpoint: str = "last", weights: str = "ema", device: str = "auto") -> LoadedRun:
+    """The denoiser of a run.
+
+    Args:
+        run: run folder or checkpoint file; the file alone is enough.
+        checkpoint: "last" or "best", of a run folder.
+        weights: "ema" (falls back to raw weights, saying so, if the run kept no average) or "raw".
+        device: "auto", or a torch device.
+
+    Raises:
+        UserError: no such run, or a file that is not one of our checkpoints.
+    """
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights={weights}: choose ema or raw")
+    found = find_run(run, checkpoint)
+    content = read_checkpoint(found.checkpoint)
+    config = OmegaConf.create(content["config"])
+    denoiser = denoiser_of(config)
+    prefix = "loss.denoiser.network."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    averages = next(
+        (s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None
+    )
+    if weights == "ema" and averages is None:
+        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
+        weights = "raw"
+    try:
+        denoiser.network.load_state_dict(state | averages if weights == "ema" else state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{found.checkpoint} does not fit its own configuration: {str(error).splitlines()[1]}"
+        ) from None
+    denoiser.eval().requires_grad_(False).to(pick_device(device))
+    return LoadedRun(denoiser, config, found, content["global_step"], weights)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content: tensors and primitives only, nothing in it is executed.
+
+    Raises:
+        UserError: the file is no checkpoint of this project.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "state_dict", "callbacks", "global_step"} - set(content)
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
+        ) from None
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def pick_device(device: str) -> torch.device:
+    """A torch device; "auto" takes an accelerator if there is one."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}; choose auto or cpu") from None
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Keeps the composed configuration, interpolations filled in, as <folder>/config.yaml."""
+    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(resolve(config, "config"))))
+
+
+def silence_lightning() -> None:
+    """Drops hints that do not apply to a stream without epochs, or that only advertise."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",
+        ".*`max_epochs` was not set.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,79 @@
+"""The recipe by which images are made: sampler, spacing, clipping and seed, as one object.
+
+Previews, scores and the command line share it, so that what is previewed is what is scored.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from src.data.transforms import to_uint8
+from src.diffusion.denoiser import BaseDenoiser
+from src.diffusion.sampler import PerImageNoise, Sampler, State
+from src.diffusion.schedule import Schedule
+from src.diffusion.spacing import Spacing
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How noise becomes images.
+
+    Image i is a function of (seed, i), its label and the recipe alone: batches and devices do not matter.
+
+    Attributes:
+        sampler: the method.
+        spacing: which times it visits.
+        steps: number of its steps.
+        clipping: puts the clipping of x0 around a denoiser; None for none.
+        image_shape: (C, H, W).
+        num_classes: image i gets label i mod num_classes; 0 for images without labels.
+        seed: the sampling seed.
+    """
+
+    sampler: Sampler
+    spacing: Spacing
+    steps: int
+    clipping: Callable[[BaseDenoiser], BaseDenoiser] | None
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    seed: int
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The S + 1 falling times that are visited on this schedule."""
+        return self.spacing(schedule, self.steps)
+
+    def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
+        """The states of the images with these numbers, from noise to images in [-1, 1], shape (B, C, H, W)."""
+        device = next(denoiser.parameters()).device
+        noise = PerImageNoise(self.seed, indices)
+        times = self.times(denoiser.schedule)
+        x_T = noise(torch.empty(len(indices), *self.image_shape, device=device))
+        x_T = x_T * denoiser.schedule(times[:1]).scalars()[0].sigma
+        labels = None
+        if self.num_classes:
+            labels = torch.tensor([i % self.num_classes for i in indices], device=device)
+        denoiser = self.clipping(denoiser) if self.clipping else denoiser
+        return self.sampler.trajectory(denoiser, x_T, times, labels, noise)
+
+    def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        """The images with these numbers as bytes: uint8 batches of at most batch_size, shape (B, C, H, W)."""
+        for start in range(0, len(indices), batch_size):
+            for state in self.trajectory(denoiser, indices[start : start + batch_size]):
+                last = state
+            yield to_uint8(last.x)
+
+    @property
+    def network_evaluations(self) -> int:
+        """Calls of the network for one image."""
+        return self.steps * self.sampler.evaluations_per_step
+
+
+def describe(part: object | None) -> str:
+    """A part's class and numbers in one line for protocols, e.g. "DDIM(eta=0.0)"; "none" for None."""
+    if part is None:
+        return "none"
+    kind, numbers = (part.func, part.keywords) if isinstance(part, partial) else (type(part), vars(part))
+    return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in numbers.items())})"

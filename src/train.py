@@ -1,0 +1,71 @@
+"""Train a diffusion model: python -m src.train schedule=cosine model=unet_small (see --help)."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from src.command_line import run
+from src.run_folder import environment, find_run, write_json
+
+
+def train(config: Any) -> dict[str, float]:
+    """Trains one run in Hydra's run folder.
+
+    Args:
+        config: conf/train.yaml, composed.
+
+    Returns:
+        The last validation losses and scores by name.
+    """
+    import logging
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from src import experiment
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    parts = experiment.assemble(config, folder)
+    log = logging.getLogger(__name__)
+    log.info("run         %s\n%s", folder, parts.summary)
+    experiment.write_config(config, folder)
+    record = environment()
+    write_json(folder / "environment.json", record)
+    for logger in parts.trainer.loggers:
+        logger.log_hyperparams({**experiment.resolve(config, "config"), "environment": record})
+    checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
+    try:
+        parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        finish_dashboards()
+    scores = parts.scores()
+    write_json(folder / "scores.json", scores)
+    log.info("%s", closing_summary(folder, scores))
+    return scores
+
+
+def closing_summary(folder: Path, scores: dict[str, float]) -> str:
+    """What came out of a training, and the exact commands that go on from it."""
+    lines = [f"  {name:<12}{value:.4g}" for name, value in scores.items()]
+    grids = sorted((folder / "samples").glob("step_*.png"))
+    lines += [f"  pictures    {grids[-1]}"] if grids else []
+    lines += [f"  checkpoint  {find_run(folder).checkpoint}"]
+    return "\n".join(
+        [
+            "\nDone.",
+            *lines,
+            "Next:",
+            f"  python -m src.sample run={folder} sampler=ddim sampler.steps=50 n=64 seed=0",
+            f"  python -m src.evaluate run={folder}",
+            f"  python -m src.train ckpt={folder} trainer.max_steps=<more>",
+        ]
+    )
+
+
+def finish_dashboards() -> None:
+    """Ends the wandb run, so that the next job of a sweep opens its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+if __name__ == "__main__":
+    run("train", train)

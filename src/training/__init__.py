@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, the average of its weights, checkpoints and callbacks."""

@@ -1,0 +1,42 @@
+"""The progress bar of a training without epochs."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Counts optimiser steps towards max_steps; redrawn a few times a second at most.
+
+    Args:
+        every: optimiser steps between two updates.
+    """
+
+    def __init__(self, every: int = 10):
+        super().__init__(refresh_rate=every)
+        self.every = every
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.set_description("training")
+        bar.unit = "step"
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.train_progress_bar.reset(trainer.max_steps)
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps:
+            bar = self.train_progress_bar
+            bar.set_postfix({name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()})
+            bar.n = step
+            bar.refresh()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: there are no epochs."""

@@ -1,0 +1,48 @@
+"""Learning-rate schedules, as factors of the optimiser's rate by step k = 0, 1, 2, ..."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class WarmUp(LambdaLR):
+    """min(1, (k + 1) / warmup_steps): a linear rise, then constant (DDPM: 5,000 steps, Ho et al. 2020, app. B).
+
+    Args:
+        optimizer: whose rate is set.
+        warmup_steps: length of the rise; 0 for none.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int):
+        _check(warmup_steps=warmup_steps)
+        super().__init__(optimizer, lambda k: min(1.0, (k + 1) / max(warmup_steps, 1)))
+
+
+class WarmUpCosine(LambdaLR):
+    """A linear rise, then half a cosine down to `final` at total_steps (Loshchilov & Hutter 2017).
+
+    Args:
+        optimizer: whose rate is set.
+        warmup_steps: length of the rise; 0 for none.
+        total_steps: length of the training.
+        final: factor at the end, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, final: float = 0.0):
+        _check(warmup_steps=warmup_steps)
+        if total_steps <= warmup_steps:
+            raise ValueError(f"total_steps={total_steps} must be above warmup_steps={warmup_steps}")
+
+        def factor(k: int) -> float:
+            if k < warmup_steps:
+                return (k + 1) / warmup_steps
+            progress = min(1.0, (k - warmup_steps) / (total_steps - warmup_steps))
+            return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+        super().__init__(optimizer, factor)
+
+
+def _check(warmup_steps: int) -> None:
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")

@@ -1,0 +1,142 @@
+"""The LightningModule: steps and optimiser, nothing else.
+
+Every random draw of a step is a function of (seed, purpose, place in the training stream), made for the
+global batch and sliced by place: resuming, sharding and callbacks cannot change it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from src.data.stream import Batch
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.loss import DenoisingLoss
+from src.randomness import draws_at, generator, key
+from src.training.ema import EMA
+
+# Validation draws do not depend on the run's seed, so that curves of different seeds can be compared.
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a training step hands to the callbacks.
+
+    Attributes:
+        losses: the loss of each image, shape (b,), detached, on the device.
+        times: their times as quantiles of the schedule's range, in [0, 1], shape (b,), on the CPU.
+    """
+
+    losses: Tensor
+    times: Tensor
+
+
+class DiffusionModule(LightningModule):
+    """Trains the network of a `DenoisingLoss`.
+
+    Args:
+        loss: joins the denoiser, the weighting and the time sampling.
+        optimizer: parameters -> optimiser.
+        lr_schedule: optimiser -> learning-rate schedule, stepped once an optimiser step; None for a constant rate.
+        ema: average of the network's weights, used wherever the network is judged; None for none.
+        seed: the run's seed.
+        batch_size: the global batch size.
+        conditional: whether labels are given to the network.
+    """
+
+    def __init__(
+        self,
+        loss: DenoisingLoss,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        lr_schedule: Callable[[Optimizer], LRScheduler] | None,
+        ema: EMA | None,
+        seed: int,
+        batch_size: int,
+        conditional: bool = False,
+    ):
+        super().__init__()
+        self.loss = loss
+        self.make_optimizer = optimizer
+        self.make_lr_schedule = lr_schedule
+        self.ema = ema
+        self.seed = seed
+        self.batch_size = batch_size
+        self.conditional = conditional
+        self.gradient_norm = torch.zeros(())
+        self.step_output: StepOutput | None = None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.loss.denoiser
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x0, positions = batch.images, batch.positions
+        schedule = self.denoiser.schedule
+        t = draws_at(positions, self.batch_size, self._times)
+        eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
+        # Dropout draws from the global stream, which therefore starts anew from the place in the stream.
+        torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
+        losses = self.loss(x0, t, eps, batch.labels if self.conditional else None)
+        quantiles = (t - schedule.t_min) / max(schedule.t_max - schedule.t_min, 1)
+        self.step_output = StepOutput(losses.detach(), quantiles)
+        return losses.mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
+        x0 = batch.images
+        draws = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
+        t = torch.cat([self.loss.time_sampling(1, self.denoiser.schedule, g) for g in draws])
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0)
+        labels = batch.labels if self.conditional else None
+        log = {"val/loss": self.loss(x0, t, eps, labels).mean()}
+        if self.ema is not None:
+            with self.averaged():
+                log["val/loss_ema"] = self.loss(x0, t, eps, labels).mean()
+        self.log_dict(log, on_epoch=True, on_step=False, sync_dist=True, batch_size=len(x0))
+
+    @contextmanager
+    def averaged(self) -> Iterator[Denoiser]:
+        """The denoiser as it is judged: averaged weights, eval mode. Both are put back whatever happens."""
+        network = self.denoiser.network
+        was_training = network.training
+        network.eval()
+        try:
+            if self.ema is None:
+                yield self.denoiser
+            else:
+                with self.ema.applied(network):
+                    yield self.denoiser
+        finally:
+            network.train(was_training)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the global norm and keeps it, so that logging it costs nothing more."""
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), limit, foreach=True)
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.denoiser.network.parameters())
+        if self.make_lr_schedule is None:
+            return optimizer
+        lr_schedule = self.make_lr_schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_schedule, "interval": "step"}}
+
+    def _times(self, number: int) -> Tensor:
+        draw = generator(self.seed, "time", number)
+        return self.loss.time_sampling(self.batch_size, self.denoiser.schedule, draw)
+
+    def _noise(self, number: int, x0: Tensor) -> Tensor:
+        draw = generator(self.seed, "noise", number, x0.device)
+        shape = (self.batch_size, *x0.shape[1:])
+        return torch.randn(shape, generator=draw, device=x0.device, dtype=x0.dtype)
