@@ -1,6 +1,7 @@
 """Feature spaces in which sets of images are compared: fixed networks, identified by their weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,12 +24,28 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in full float32 on the GPU: cuDNN's default, TF32, moves features by about 1e-3."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):  # before torch 2.9
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+        return
+    # not `cudnn.flags`, which raises where the precision was set through the interface of torch 2.9
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
 class FeatureExtractor(nn.Module):
     """A fixed map from images to feature vectors.
 
     `forward` takes uint8 images (B, C, H, W) and returns float32 features (B, num_features). It is always in
-    evaluation mode, without gradients, in full float32 whatever precision the training runs in: neither
-    autocast nor TF32 convolutions, which alone would move features by one part in a thousand.
+    evaluation mode, without gradients, in full float32 whatever precision the training runs in.
 
     Attributes:
         name: name of the feature space; part of every score's name.
@@ -57,7 +74,7 @@ class FeatureExtractor(nn.Module):
         with (
             torch.no_grad(),
             torch.autocast(images.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            full_precision(),
         ):
             return self.extract(images).float()
 

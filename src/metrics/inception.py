@@ -140,7 +140,7 @@ def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "Fe
 def fold_batch_norms(network: nn.Module) -> None:
     """Fold each batch norm into the convolution before it, and lay weights out channels last.
 
-    Together 1.5 times faster on a CPU, with features that differ by 3e-7 of their norm.
+    Together 1.5 times faster on a CPU, with features that differ by 1e-6 of their norm.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from src.errors import UserError
 from src.metrics.classifier import SmallClassifier, load_classifier, save_classifier
-from src.metrics.features import WEIGHTS_FOLDER, ClassifierFeatures, hash_weights
+from src.metrics.features import WEIGHTS_FOLDER, ClassifierFeatures, full_precision, hash_weights
 
 
 def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
@@ -126,6 +126,23 @@ def test_a_file_that_is_not_what_it_says_is_a_user_error(tmp_path, content):
 def test_too_many_poolings_are_refused():
     with pytest.raises(ValueError, match="widths: 3 poolings leave nothing of 4 pixels"):
         SmallClassifier(1, 4, [2, 2, 2], 4, 2)
+
+
+def test_full_precision_holds_inside_only_and_bears_either_interface():
+    backends, conv = torch.backends, torch.backends.cudnn.conv
+    before = backends.fp32_precision, conv.fp32_precision
+    try:
+        # through the interface of torch 2.9, after which reading cudnn.allow_tf32 raises
+        backends.fp32_precision, conv.fp32_precision = "tf32", "tf32"
+        with full_precision():
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == "tf32"
+        assert ClassifierFeatures("digits")(random_images(1, (1, 8, 8))).isfinite().all()
+    finally:
+        backends.fp32_precision, conv.fp32_precision = before
+    with full_precision():
+        pass
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.gpu
