@@ -3,13 +3,16 @@
     OMP_NUM_THREADS=1 python -m benchmarks.data
 
 All rows read the same random pixels, in shuffled order, with mirroring, into float32 batches in [-1, 1].
+Wants an idle machine: a busy core slows the rows with workers and not the others, so the ratios would flatter us.
 """
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -23,7 +26,8 @@ from src.data.datamodule import ImageDataModule
 from src.data.source import ImageSource, InMemoryImages
 
 BATCH = 128
-SECONDS = 2.0
+SECONDS = 1.0
+ROUNDS = 5
 SHAPES = {"28x28x1": (20_000, 1, 28), "32x32x3": (20_000, 3, 32)}
 
 
@@ -66,13 +70,26 @@ def endless(loader: DataLoader) -> Iterator:
 
 
 def images_per_second(batches: Iterator) -> float:
-    """Over `SECONDS`, after the workers have started and two batches have been read."""
-    for _ in range(2):
+    """Over `SECONDS`, after as many batches as workers may have prepared ahead."""
+    for _ in range(8):
         next(batches)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS:
         count += len(next(batches)[0])
     return count / (time.perf_counter() - start)
+
+
+def measure(rows: dict[str, Callable[[], Iterator]]) -> dict[str, list[float]]:
+    """Each row `ROUNDS` times, in turns, so that whatever else the machine does meets all rows alike."""
+    rates = {name: [] for name in rows}
+    for _ in range(ROUNDS):
+        for name, batches in rows.items():
+            rates[name].append(images_per_second(batches()))
+    return rates
+
+
+def shown(rates: list[float]) -> str:
+    return f"{median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
 
 
 def rows(pixels: torch.Tensor) -> dict[str, Callable[[], Iterator]]:
@@ -99,8 +116,8 @@ def rows(pixels: torch.Tensor) -> dict[str, Callable[[], Iterator]]:
     }
 
 
-def folder_rows() -> dict[str, float]:
-    """Images a second of a folder of 256x256 JPEGs scaled to 64x64: indexing, decoding again, from memory."""
+def folder() -> dict[str, list[float]]:
+    """Images a second of a folder of 256x256 JPEGs scaled to 64x64."""
     from src.data.image_folder import ImageFolder
 
     rng, count = np.random.default_rng(0), 1000
@@ -111,55 +128,49 @@ def folder_rows() -> dict[str, float]:
             coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
             coarse.resize((256, 256)).save(root / f"{i}.jpg", quality=90)
 
-        def source(limit: int) -> ImageFolder:
-            return ImageFolder(str(root), 64, cache=temporary, memory_limit_mb=limit)
+        def source(cache: str, limit: int) -> ImageFolder:
+            return ImageFolder(str(root), 64, cache=f"{temporary}/{cache}", memory_limit_mb=limit)
 
-        start = time.perf_counter()
-        source(2048).prepare()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        held = source(2048)
-        held.prepare()
-        second = time.perf_counter() - start
-        return {
-            "first start: decode and index": count / first,
-            "second start: index and pixels from the cache": count / second,
-            "training, held in memory": images_per_second(
-                iter(ImageDataModule(held, BATCH, seed=0).train_dataloader())
-            ),
-            "training, decoded at every use, 0 workers": images_per_second(
-                iter(ImageDataModule(source(0), BATCH, seed=0).train_dataloader())
-            ),
-            "training, decoded at every use, 2 workers": images_per_second(
-                iter(ImageDataModule(source(0), BATCH, seed=0, workers=2).train_dataloader())
-            ),
+        def start(cache: str) -> float:
+            begin = time.perf_counter()
+            source(cache, 2048).prepare()
+            return count / (time.perf_counter() - begin)
+
+        def training(limit: int, workers: int) -> Callable[[], Iterator]:
+            data = ImageDataModule(source("0", limit), BATCH, seed=0, workers=workers)
+            return lambda: iter(data.train_dataloader())
+
+        starts = {
+            "first start: decode and index": [start(str(k)) for k in range(ROUNDS)],
+            "second start: index and pixels from the cache": [start(str(k)) for k in range(ROUNDS)],
         }
+        return starts | measure(
+            {
+                "training, held in memory": training(2048, 0),
+                "training, decoded at every use, 0 workers": training(0, 0),
+                "training, decoded at every use, 2 workers": training(0, 2),
+            }
+        )
 
 
 def main() -> None:
-    console = Console()
-    table = Table(title=f"images/s, batch {BATCH}, {torch.get_num_threads()} thread(s)")
-    table.add_column("")
-    table.add_column("", justify="right")
-    for title in SHAPES:
-        table.add_column(title, justify="right")
-    columns = {}
+    console = Console(width=120)
+    conditions = f"batch {BATCH}, {torch.get_num_threads()} thread(s), median of {ROUNDS} (lowest to highest)"
+    console.print(f"load before the start: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")
     for title, (n, channels, size) in SHAPES.items():
         pixels = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)
-        columns[title] = {}
-        for name, batches in rows(pixels).items():
-            with console.status(f"{title}: {name}"):
-                columns[title][name] = images_per_second(batches())
-    base = next(iter(next(iter(columns.values()))))
-    for name in next(iter(columns.values())):
-        factor = " / ".join(f"{column[name] / column[base]:.1f}x" for column in columns.values())
-        table.add_row(name, factor, *(f"{column[name]:,.0f}" for column in columns.values()))
-    console.print(table)
-
-    table = Table("", "images/s", title="folder of 1,000 JPEGs, 256x256 to 64x64")
+        with console.status(title):
+            rates = measure(rows(pixels))
+        base = median(next(iter(rates.values())))
+        table = Table("", "images/s", "", title=f"{title}: {conditions}")
+        for name, values in rates.items():
+            table.add_row(name, shown(values), f"{median(values) / base:.1f}x")
+        console.print(table)
     with console.status("folder of JPEGs"):
-        for name, rate in folder_rows().items():
-            table.add_row(name, f"{rate:,.0f}")
+        rates = folder()
+    table = Table("", "images/s", title=f"1,000 JPEGs, 256x256 to 64x64: {conditions}")
+    for name, values in rates.items():
+        table.add_row(name, shown(values))
     console.print(table)
 
 

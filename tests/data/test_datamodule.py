@@ -1,10 +1,15 @@
+from itertools import islice
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.nn.functional import cross_entropy
 
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.data.digits import Digits
+from src.data.stream import Batch
 
 
 class Probe(pl.LightningModule):
@@ -111,6 +116,54 @@ def test_accumulation_must_be_the_trainers(source):
     data.trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)
     with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
         data.train_dataloader()
+
+
+def on_rank(rank, world_size, **options):
+    data = ImageDataModule(Digits(), 24, seed=3, **options)
+    data.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        global_step=0,
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    return data
+
+
+def test_ranks_share_out_each_step_and_the_validation_split():
+    ranks = [on_rank(rank, 3) for rank in range(3)]
+    for step, batches in enumerate(islice(zip(*(r.train_dataloader() for r in ranks), strict=True), 5)):
+        positions = torch.cat([b.positions for b in batches])
+        assert torch.equal(positions, torch.arange(24 * step, 24 * step + 24))
+    counts = {len(r.val_dataloader()) for r in ranks}
+    indices = torch.cat([b.positions for r in ranks for b in r.val_dataloader()])
+    assert len(counts) == 1
+    assert torch.equal(indices.sort().values, torch.arange(147))
+
+
+def test_indivisible_batch_stops_before_training():
+    with pytest.raises(ValueError, match="5 devices: choose 20 or 25"):
+        on_rank(0, 5).train_dataloader()
+
+
+def test_lightning_moves_batches():
+    batch = next(iter(ImageDataModule(Digits(num_classes=0), 8, seed=0).train_dataloader()))
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert moved.labels is None
+    assert moved.images.is_meta
+    assert moved.positions.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_pinned_for_cuda():
+    data = on_rank(0, 1)
+    data.trainer.strategy.root_device = torch.device("cuda")
+    batch = next(iter(data.train_dataloader()))
+    assert isinstance(batch, Batch)
+    assert batch.images.is_pinned()
+    assert batch.labels.is_pinned()
 
 
 @pytest.mark.parametrize(
