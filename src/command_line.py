@@ -23,8 +23,8 @@ OUTCOME_FILE = "outcome.json"
 def run(config_name: str, task: Callable[[Any], dict[str, float]]) -> None:
     """Composes conf/<config_name>.yaml with the command line's overrides and runs the task on it.
 
-    Exits with status 0, or 2 after a mistake of the user's, told in one line. In a sweep each job's outcome is
-    written to its folder, a failing job does not take the others along, and a table closes the sweep; the
+    Exits with status 0, or 2 after a mistake of the user's, told in one line. In a sweep each job's outcome
+    is written to its folder, a failing job does not take the others along, and a table closes the sweep; the
     status is then 1 if a job has failed.
 
     Args:
@@ -110,7 +110,8 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
             return (
                 f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"
             )
-        return f"{key}: no such option{_nearest(key, _all_keys())}; python -m src.{config_name} --help lists the groups"
+        nearest = _nearest(key, _all_keys())
+        return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups"
     first = str(error).strip().splitlines()[0]
     return f"{first} (python -m src.{config_name} --help)"
 
@@ -143,7 +144,7 @@ def _all_keys() -> list[str]:
 
 
 def help_text(config_name: str) -> str:
-    """The door's options in plain words: taken from the comments of the files in conf/, so never out of date."""
+    """The door's options in plain words, taken from the comments in conf/, so never out of date."""
     lines = (CONF / f"{config_name}.yaml").read_text().splitlines()
     head = []
     for line in lines:

@@ -6,9 +6,10 @@ an object of their kind belongs: a configuration may come from a stranger.
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,23 +33,34 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
         joined: built objects and derived numbers that the constructor gets besides the node's.
 
     Raises:
-        UserError: an unknown or forbidden class, an unknown option, a value of the wrong type or out of range.
+        UserError: an unknown or forbidden class, an unknown option, a wrong type or number.
     """
     if not node:
         return None
     numbers = resolve(node, option)
     target = _checked(numbers, option)
-    if not (inspect.isclass(target) and issubclass(target, kind)):
+    if not issubclass(target, kind):
         raise UserError(f"{option}._target_={numbers['_target_']} is no {kind.__name__}")
+    return _construct(numbers, option, joined)
+
+
+def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any]) -> Any:
+    arguments = {
+        name: _construct(value, f"{option}.{name}", {}) if _is_node(value) else value
+        for name, value in numbers.items()
+        if name not in ("_target_", "_partial_")
+    }
+    make = partial(get_object(numbers["_target_"]), **arguments, **joined)
+    if numbers.get("_partial_"):
+        return make
     try:
-        return instantiate(numbers, **joined, _convert_="all")
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, ValueError):
-            raise UserError(f"{option}.{cause}") from None
-        raise
+        return make()
+    except ValueError as error:
+        raise UserError(f"{option}.{error}") from None
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def resolve(node: DictConfig, option: str) -> dict[str, Any]:
@@ -95,7 +107,7 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
         if name not in parameters and not open_ended:
             known = ", ".join(p for p in parameters if p != "self")
             raise UserError(f"{option}.{name}: {target.__name__} has no such option; it has {known}")
-        if isinstance(value, Mapping) and "_target_" in value:
+        if _is_node(value):
             _checked(value, f"{option}.{name}")
         elif name in hints:
             check_value(hints[name], value, f"{option}.{name}")

@@ -182,7 +182,7 @@ def callbacks_of(
     denoiser: Denoiser,
     ema: EMA | None,
 ) -> list[Callback]:
-    """The callbacks in the order in which they act: the average first, so that all others see it up to date."""
+    """The callbacks in the order in which they act: the average first, for the others see it up to date."""
     joined: dict[str, dict[str, Any]] = {
         "sample_images": {"generation": generation, "folder": folder / "samples"},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
@@ -221,7 +221,8 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         max_epochs=-1,
         enable_progress_bar="progress" in (config.callbacks or {}),
         enable_model_summary=False,
-        enable_checkpointing=False,
+        # True without one of ours would add Lightning's
+        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
     )
 
 
@@ -250,12 +251,14 @@ def accumulation_of(config: DictConfig, world_size: int) -> int:
 def summary_of(config: DictConfig, denoiser: Denoiser, trainer: Trainer, accumulation: int) -> str:
     """What is about to be trained, in a few lines."""
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    per_device = config.batch_size // (trainer.world_size * accumulation)
+    devices = trainer.world_size
+    per_device = config.batch_size // (devices * accumulation)
+    hardware = f"{trainer.accelerator.__class__.__name__}, {trainer.precision}"
     return (
         f"network     {type(denoiser.network).__name__}, {parameters:,} parameters\n"
         f"process     {describe(denoiser.parameterization)} on {type(denoiser.schedule).__name__}\n"
-        f"batch       {config.batch_size} = {trainer.world_size} device(s) x {accumulation} micro-batch(es) x {per_device}\n"
-        f"training    {config.trainer.max_steps:,} steps on {trainer.accelerator.__class__.__name__}, {trainer.precision}"
+        f"batch       {config.batch_size} = {devices} devices x {accumulation} micro-batches x {per_device}\n"
+        f"training    {config.trainer.max_steps:,} steps on {hardware}"
     )
 
 
@@ -270,6 +273,7 @@ def set_reference(score: FidelityScore, rank: int, world_size: int, source: Imag
 def protocol(score: FidelityScore, step: int, generation: Generation, ema: EMA | None) -> dict[str, Any]:
     """All that the last score depends on, as primitives."""
     made = fidelity.Recipe(
+        training_steps=step,
         weights="raw" if ema is None else "ema",
         ema_decay=None if ema is None else ema.decay,
         sampler=describe(generation.sampler),
@@ -280,7 +284,7 @@ def protocol(score: FidelityScore, step: int, generation: Generation, ema: EMA |
         network_evaluations=generation.network_evaluations,
         seed=generation.seed,
     )
-    return {"training_step": step, **Protocol.of(score, made).as_dict()}
+    return Protocol.of(score, made).as_dict()
 
 
 @dataclass(frozen=True)

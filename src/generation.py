@@ -46,7 +46,7 @@ class Generation:
         return self.spacing(schedule, self.steps)
 
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
-        """The states of the images with these numbers, from noise to images in [-1, 1], shape (B, C, H, W)."""
+        """The states of the images with these numbers, from noise to images in [-1, 1], (B, C, H, W)."""
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
         times = self.times(denoiser.schedule)

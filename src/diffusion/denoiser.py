@@ -64,9 +64,7 @@ class BaseDenoiser(nn.Module, ABC):
             condition: what the network is conditioned on, e.g. class labels of shape (B,); None for nothing.
         """
 
-    def reverse(
-        self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Tensor | None = None
-    ) -> Gaussian:
+    def reverse(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Tensor | None = None) -> Gaussian:
         """p(x_s | x_t) = q(x_s | x_t, x0_hat) with the chosen variance (Ho et al. 2020, eq. 1 and 7)."""
         prediction = self(x_t, t, condition)
         mean = posterior_mean(prediction.x0, x_t, t, s)

@@ -1,8 +1,8 @@
 """The noise level: what a schedule says about a time t.
 
-    x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
+x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
 
-    SNR_t = alpha_t^2 / sigma_t^2,     log_snr = lambda_t = ln(alpha_t / sigma_t) = ln(SNR_t) / 2
+SNR_t = alpha_t^2 / sigma_t^2,     log_snr = lambda_t = ln(alpha_t / sigma_t) = ln(SNR_t) / 2
 """
 
 import math

@@ -45,7 +45,7 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
 
 
 def _has_key() -> bool:
-    """Whether the environment or ~/.netrc holds a key. `wandb.login(prompt=False)` would wait for the server."""
+    """Whether the environment or ~/.netrc holds a key (`wandb.login(prompt=False)` waits for the server)."""
     import wandb
     from requests.utils import get_netrc_auth
 

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmUp(LambdaLR):
-    """min(1, (k + 1) / warmup_steps): a linear rise, then constant (DDPM: 5,000 steps, Ho et al. 2020, app. B).
+    """min(1, (k + 1) / warmup_steps): a linear rise, then constant (Ho et al. 2020, app. B: 5,000 steps).
 
     Args:
         optimizer: whose rate is set.

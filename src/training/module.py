@@ -43,7 +43,7 @@ class DiffusionModule(LightningModule):
     Args:
         loss: joins the denoiser, the weighting and the time sampling.
         optimizer: parameters -> optimiser.
-        lr_schedule: optimiser -> learning-rate schedule, stepped once an optimiser step; None for a constant rate.
+        lr_schedule: optimiser -> learning-rate schedule, stepped with it; None for a constant rate.
         ema: average of the network's weights, used wherever the network is judged; None for none.
         seed: the run's seed.
         batch_size: the global batch size.

@@ -49,7 +49,9 @@ class DiscreteSchedule(Schedule):
     def __init__(self, alphabar: Tensor):
         alphabar = torch.cat([torch.ones(1, dtype=torch.float64), alphabar.double()])
         if alphabar.numel() < 2 or not (alphabar.diff() < 0).all() or alphabar[-1] < 0:
-            raise ValueError("T and the noise range must give an alphabar that falls strictly from 1 towards 0")
+            raise ValueError(
+                "T and the noise range must give an alphabar that falls strictly from 1 towards 0"
+            )
         self.alphabar = alphabar
         self.T = alphabar.numel() - 1
         self.t_min, self.t_max = 1.0, float(self.T)
