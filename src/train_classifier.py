@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import trange
 
+from src.errors import UserError
 from src.metrics.classifier import SmallClassifier, save_classifier
 from src.metrics.features import WEIGHTS_FOLDER
 from src.randomness import generator
@@ -83,7 +84,10 @@ def main() -> None:
         parser.error(f"data={name}: no classifier for it; choose one of {', '.join(ARCHITECTURES)}")
 
     source = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
-    train_set, test_set = source.split("train"), source.split("test")
+    try:
+        train_set, test_set = source.split("train"), source.split("test")
+    except UserError as error:
+        parser.error(str(error))
     torch.manual_seed(arguments.seed)
     classifier = SmallClassifier(
         channels=source.channels,

@@ -1,5 +1,6 @@
 import sys
 
+import pytest
 import torch
 
 from src import train_classifier
@@ -34,3 +35,13 @@ def test_command_trains_a_classifier_and_the_seed_decides_it(tmp_path, monkeypat
     assert float(metadata["test_accuracy"]) > 0.9
     assert "--seed 3" in metadata["command"]
     assert torch.equal(first.head.weight, second.head.weight)
+
+
+def test_data_without_a_classifier_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_classifier", "data=cifar10"])
+    with pytest.raises(SystemExit) as raised:
+        train_classifier.main()
+    assert raised.value.code == 2
+    assert (
+        "data=cifar10: no classifier for it; choose one of digits, fashion_mnist" in capsys.readouterr().err
+    )
