@@ -20,7 +20,11 @@ USER_ERROR = 2
 OUTCOME_FILE = "outcome.json"
 
 
-def run(config_name: str, task: Callable[[Any], dict[str, float]]) -> None:
+def run(
+    config_name: str,
+    task: Callable[[Any], dict[str, float]],
+    rewrite: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Composes conf/<config_name>.yaml with the command line's overrides and runs the task on it.
 
     Exits with status 0, or 2 after a mistake of the user's, told in one line. In a sweep each job's outcome
@@ -30,6 +34,7 @@ def run(config_name: str, task: Callable[[Any], dict[str, float]]) -> None:
     Args:
         config_name: also the module's name, src.<config_name>.
         task: composed configuration -> scores by name.
+        rewrite: what to make of the command line's arguments before Hydra reads them.
     """
     arguments = sys.argv[1:]
     if any(argument in ("--help", "-h") for argument in arguments):
@@ -38,6 +43,7 @@ def run(config_name: str, task: Callable[[Any], dict[str, float]]) -> None:
     # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = rewrite(arguments)
         failed = _run_hydra(config_name, task)
     except UserError as error:
         sys.exit(_complain(str(error)))

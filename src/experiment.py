@@ -5,15 +5,17 @@ Hydra picks the leaves; the arrows between them are the plain lines of `denoiser
 
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -78,8 +80,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     Raises:
         UserError: a choice that is impossible or does not fit another.
     """
-    for option, kind in SCALARS.items():
-        check_value(kind, config[option], option)
+    check_scalars(config, TRAINING_SCALARS)
     source = source_of(config)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, source)
@@ -96,8 +97,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         batch_size=config.batch_size,
         conditional=config.class_conditional,
     )
-    generation = generation_of(config, config.generation.seed, denoiser.schedule, source)
-    score = build(config.metrics, FidelityScore, "metrics")
+    generation = generation_of(config, config.generation.seed, denoiser.schedule)
+    score = fidelity_of(config)
     callbacks = callbacks_of(config, folder, source, generation, score, denoiser, ema)
     trainer = trainer_of(config, folder, callbacks)
     accumulation = accumulation_of(config, trainer.world_size)
@@ -111,17 +112,38 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     return Experiment(module, data, trainer, score, generation, summary)
 
 
-SCALARS = {
-    "seed": int,
-    "batch_size": int,
-    "max_device_batch": int | None,
-    "workers": int,
+TRAINING_SCALARS = {
+    "seed": NonNegativeInt,
+    "batch_size": PositiveInt,
+    "max_device_batch": PositiveInt | None,
+    "workers": NonNegativeInt,
     "class_conditional": bool,
     "compile": bool,
-    "validate_every": int,
+    "validate_every": PositiveInt,
     "ckpt": str | None,
     "name": str | None,
 }
+LOADING_SCALARS = {
+    "run": str,
+    "checkpoint": Literal["last", "best"],
+    "weights": Literal["ema", "raw"],
+    "n": PositiveInt,
+    "seed": NonNegativeInt,
+    "batch_size": PositiveInt,
+    "device": str,
+}
+
+
+def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:
+    """Holds the options that belong to no group against their types.
+
+    Raises:
+        UserError: one is of another type, out of range or missing.
+    """
+    for option, kind in kinds.items():
+        if OmegaConf.is_missing(config, option):
+            raise UserError(f"{option} is missing: say {option}=...")
+        check_value(kind, config[option], option)
 
 
 def source_of(config: DictConfig) -> ImageSource:
@@ -149,9 +171,7 @@ def denoiser_of(config: DictConfig, source: ImageSource | None = None) -> Denois
     return Denoiser(network, schedule, parameterization, variance)
 
 
-def generation_of(
-    config: DictConfig, seed: int, schedule: Schedule, source: ImageSource | DictConfig
-) -> Generation:
+def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generation:
     """The recipe by which images are made; its times are tried on the schedule at once."""
     numbers = resolve(config.sampler, "sampler")
     # the number of steps is the spacing's affair, but it is at the sampler that everyone looks for it
@@ -162,8 +182,8 @@ def generation_of(
         spacing=build(config.spacing, Spacing, "spacing"),
         steps=steps,
         clipping=build(config.clipping, StaticClipping, "clipping"),
-        image_shape=(source.channels, source.image_size, source.image_size),
-        num_classes=source.num_classes if config.class_conditional else 0,
+        image_shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        num_classes=config.data.num_classes if config.class_conditional else 0,
         seed=seed,
     )
     try:
@@ -171,6 +191,20 @@ def generation_of(
     except ValueError as error:
         raise UserError(f"sampler.{error}") from None
     return generation
+
+
+def fidelity_of(config: DictConfig) -> FidelityScore | None:
+    """The score, tried on a black image: does its feature space take images of this shape?"""
+    score = build(config.metrics, FidelityScore, "metrics")
+    if score is not None:
+        image = torch.zeros(
+            1, config.data.channels, config.data.image_size, config.data.image_size, dtype=torch.uint8
+        )
+        try:
+            score.features(image)
+        except ValueError as error:
+            raise UserError(f"metrics: {error}") from None
+    return score
 
 
 def callbacks_of(
@@ -191,7 +225,9 @@ def callbacks_of(
             "generation": generation,
             "set_reference": partial(set_reference, source=source, cache=config.cache),
             "best": folder / CHECKPOINTS / BEST_FILE,
-            "protocol": partial(protocol, generation=generation, ema=ema),
+            "recipe": partial(
+                recipe, generation, weights="ema" if ema else "raw", ema_decay=ema.decay if ema else None
+            ),
         },
     }
     kinds = {"sample_images": SampleImages, "checkpoints": Checkpoints, "track_fidelity": TrackFidelity}
@@ -270,12 +306,12 @@ def set_reference(score: FidelityScore, rank: int, world_size: int, source: Imag
     score.set_reference(fidelity.shares(images, 512, rank, world_size), reference, cache)
 
 
-def protocol(score: FidelityScore, step: int, generation: Generation, ema: EMA | None) -> dict[str, Any]:
-    """All that the last score depends on, as primitives."""
-    made = fidelity.Recipe(
+def recipe(generation: Generation, step: int, weights: str, ema_decay: float | None) -> fidelity.Recipe:
+    """How images were made, in words and numbers."""
+    return fidelity.Recipe(
         training_steps=step,
-        weights="raw" if ema is None else "ema",
-        ema_decay=None if ema is None else ema.decay,
+        weights=weights,
+        ema_decay=ema_decay if weights == "ema" else None,
         sampler=describe(generation.sampler),
         spacing=describe(generation.spacing),
         guidance="none",
@@ -284,29 +320,64 @@ def protocol(score: FidelityScore, step: int, generation: Generation, ema: EMA |
         network_evaluations=generation.network_evaluations,
         seed=generation.seed,
     )
-    return Protocol.of(score, made).as_dict()
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained denoiser in eval mode, and where it is from.
+    """A trained denoiser in eval mode, how it is to be sampled, and where it is from.
 
     Attributes:
         denoiser: with the weights that were asked for, on its device.
-        config: the run's configuration.
+        generation: the recipe for images.
+        config: the run's configuration, with the sampling choices of the one who loads it.
         found: its folder and checkpoint.
         step: training step of the checkpoint.
         weights: "ema" or "raw".
     """
 
     denoiser: Denoiser
+    generation: Generation
     config: DictConfig
     found: FoundRun
     step: int
     weights: str
 
+    def recipe(self) -> dict[str, Any]:
+        """How its images are made, as primitives."""
+        return asdict(self._recipe())
 
-def load(run: str, checkpoint: str = "last", weights: str = "ema", device: str = "auto") -> LoadedRun:
+    def protocol(self, score: FidelityScore) -> dict[str, Any]:
+        """All that the last score depends on, as primitives."""
+        return Protocol.of(score, self._recipe()).as_dict()
+
+    def _recipe(self) -> fidelity.Recipe:
+        decay = self.config.ema.decay if self.config.ema else None
+        return recipe(self.generation, self.step, self.weights, decay)
+
+
+# What a door that loads a run may choose anew; None, and for the sampler's room an empty node, keep the run's own.
+CHOICES = ("sampler", "spacing", "clipping", "variance", "metrics")
+
+
+def load_with(config: DictConfig) -> LoadedRun:
+    """The run that conf/sample.yaml or conf/evaluate.yaml asks for, with its choices.
+
+    Raises:
+        UserError: no such run, or an impossible choice.
+    """
+    check_scalars(config, LOADING_SCALARS)
+    choices = {name: config[name] for name in CHOICES if config.get(name) is not None}
+    return load(config.run, config.checkpoint, config.weights, config.device, config.seed, choices)
+
+
+def load(
+    run: str,
+    checkpoint: str = "last",
+    weights: str = "ema",
+    device: str = "auto",
+    seed: int = 0,
+    choices: Mapping[str, DictConfig] | None = None,
+) -> LoadedRun:
     """The denoiser of a run.
 
     Args:
@@ -314,32 +385,51 @@ def load(run: str, checkpoint: str = "last", weights: str = "ema", device: str =
         checkpoint: "last" or "best", of a run folder.
         weights: "ema" (falls back to raw weights, saying so, if the run kept no average) or "raw".
         device: "auto", or a torch device.
+        seed: of the sampling noise.
+        choices: configuration groups that replace the run's own, e.g. "sampler".
 
     Raises:
-        UserError: no such run, or a file that is not one of our checkpoints.
+        UserError: no such run, a file that is not one of our checkpoints, or an impossible choice.
     """
-    if weights not in ("ema", "raw"):
-        raise UserError(f"weights={weights}: choose ema or raw")
     found = find_run(run, checkpoint)
     content = read_checkpoint(found.checkpoint)
     config = OmegaConf.create(content["config"])
+    for name, node in (choices or {}).items():
+        config[name] = node
     denoiser = denoiser_of(config)
-    prefix = "loss.denoiser.network."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    generation = generation_of(config, seed, denoiser.schedule)
     averages = next(
         (s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None
     )
     if weights == "ema" and averages is None:
         log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
         weights = "raw"
+    prefix = "loss.denoiser.network."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     try:
         denoiser.network.load_state_dict(state | averages if weights == "ema" else state)
     except RuntimeError as error:
-        raise UserError(
-            f"{found.checkpoint} does not fit its own configuration: {str(error).splitlines()[1]}"
-        ) from None
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
     denoiser.eval().requires_grad_(False).to(pick_device(device))
-    return LoadedRun(denoiser, config, found, content["global_step"], weights)
+    return LoadedRun(denoiser, generation, config, found, content["global_step"], weights)
+
+
+def score_of(loaded: LoadedRun, cache: str) -> FidelityScore:
+    """The score of a loaded run, on its device, with its reference set.
+
+    Raises:
+        UserError: the run has no score and none was chosen, or the data are not to be found.
+    """
+    source = source_of(loaded.config)
+    score = fidelity_of(loaded.config)
+    if score is None:
+        raise UserError("metrics: this run has none; choose one, e.g. metrics=fid")
+    score = score.to(next(loaded.denoiser.parameters()).device)
+    if score.needs_reference:
+        source.prepare()
+        set_reference(score, 0, 1, source, cache)
+    return score
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -384,9 +474,5 @@ def silence_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)
-    for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.pytorch.accelerators.cuda",
-        "lightning.fabric",
-    ):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -15,6 +15,7 @@ from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.sampler import PerImageNoise, Sampler, State
 from src.diffusion.schedule import Schedule
 from src.diffusion.spacing import Spacing
+from src.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Generation:
         for start in range(0, len(indices), batch_size):
             for state in self.trajectory(denoiser, indices[start : start + batch_size]):
                 last = state
+            if not last.x.isfinite().all():  # bytes would hide it
+                raise UserError(
+                    f"sampling gave values that are not finite, among images {start} to {start + batch_size}"
+                )
             yield to_uint8(last.x)
 
     @property

@@ -13,9 +13,12 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from src.errors import UserError
 
@@ -83,6 +86,38 @@ def newest_run(runs: Path) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def resume_overrides(arguments: list[str]) -> list[str]:
+    """The command line of a run that goes on: that of the run itself, and what is said anew.
+
+    With `ckpt=` among the arguments, the stored overrides of that run come first, its folder is used again,
+    and `ckpt` becomes the checkpoint file. Without it, the arguments as they are.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if given.get("ckpt", "null") == "null":
+        return arguments
+    if given["ckpt"] == "last":
+        run = find_run(newest_run(Path(given.get("runs", "runs"))), option="ckpt")
+    else:
+        run = find_run(given["ckpt"], option="ckpt")
+    stored_file = run.folder / ".hydra" / "overrides.yaml"
+    stored = yaml.safe_load(stored_file.read_text()) if stored_file.is_file() else []
+    kept = [override for override in stored if override.split("=", 1)[0] not in given]
+    own = [argument for argument in arguments if not argument.startswith("ckpt=")]
+    return [*kept, *own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra reads it on the command line, whatever characters are in it."""
+    escaped = str(path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and the git revision: what a number depends on besides its configuration."""
     import torch
@@ -113,6 +148,14 @@ def git_revision() -> str | None:
         return f"{commit}{'+changes' if git('status', '--porcelain') else ''}" if commit else None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def recipe_folder(parent: Path, recipe: dict[str, Any]) -> Path:
+    """A folder of its own for each recipe: the same recipe finds its folder again, another never overwrites it."""
+    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    made = recipe.get("recipe", recipe)
+    sampler = made["sampler"].partition("(")[0].lower()
+    return parent / f"{sampler}-{made['steps']}_seed-{made['seed']}_{digest}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,11 +1,12 @@
 """Train a diffusion model: python -m src.train schedule=cosine model=unet_small (see --help)."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from src.command_line import run
-from src.run_folder import environment, find_run, write_json
+from src.run_folder import environment, find_run, resume_overrides, write_json
 
 
 def train(config: Any) -> dict[str, float]:
@@ -15,7 +16,7 @@ def train(config: Any) -> dict[str, float]:
         config: conf/train.yaml, composed.
 
     Returns:
-        The last validation losses and scores by name.
+        The last scores and validation losses by name.
     """
     import logging
 
@@ -23,7 +24,7 @@ def train(config: Any) -> dict[str, float]:
 
     from src import experiment
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     parts = experiment.assemble(config, folder)
     log = logging.getLogger(__name__)
     log.info("run         %s\n%s", folder, parts.summary)
@@ -38,27 +39,10 @@ def train(config: Any) -> dict[str, float]:
     finally:
         finish_dashboards()
     scores = parts.scores()
-    write_json(folder / "scores.json", scores)
-    log.info("%s", closing_summary(folder, scores))
+    if parts.trainer.is_global_zero:
+        write_json(folder / "scores.json", scores)
+        log.info("%s", closing_summary(folder, scores))
     return scores
-
-
-def closing_summary(folder: Path, scores: dict[str, float]) -> str:
-    """What came out of a training, and the exact commands that go on from it."""
-    lines = [f"  {name:<12}{value:.4g}" for name, value in scores.items()]
-    grids = sorted((folder / "samples").glob("step_*.png"))
-    lines += [f"  pictures    {grids[-1]}"] if grids else []
-    lines += [f"  checkpoint  {find_run(folder).checkpoint}"]
-    return "\n".join(
-        [
-            "\nDone.",
-            *lines,
-            "Next:",
-            f"  python -m src.sample run={folder} sampler=ddim sampler.steps=50 n=64 seed=0",
-            f"  python -m src.evaluate run={folder}",
-            f"  python -m src.train ckpt={folder} trainer.max_steps=<more>",
-        ]
-    )
 
 
 def finish_dashboards() -> None:
@@ -67,5 +51,24 @@ def finish_dashboards() -> None:
         sys.modules["wandb"].finish()
 
 
+def closing_summary(folder: Path, scores: dict[str, float]) -> str:
+    """What came out of a training, and the exact commands that go on from it."""
+    results = {name: f"{value:.4g}" for name, value in scores.items()}
+    grids = sorted((folder / "samples").glob("step_*.png"))
+    if grids:
+        results["pictures"] = str(grids[-1])
+    results["checkpoint"] = str(find_run(folder).checkpoint)
+    return "\n".join(
+        [
+            "\nDone.",
+            *(f"  {name:<14}{value}" for name, value in results.items()),
+            "Next:",
+            f"  python -m src.sample run={folder} sampler=ddim sampler.steps=50 n=64 seed=0",
+            f"  python -m src.evaluate run={folder}",
+            f"  python -m src.train ckpt={folder} trainer.max_steps=10000",
+        ]
+    )
+
+
 if __name__ == "__main__":
-    run("train", train)
+    run("train", train, resume_overrides)

@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self._saved:
             return
-        trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
+        trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt", weights_only=False)
         self._saved = step
         if trainer.is_global_zero:
             for old in checkpoints_by_step(self.folder)[: -self.keep]:

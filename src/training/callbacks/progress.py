@@ -24,6 +24,10 @@ class StepProgressBar(TQDMProgressBar):
         bar.unit = "step"
         return bar
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The latest loss and score, without the logger's version number."""
+        return {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
+
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         self.train_progress_bar.reset(trainer.max_steps)
         self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
@@ -34,7 +38,9 @@ class StepProgressBar(TQDMProgressBar):
         step = trainer.global_step
         if step % self.every == 0 or step == trainer.max_steps:
             bar = self.train_progress_bar
-            bar.set_postfix({name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()})
+            bar.set_postfix(
+                {name: f"{value:.4g}" for name, value in self.get_metrics(trainer, pl_module).items()}
+            )
             bar.n = step
             bar.refresh()
 

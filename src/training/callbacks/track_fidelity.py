@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from src.generation import Generation
-from src.metrics.fidelity import FidelityScore
+from src.metrics.fidelity import FidelityScore, Protocol, Recipe
 from src.training.callbacks.every import EverySteps
 
 
@@ -24,7 +24,7 @@ class TrackFidelity(EverySteps):
         generation: how the images are made.
         set_reference: gives the score this rank's share of the reference set.
         best: file of the best checkpoint.
-        protocol: the score's protocol at a number of steps, as primitives.
+        recipe: the record of how the images are made, given the number of training steps.
         every: optimiser steps between two scores.
         n: number of generated images, over all ranks.
         batch_size: images generated at once on each device.
@@ -36,7 +36,7 @@ class TrackFidelity(EverySteps):
         generation: Generation,
         set_reference: Callable[[FidelityScore, int, int], None],
         best: Path,
-        protocol: Callable[[FidelityScore, int], dict[str, Any]],
+        recipe: Callable[[int], Recipe],
         every: int = 5000,
         n: int = 1000,
         batch_size: int = 256,
@@ -48,7 +48,7 @@ class TrackFidelity(EverySteps):
         self.generation = generation
         self.set_reference = set_reference
         self.best = Path(best)
-        self.protocol = protocol
+        self.recipe = recipe
         self.n = n
         self.batch_size = batch_size
         self.best_value: float | None = None
@@ -56,7 +56,7 @@ class TrackFidelity(EverySteps):
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         score = self.score.to(module.device)
-        if score.reference is None:
+        if score.needs_reference and score.reference is None:
             self.set_reference(score, trainer.global_rank, trainer.world_size)
         score.reset()
         mine = range(trainer.global_rank, self.n, trainer.world_size)
@@ -70,9 +70,10 @@ class TrackFidelity(EverySteps):
         trainer.progress_bar_metrics[score.name] = value
         if self._is_best(value):
             self.best_value = value
-            trainer.save_checkpoint(self.best)
+            trainer.save_checkpoint(self.best, weights_only=False)
             if trainer.is_global_zero:
-                record = {"scores": scores, "protocol": self.protocol(score, trainer.global_step)}
+                protocol = Protocol.of(score, self.recipe(trainer.global_step))
+                record = {"scores": scores, "protocol": protocol.as_dict()}
                 self.best.with_suffix(".json").write_text(json.dumps(record, indent=2))
 
     def _is_best(self, value: float) -> bool:
