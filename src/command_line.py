@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` and a mistyped option answer at once.
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -75,15 +76,18 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
         sweeping = settings.mode == RunMode.MULTIRUN
-        outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
+        overrides = list(settings.overrides.task)
+        outcome: dict[str, Any] = {"overrides": overrides}
+        # what a further process of this very job is started with
+        sys.argv[1:] = [*overrides, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            logging.getLogger().setLevel(logging.WARNING)
         try:
             outcome["scores"] = task(config)
         except Exception as error:
             if not sweeping:
                 raised.append(error)  # raised again below: Hydra would print a line of its own first
                 return None
-            import logging
-
             known = isinstance(error, UserError)
             logging.getLogger(__name__).error("job failed: %s", error, exc_info=not known)
             outcome["error"] = str(error) or type(error).__name__
@@ -95,6 +99,12 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
     if raised:
         raise raised[0]
     return SweepTable.failed
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra reads it on the command line, whatever characters are in it."""
+    escaped = str(path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def hydra_error(error: Exception, config_name: str) -> str | None:
@@ -111,12 +121,12 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if unknown:
         key = unknown[1]
+        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
         if "No match in the defaults list" in text:
-            groups = [path.name for path in CONF.iterdir() if path.is_dir()]
             return (
                 f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"
             )
-        nearest = _nearest(key, _all_keys())
+        nearest = _nearest(key, groups) or _nearest(key, _all_keys())
         return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups"
     first = str(error).strip().splitlines()[0]
     return f"{first} (python -m src.{config_name} --help)"

@@ -42,6 +42,7 @@ from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, FoundRun, find_r
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
 from src.training.dashboard import wandb_settings
+from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
 
@@ -243,6 +244,7 @@ def callbacks_of(
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
+    launch_by_command_line()
     return build(
         config.trainer,
         Trainer,

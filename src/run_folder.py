@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from src.command_line import quoted
 from src.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -110,12 +111,6 @@ def resume_overrides(arguments: list[str]) -> list[str]:
     kept = [override for override in stored if override.split("=", 1)[0] not in given]
     own = [argument for argument in arguments if not argument.startswith("ckpt=")]
     return [*kept, *own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
-
-
-def quoted(path: Path) -> str:
-    """A path as Hydra reads it on the command line, whatever characters are in it."""
-    escaped = str(path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def environment() -> dict[str, Any]:

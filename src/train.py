@@ -23,14 +23,17 @@ def train(config: Any) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
 
     from src import experiment
+    from src.training.distributed import leave
 
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     parts = experiment.assemble(config, folder)
     log = logging.getLogger(__name__)
     log.info("run         %s\n%s", folder, parts.summary)
-    experiment.write_config(config, folder)
     record = environment()
-    write_json(folder / "environment.json", record)
+    is_main = parts.trainer.is_global_zero
+    if is_main:
+        experiment.write_config(config, folder)
+        write_json(folder / "environment.json", record)
     for logger in parts.trainer.loggers:
         logger.log_hyperparams({**experiment.resolve(config, "config"), "environment": record})
     checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
@@ -38,8 +41,9 @@ def train(config: Any) -> dict[str, float]:
         parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
     finally:
         finish_dashboards()
+        leave()
     scores = parts.scores()
-    if parts.trainer.is_global_zero:
+    if is_main:
         write_json(folder / "scores.json", scores)
         log.info("%s", closing_summary(folder, scores))
     return scores

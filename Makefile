@@ -1,0 +1,41 @@
+# One environment in .venv, made on first use; every target can be run first, again, and in any order.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ARGS ?=
+
+# On a shared machine OpenMP's busy waiting costs up to ten times the computation.
+export GOMP_SPINCOUNT ?= 1000
+
+.PHONY: help install train test test-all lint inception benchmarks clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: .venv/.installed ## make .venv with the pinned versions
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q --constraint constraints.txt -e ".[test]"
+	touch $@
+
+train: .venv/.installed ## train on the embedded digits; ARGS="schedule=linear seed=1" composes
+	$(BIN)/python -m src.train $(ARGS)
+
+test: .venv/.installed ## run the tests (minutes); ARGS="-k ddim" selects
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/.installed ## run the tests, the slow ones too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed ## style and common mistakes
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+inception: .venv/.installed ## fetch InceptionV3's weights for FID and KID, and check them
+	$(BIN)/python -m src.fetch_inception $(ARGS)
+
+benchmarks: .venv/.installed ## time the data path
+	$(BIN)/python -m benchmarks.data
+
+clean: ## remove the environment (runs/ stays)
+	rm -rf .venv
