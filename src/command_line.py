@@ -109,7 +109,7 @@ def quoted(path: Path) -> str:
 
 def hydra_error(error: Exception, config_name: str) -> str | None:
     """One line for what Hydra or OmegaConf say of a wrong override; None if it is no such error."""
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -126,8 +126,13 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
             return (
                 f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"
             )
-        nearest = _nearest(key, groups) or _nearest(key, _all_keys())
+        nearest = "" if "." in key else _nearest(key, groups)
+        nearest = nearest or _nearest(key, _all_keys())
         return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: not understood; quote texts with spaces, commas or brackets: 'key=\"a, b\"'"
+        )
     first = str(error).strip().splitlines()[0]
     return f"{first} (python -m src.{config_name} --help)"
 

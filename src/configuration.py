@@ -38,9 +38,7 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
     if not node:
         return None
     numbers = resolve(node, option)
-    target = _checked(numbers, option)
-    if not issubclass(target, kind):
-        raise UserError(f"{option}._target_={numbers['_target_']} is no {kind.__name__}")
+    _check(numbers, kind, option)
     return _construct(numbers, option, joined)
 
 
@@ -75,8 +73,8 @@ def resolve(node: DictConfig, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
 
 
-def _checked(numbers: Mapping[str, Any], option: str) -> Any:
-    """The allowed object that `_target_` names; the nodes below and all values are checked on the way."""
+def _check(numbers: Mapping[str, Any], kind: type, option: str) -> None:
+    """Holds a node, and the nodes below it, against what is allowed where it stands."""
     name = numbers.get("_target_")
     if not isinstance(name, str):
         raise UserError(f"{option} needs a _target_, the name of a class; choose one of the group's files")
@@ -89,12 +87,13 @@ def _checked(numbers: Mapping[str, Any], option: str) -> Any:
     except Exception:
         raise UserError(f"{option}._target_={name} does not exist") from None
     home = f"{getattr(target, '__module__', None)}."
-    if not inspect.isclass(target) or not home.startswith((*ALLOWED_PACKAGES, "torch.optim.")):
+    if not inspect.isclass(target) or not home.startswith(ALLOWED_PACKAGES):
         raise UserError(
             f"{option}._target_={name} is not allowed: it is no class of {', '.join(ALLOWED_PACKAGES)}"
         )
+    if not issubclass(target, kind):
+        raise UserError(f"{option}._target_={name} is no {kind.__name__}")
     _check_values(target, numbers, option)
-    return target
 
 
 def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None:
@@ -108,7 +107,8 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
             known = ", ".join(p for p in parameters if p != "self")
             raise UserError(f"{option}.{name}: {target.__name__} has no such option; it has {known}")
         if _is_node(value):
-            _checked(value, f"{option}.{name}")
+            hint = hints.get(name)
+            _check(value, hint if inspect.isclass(hint) else object, f"{option}.{name}")
         elif name in hints:
             check_value(hints[name], value, f"{option}.{name}")
 

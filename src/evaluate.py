@@ -37,5 +37,10 @@ def evaluate(config: Any) -> dict[str, float]:
     return scores
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run("evaluate", evaluate)
+
+
+if __name__ == "__main__":
+    main()

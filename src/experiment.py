@@ -234,7 +234,8 @@ def callbacks_of(
     kinds = {"sample_images": SampleImages, "checkpoints": Checkpoints, "track_fidelity": TrackFidelity}
     callbacks: list[Callback] = [] if ema is None else [ema]
     for name, node in (config.callbacks or {}).items():
-        if name == "track_fidelity" and score is None:
+        chosen = "_target_" in node  # a debug preset may set numbers of a callback that was not chosen
+        if not chosen or (name == "track_fidelity" and score is None):
             continue
         option = f"callbacks.{name}"
         callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))

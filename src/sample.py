@@ -47,5 +47,10 @@ def sample(config: Any) -> dict[str, float]:
     return {}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run("sample", sample)
+
+
+if __name__ == "__main__":
+    main()

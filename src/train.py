@@ -1,6 +1,5 @@
 """Train a diffusion model: python -m src.train schedule=cosine model=unet_small (see --help)."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ def train(config: Any) -> dict[str, float]:
     from src import experiment
     from src.training.distributed import leave
 
-    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
+        folder = folder.relative_to(Path.cwd())
     parts = experiment.assemble(config, folder)
     log = logging.getLogger(__name__)
     log.info("run         %s\n%s", folder, parts.summary)
@@ -74,5 +75,10 @@ def closing_summary(folder: Path, scores: dict[str, float]) -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run("train", train, resume_overrides)
+
+
+if __name__ == "__main__":
+    main()

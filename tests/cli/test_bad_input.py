@@ -1,0 +1,182 @@
+"""Bad input: one line that names the option and the cure, exit status 2, before any data are read."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from src.data.source import ImageSource
+from tests.conftest import QUICK
+
+# overrides -> what the line must say: the option, and the cure
+BAD = {
+    "unknown choice": (["schedule=cosin"], ["schedule=cosin", "cosine", "linear"]),
+    "unknown group": (["schedul=cosine"], ["schedul", "schedule"]),
+    "unknown option": (["batch_sise=3"], ["batch_sise", "batch_size"]),
+    "unknown option of a group": (["sampler.etta=1"], ["sampler.etta", "sampler.eta"]),
+    "option added to a class that has none": (["+sampler.order=2"], ["sampler.order", "eta"]),
+    "text for a number": (["seed=hello"], ["seed", "hello", "integer"]),
+    "text for a number in a group": (["sampler.eta=much"], ["sampler.eta", "much", "number"]),
+    "negative seed": (["seed=-1"], ["seed", "-1", "greater"]),
+    "too often halved": (
+        ["model.channel_multipliers=[1,1,1,1,1]"],
+        ["model.", "image_size", "channel_multipliers"],
+    ),
+    "steps above T": (["sampler.steps=1001"], ["sampler.steps", "1000", "1001"]),
+    "no steps": (["sampler.steps=0"], ["sampler.steps", "[1, 1000]"]),
+    "duplicate steps": (
+        ["spacing=quadratic", "sampler.steps=1000"],
+        ["sampler.steps=1000", "distinct", "fewer"],
+    ),
+    "eta out of range": (["sampler.eta=1.5"], ["sampler.eta", "[0, 1]", "1.5"]),
+    "decay out of range": (["ema.decay=1"], ["ema.decay", "[0, 1)"]),
+    "channels against the data": (["model.channels=3"], ["model.channels=3", "1", "follows the data"]),
+    "data of other channels": (["data.channels=3"], ["data.channels=3", "channels 1"]),
+    "missing folder": (["data=image_folder", "metrics=none", "data.root=nowhere"], ["data.root", "nowhere"]),
+    "no folder named": (["data=image_folder", "metrics=none"], ["data.root"]),
+    "labels of unlabelled data": (
+        ["data=image_folder", "metrics=none", "data.root=.", "class_conditional=true"],
+        ["class_conditional", "no labels"],
+    ),
+    "missing checkpoint": (["ckpt=nowhere.ckpt"], ["ckpt=nowhere.ckpt", "no such"]),
+    "nothing to continue": (["ckpt=last"], ["ckpt=last", "name a run folder"]),
+    "batch and accumulation": (["max_device_batch=0"], ["max_device_batch", "greater than 0"]),
+    "score of another shape": (["metrics=fd_fashion_mnist"], ["metrics", "fashion_mnist", "metrics=fid"]),
+    "beta out of range": (["schedule=linear", "schedule.T=10"], ["schedule.T", "beta"]),
+    "foreign class": (["optimizer._target_=os.system"], ["optimizer._target_", "not allowed"]),
+    "class by a detour": (
+        ["optimizer._target_=torch.optim.adam.torch.load"],
+        ["optimizer._target_", "not allowed"],
+    ),
+    "class of another kind": (
+        ["sampler._target_=src.diffusion.schedule.Linear"],
+        ["sampler._target_", "Sampler"],
+    ),
+    "syntax": (["schedule=["], ["="]),
+}
+
+
+@pytest.fixture
+def _no_data(monkeypatch):
+    def refuse(self, name):
+        raise AssertionError("data were read before the mistake was told")
+
+    monkeypatch.setattr(ImageSource, "split", refuse)
+
+
+def assert_one_line(err: str, words: list[str]) -> None:
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.usefixtures("_no_data")
+def test_train_refuses_in_one_line(door, capsys, case):
+    overrides, words = BAD[case]
+    assert door("train", "logger=csv", *overrides) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+@pytest.mark.usefixtures("_no_data")
+def test_batch_not_divisible_by_devices(door, capsys):
+    overrides = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=3", "batch_size=128"]
+    assert door("train", "logger=csv", *overrides) == 2
+    assert_one_line(capsys.readouterr().err, ["batch_size=128", "3 devices", "126 or 129"])
+
+
+def unreadable_folder(folder):
+    folder.mkdir()
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(folder / f"good_{number:02d}.png")
+    (folder / "text.png").write_text("not an image")
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "JPEG")
+    (folder / "torn.jpg").write_bytes(buffer.getvalue()[:200])
+
+
+def test_unreadable_images_stop_by_name(door, capsys, tmp_path):
+    unreadable_folder(tmp_path / "pictures")
+    overrides = [
+        "data=image_folder",
+        "data.root=pictures",
+        "data.image_size=8",
+        "data.channels=1",
+        "metrics=none",
+    ]
+    assert door("train", *QUICK, *overrides) == 2
+    assert_one_line(
+        capsys.readouterr().err.split("\n")[-2], ["2 ", "text.png", "torn.jpg", "data.on_error=skip"]
+    )
+
+
+def test_unreadable_images_are_skipped_and_counted(door, caplog, tmp_path):
+    unreadable_folder(tmp_path / "pictures")
+    overrides = [
+        "data=image_folder",
+        "data.root=pictures",
+        "data.image_size=8",
+        "data.channels=1",
+        "metrics=none",
+    ]
+    assert door("train", *QUICK, *overrides, "data.on_error=skip", "data.holdout=0.2") == 0
+
+
+def test_empty_folder(door, capsys, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    assert door("train", *QUICK, "data=image_folder", "data.root=pictures", "metrics=none") == 2
+    assert_one_line(capsys.readouterr().err.split("\n")[-2], ["data.root", "pictures"])
+
+
+def test_weights_file_that_is_not_what_it_says(door, capsys, tmp_path):
+    (tmp_path / "weights.pth").write_text("hello")
+    overrides = ["data=fashion_mnist", "metrics=fid", "metrics.features.weights=weights.pth"]
+    code = door("train", *QUICK, *overrides)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert_one_line(err, ["weights.pth"])
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+class TestLoading:
+    def test_no_run(self, door, capsys, name):
+        assert door(name) == 2
+        assert_one_line(capsys.readouterr().err, ["run", "run=..."])
+
+    def test_missing_run(self, door, capsys, name):
+        assert door(name, "run=nowhere") == 2
+        assert_one_line(capsys.readouterr().err, ["run=nowhere", "no such"])
+
+    def test_run_without_checkpoint(self, door, capsys, tmp_path, name):
+        (tmp_path / "empty").mkdir()
+        assert door(name, "run=empty") == 2
+        assert_one_line(capsys.readouterr().err, ["run=empty", "no checkpoint"])
+
+    def test_text_as_checkpoint(self, door, capsys, tmp_path, name):
+        (tmp_path / "text.ckpt").write_text("hello")
+        assert door(name, "run=text.ckpt") == 2
+        assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
+
+    def test_hostile_checkpoint_executes_nothing(self, door, capsys, tmp_path, name):
+        class Hostile:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "marker"), "w"))
+
+        torch.save({"state_dict": Hostile()}, tmp_path / "hostile.ckpt")
+        assert door(name, "run=hostile.ckpt") == 2
+        assert_one_line(capsys.readouterr().err, ["hostile.ckpt", "not a checkpoint"])
+        assert not (tmp_path / "marker").exists()
+
+    def test_unknown_weights(self, door, capsys, name):
+        assert door(name, "run=x", "weights=best") == 2
+        assert_one_line(capsys.readouterr().err, ["weights", "'ema' or 'raw'"])
+
+    def test_unknown_device(self, door, capsys, tmp_path, name):
+        assert door("train", *QUICK, "callbacks=none") == 0
+        run = next((tmp_path / "runs").iterdir())
+        capsys.readouterr()
+        assert door(name, f"run={run}", "device=toaster") == 2
+        assert_one_line(capsys.readouterr().err, ["device=toaster", "auto"])

@@ -1,0 +1,53 @@
+"""Fixtures that all tests share."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# A training of seconds that meets every part: two steps' worth of everything.
+QUICK = ("debug=quick", "logger=csv", "trainer.accelerator=cpu", "model.base_channels=16", "batch_size=32")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Small tensors on a shared machine: a second thread costs more than it gives."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def door(monkeypatch, tmp_path) -> Callable[..., int]:
+    """Calls a command-line door in this process: door("train", "seed=1") -> exit status.
+
+    Runs go to tmp_path/runs; caches to tmp_path/cache.
+    """
+
+    def call(name: str, *overrides: str) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(sys, "argv", [f"src.{name}", *overrides])
+        try:
+            importlib.import_module(f"src.{name}").main()
+        except SystemExit as end:
+            return end.code or 0
+        return 0
+
+    return call
+
+
+@pytest.fixture
+def only_run(tmp_path) -> Callable[[], Path]:
+    """The one run folder under tmp_path/runs."""
+
+    def find() -> Path:
+        folders = [path for path in (tmp_path / "runs").iterdir() if path.name != "sweeps"]
+        assert len(folders) == 1, folders
+        return folders[0]
+
+    return find
