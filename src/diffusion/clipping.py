@@ -6,6 +6,9 @@ After x0 has been clipped, eps is computed anew, so that x_t = alpha_t x0 + sigm
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from .denoiser import BaseDenoiser, WrappedDenoiser
 from .parameterization import eps_from_x0
 
@@ -31,3 +34,44 @@ class StaticClipping(WrappedDenoiser):
         prediction = self.inner(x_t, level, condition)
         x0 = prediction.x0.clamp(-self.bound, self.bound)
         return replace(prediction, x0=x0, eps=eps_from_x0(x_t, x0, level))
+
+
+class DynamicThresholding(WrappedDenoiser):
+    """Scales x0 by its own large values (Imagen, Saharia et al. 2022, arXiv:2205.11487, sec. 2.3).
+
+        x0 <- clip(x0, -s, s) / s,    s = max(bound, the image's quantile of |x0|) / bound
+
+    so that pixels are kept from saturating under strong guidance.
+
+    Args:
+        inner: the denoiser that is asked.
+        quantile: of the absolute pixel values of each image, in (0, 1].
+        bound: 1 for images in [-1, 1].
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, inner: BaseDenoiser, quantile: float = 0.995, bound: float = 1.0):
+        super().__init__(inner)
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile must be in (0, 1], got {quantile}")
+        if bound <= 0:
+            raise ValueError(f"bound must be positive, got {bound}")
+        self.quantile, self.bound = quantile, bound
+
+    def forward(self, x_t, level, condition=None):
+        prediction = self.inner(x_t, level, condition)
+        threshold = self._quantiles(prediction.x0).clamp(min=self.bound)
+        x0 = prediction.x0.clamp(-threshold, threshold) * (self.bound / threshold)
+        return replace(prediction, x0=x0, eps=eps_from_x0(x_t, x0, level))
+
+    def _quantiles(self, x0: Tensor) -> Tensor:
+        """The quantile of |x0| of each image, shape (B, 1, 1, 1), interpolated linearly between pixels."""
+        magnitudes = x0.flatten(1).abs()
+        # torch.quantile refuses batches of more than 16 million pixels; only the largest values matter anyway
+        place = self.quantile * (magnitudes.shape[1] - 1)
+        largest = magnitudes.topk(magnitudes.shape[1] - int(place), dim=1).values
+        upper = largest[:, max(largest.shape[1] - 2, 0)]
+        value = torch.lerp(largest[:, -1], upper, place - int(place))
+        return value.view(-1, *[1] * (x0.dim() - 1))

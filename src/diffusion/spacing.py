@@ -1,11 +1,14 @@
 """Spacings: which times a sampler visits.
 
-A spacing returns S + 1 falling times, t_S > ... > t_1 > 0: S network evaluations for a one-evaluation
-sampler and clean data at the end. The formulas below give the S indices as the published codes write
-them, 0-based and rising; index i is time i + 1 of the table, whose row 0 is clean.
+A spacing returns falling times, t_S > ... > t_1 > 0, and clean data at the end: S network evaluations for a
+sampler that asks once a step. Spacings of a table give 0-based rising indices as the published codes
+write them; index i is time i + 1 of the table, whose row 0 is clean. The others work on every schedule, and
+on a table may visit times between two rows.
 """
 
+import math
 from abc import ABC, abstractmethod
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -14,40 +17,60 @@ from .schedule import DiscreteSchedule, Schedule
 
 
 class Spacing(ABC):
-    """A rule that picks S of a schedule's times."""
+    """A rule that picks a schedule's times."""
+
+    @abstractmethod
+    def times(self, schedule: Schedule, steps: int) -> Tensor:
+        """The falling times before clean data, float64: `steps` of them, or fewer where the rule doubles some."""
 
     def __call__(self, schedule: Schedule, steps: int) -> Tensor:
         """The times to visit.
 
         Args:
-            schedule: a discrete schedule.
-            steps: S, the number of steps, in [1, T].
+            schedule: the noise schedule.
+            steps: S, the number of steps, at least 1.
 
         Returns:
-            S + 1 falling times, float64, the last of them 0.
+            S + 1 falling times, float64, the last of them 0; fewer where the rule says so.
 
         Raises:
-            ValueError: steps is out of range, or the rule would visit a time twice.
+            ValueError: steps is out of range, or the rule does not fit the schedule or would double many times.
         """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return torch.cat([self.times(schedule, steps), torch.zeros(1, dtype=torch.float64)])
+
+
+class IndexSpacing(Spacing):
+    """A rule for the rows of a table.
+
+    Rows that it doubles are visited once; where they are more than a tenth it is refused, for what would run
+    is no longer what was asked for.
+    """
+
+    def times(self, schedule, steps):
+        name = type(self).__name__.lower()
         if not isinstance(schedule, DiscreteSchedule):
-            raise ValueError(f"{type(self).__name__} spaces the steps of discrete schedules only")
-        if not 1 <= steps <= schedule.T:
-            raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
-        indices = self.indices(schedule.T, steps)
-        distinct = len(set(indices))
-        if distinct < steps:
             raise ValueError(
-                f"steps={steps} with {type(self).__name__.lower()} spacing visits only {distinct} distinct times:"
-                f" choose fewer steps or another spacing"
+                f"steps of a continuous schedule cannot be spaced by {name}, which picks rows of a table: choose"
+                " spacing=trailing, uniform_time, uniform_log_snr or karras"
             )
-        return torch.tensor([index + 1.0 for index in reversed(indices)] + [0.0], dtype=torch.float64)
+        if steps > schedule.T:
+            raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
+        distinct = sorted(set(self.indices(schedule.T, steps)), reverse=True)
+        if len(distinct) < 0.9 * steps:
+            raise ValueError(
+                f"steps={steps} with {name} spacing visits only {len(distinct)} distinct times: choose fewer steps"
+                " or another spacing"
+            )
+        return torch.tensor(distinct).double() + 1
 
     @abstractmethod
     def indices(self, T: int, steps: int) -> list[int]:
-        """The rising 0-based indices in [0, T - 1]."""
+        """0-based indices in [0, T - 1]."""
 
 
-class Leading(Spacing):
+class Leading(IndexSpacing):
     """i floor(T/S): the "linear" sub-sequence of DDIM (Song et al. 2021, app. D.2) wherever S divides T.
 
     Starts below pure noise: the largest index is T - T/S. diffusers' "leading" with offset 0.
@@ -57,25 +80,152 @@ class Leading(Spacing):
         return [i * (T // steps) for i in range(steps)]
 
 
-class Trailing(Spacing):
-    """round(T - i T/S) - 1 from the last step down (Lin et al. 2023, arXiv:2305.08891, table 2): includes T - 1."""
-
-    def indices(self, T, steps):
-        return [round(T - i * (T / steps)) - 1 for i in reversed(range(steps))]
-
-
-class Linspace(Spacing):
-    """round(linspace(0, T - 1, S)): includes both the first and the last step (improved DDPM's respacing)."""
+class Linspace(IndexSpacing):
+    """round(linspace(0, T - 1, S)): both the first and the last step (improved DDPM with one section)."""
 
     def indices(self, T, steps):
         return [round(v) for v in _linspace(T - 1, steps)]
 
 
-class Quadratic(Spacing):
-    """floor(linspace(0, sqrt(0.8 T), S)^2): DDIM's sub-sequence for CIFAR-10 (Song et al. 2021, app. D.2)."""
+class Quadratic(IndexSpacing):
+    """floor(linspace(0, sqrt(0.8 T), S)^2): DDIM's sub-sequence for CIFAR-10 (Song et al. 2021, app. D.2).
+
+    From S = 50 at T = 1000 the smallest indices repeat: 49 are distinct there, 96 at S = 100. DDIM's code asks
+    the network again for each and stays where it is; here they are visited once, with the same images.
+    """
 
     def indices(self, T, steps):
         return [int(v**2) for v in _linspace((T * 0.8) ** 0.5, steps)]
+
+
+class Sections(IndexSpacing):
+    """Sections of the table with a number of steps each (improved DDPM, Nichol & Dhariwal 2021, sec. 4).
+
+    "10,15,20" splits the table into three parts, nearly equal, and takes that many steps of each, evenly with
+    both ends. "ddim25" takes every k-th step from the first, k the whole number that gives exactly 25.
+
+    Args:
+        sections: the numbers, or "ddim" and one number; their sum is the number of steps.
+
+    Raises:
+        ValueError: it does not read so.
+    """
+
+    def __init__(self, sections: str):
+        self.strided = sections.startswith("ddim")
+        try:
+            self.counts = [int(count) for count in sections.removeprefix("ddim").split(",")]
+        except ValueError:
+            self.counts = []
+        if not self.counts or min(self.counts) < 1 or (self.strided and len(self.counts) > 1):
+            raise ValueError(f'sections must read like "10,15,20" or "ddim25", got "{sections}"')
+
+    def indices(self, T, steps):
+        if steps != sum(self.counts):
+            raise ValueError(f"steps must be {sum(self.counts)}, the sum of spacing.sections; got {steps}")
+        if self.strided:
+            return self._strided(T, steps)
+        indices, start = [], 0
+        for part, count in enumerate(self.counts):
+            size = T // len(self.counts) + (part < T % len(self.counts))
+            if count > size:
+                raise ValueError(f"steps of section {part + 1} must be at most its {size} times, got {count}")
+            # running sums, as in the published code: where a half is rounded hangs on the last bit
+            stride = (size - 1) / (count - 1) if count > 1 else 0.0
+            indices += [start + round(place) for place in accumulate(repeat(stride, count - 1), initial=0.0)]
+            start += size
+        return indices
+
+    def _strided(self, T: int, steps: int) -> list[int]:
+        strides = {len(range(0, T, k)): k for k in range(T, 0, -1)}
+        if steps not in strides:
+            near = sorted(strides, key=lambda count: (abs(count - steps), count))[:2]
+            raise ValueError(
+                f"steps={steps}: no whole stride visits so many of {T} times; {min(near)} and {max(near)} can be had"
+            )
+        return list(range(0, T, strides[steps]))
+
+
+class Trailing(Spacing):
+    """round(T - i T/S) from the last step down (Lin et al. 2023, arXiv:2305.08891, table 2): includes T.
+
+    On a continuous schedule t_max (1 - i/S), the usual grid of flow models.
+    """
+
+    def times(self, schedule, steps):
+        if isinstance(schedule, DiscreteSchedule):
+            if steps > schedule.T:
+                raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
+            T = schedule.T
+            return torch.tensor([round(T - i * (T / steps)) for i in range(steps)]).double()
+        if schedule.t_max / steps < schedule.t_min:
+            raise ValueError(
+                f"steps={steps} of trailing spacing end at {schedule.t_max / steps:.3g}, below the schedule's t_min"
+                f" {schedule.t_min:g}: choose spacing=uniform_time"
+            )
+        return schedule.t_max * torch.arange(steps, 0, -1).double() / steps
+
+
+class UniformTime(Spacing):
+    """Evenly in time from t_max to t_min, both included; one step starts at t_max."""
+
+    def times(self, schedule, steps):
+        return torch.linspace(schedule.t_max, schedule.t_min, steps, dtype=torch.float64)
+
+
+class UniformLogSNR(Spacing):
+    """Evenly in ln(alpha/sigma) from t_max to t_min: what DPM-Solver asks for (Lu et al. 2022, arXiv:2206.00927)."""
+
+    def times(self, schedule, steps):
+        first, last = _log_snr_range(schedule)
+        return schedule.time_of_log_snr(torch.linspace(first, last, steps, dtype=torch.float64))
+
+
+class Karras(Spacing):
+    """Evenly in (sigma/alpha)^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5), rho = 7 in the paper.
+
+    Args:
+        rho: larger means denser near the data; rho = 1 is even in sigma/alpha.
+        sigma_min: the last sigma/alpha before clean data; None for the schedule's smallest.
+        sigma_max: the first; None for the schedule's largest.
+
+    Raises:
+        ValueError: a number is not positive, or the range is empty.
+    """
+
+    def __init__(self, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None):
+        if rho <= 0:
+            raise ValueError(f"rho must be positive, got {rho}")
+        if sigma_min is not None and sigma_min <= 0:
+            raise ValueError(f"sigma_min must be positive, got {sigma_min}")
+        if sigma_max is not None and sigma_max <= (sigma_min or 0):
+            raise ValueError(f"sigma_max must be above sigma_min and 0, got {sigma_max}")
+        self.rho, self.sigma_min, self.sigma_max = rho, sigma_min, sigma_max
+
+    def times(self, schedule, steps):
+        first, last = _log_snr_range(schedule, self.sigma_max, self.sigma_min)
+        ends = torch.tensor([-first, -last], dtype=torch.float64).div(self.rho).exp().tolist()
+        return schedule.time_of_log_snr(-self.rho * torch.linspace(*ends, steps, dtype=torch.float64).log())
+
+
+def _log_snr_range(
+    schedule: Schedule, sigma_max: float | None = None, sigma_min: float | None = None
+) -> tuple[float, float]:
+    """ln(alpha/sigma) of the first and the last time before clean data."""
+    first, last = schedule(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).scalars()
+    slack = 1e-6
+    for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min)):
+        if value is not None and not last.log_snr + slack >= -math.log(value) >= first.log_snr - slack:
+            raise ValueError(
+                f"steps need spacing.{name} in [{math.exp(-last.log_snr):.4g}, {math.exp(-first.log_snr):.4g}],"
+                f" the schedule's range of sigma/alpha; got {value:g}"
+            )
+    start = first.log_snr if sigma_max is None else -math.log(sigma_max)
+    if math.isinf(start):
+        raise ValueError(
+            "steps cannot be spaced in log-SNR from pure noise (alpha 0): choose spacing=trailing or uniform_time"
+        )
+    return start, last.log_snr if sigma_min is None else -math.log(sigma_min)
 
 
 def _linspace(stop: float, num: int) -> list[float]:

@@ -1,0 +1,176 @@
+"""The index lists against the published formulas in numpy, and the refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from src.diffusion.schedule import Linear
+from src.diffusion.spacing import (
+    Karras,
+    Leading,
+    Linspace,
+    Quadratic,
+    Sections,
+    Trailing,
+    UniformLogSNR,
+    UniformTime,
+)
+
+
+def _indices(spacing, T, steps):
+    """The 0-based indices as the published codes have them, rising."""
+    times = spacing(Linear(T), steps)
+    assert times.dtype == torch.float64
+    assert times[-1] == 0
+    return (times[:-1] - 1).long().flip(0).tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50, 100, 1000])
+def test_leading_is_the_linear_sub_sequence_of_ddim(steps):
+    assert _indices(Leading(), 1000, steps) == list(range(0, 1000, 1000 // steps))
+
+
+def test_leading_keeps_to_the_number_of_steps_where_it_does_not_divide():
+    # range(0, 1000, 1000 // 30) of the DDIM code has 31 entries
+    assert _indices(Leading(), 1000, 30) == list(range(0, 990, 33))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 64, 100, 999, 1000])
+def test_trailing(steps):
+    expected = np.round(np.arange(1000, 0, -1000 / steps)).astype(int)[:steps] - 1
+    assert _indices(Trailing(), 1000, steps) == expected[::-1].tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 64, 100, 999, 1000])
+def test_linspace(steps):
+    assert _indices(Linspace(), 1000, steps) == np.linspace(0, 999, steps).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 100])
+@pytest.mark.parametrize("T", [1000, 4000])
+def test_quadratic_is_the_ddim_code_less_its_repetitions(T, steps):
+    expected = [int(s) for s in list(np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)]
+    assert _indices(Quadratic(), T, steps) == sorted(set(expected))
+
+
+def test_quadratic_repetitions_are_counted_truly():
+    assert len(Quadratic()(Linear(1000), 50)) == 49 + 1
+    assert len(Quadratic()(Linear(1000), 100)) == 96 + 1
+
+
+def test_many_repetitions_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^steps=1000 with quadratic spacing visits only 688 distinct times"
+    ):
+        Quadratic()(Linear(1000), 1000)
+
+
+def _improved_ddpm_sections(T, counts):
+    """The procedure of improved DDPM's respacing, written out: running sums of the fractional stride."""
+    start, steps = 0, []
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (1 if i < T % len(counts) else 0)
+        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
+        place = 0.0
+        for _ in range(count):
+            steps.append(start + round(place))
+            place += stride
+        start += size
+    return sorted(set(steps))
+
+
+@pytest.mark.parametrize("sections", ["10,15,20", "1", "25", "90,60,60,20,20", "1000", "7,1", "333,333,333"])
+def test_sections(sections):
+    counts = [int(c) for c in sections.split(",")]
+    expected = _improved_ddpm_sections(1000, counts)
+    assert len(expected) == sum(counts)
+    assert _indices(Sections(sections), 1000, sum(counts)) == expected
+
+
+@pytest.mark.parametrize(("steps", "stride"), [(25, 40), (50, 20), (100, 10), (34, 30), (1000, 1)])
+def test_ddim_sections_are_strided(steps, stride):
+    assert _indices(Sections(f"ddim{steps}"), 1000, steps) == list(range(0, 1000, stride))
+
+
+def test_impossible_strides_name_possible_ones():
+    # 63 = len(range(0, 1000, 16)), 67 = len(range(0, 1000, 15))
+    with pytest.raises(ValueError, match=r"^steps=64: no whole stride .* 63 and 67 can be had"):
+        Sections("ddim64")(Linear(1000), 64)
+
+
+def test_sections_must_add_up():
+    with pytest.raises(ValueError, match=r"^steps must be 45, the sum of spacing.sections; got 50"):
+        Sections("10,15,20")(Linear(1000), 50)
+    with pytest.raises(ValueError, match=r"^steps of section 2 must be at most its 500 times, got 501"):
+        Sections("1,501")(Linear(1000), 502)
+    for wrong in ("", "ten", "10,,5", "ddim10,5", "0"):
+        with pytest.raises(ValueError, match=r'^sections must read like "10,15,20" or "ddim25"'):
+            Sections(wrong)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 18])
+def test_karras_is_eq_5(steps):
+    schedule = Linear()
+    level = schedule(Karras(7.0, 0.02, 80.0)(schedule, steps)[:-1])
+    i = np.arange(steps)
+    expected = (80 ** (1 / 7) + i / (steps - 1) * (0.02 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose((level.sigma / level.alpha).numpy(), expected, rtol=1e-10)
+
+
+def test_karras_covers_the_schedule_by_default():
+    times = Karras()(Linear(), 10)
+    assert times[0].item() == pytest.approx(1000, abs=1e-9)
+    assert times[-2].item() == pytest.approx(1, abs=1e-9)
+
+
+def test_uniform_log_snr():
+    schedule = Linear()
+    log_snr = schedule(UniformLogSNR()(schedule, 11)[:-1]).log_snr
+    torch.testing.assert_close(log_snr.diff(), (log_snr[-1] - log_snr[0]).expand(10) / 10)
+    assert schedule(torch.tensor([1000.0, 1.0])).log_snr.tolist() == pytest.approx(log_snr[[0, -1]].tolist())
+
+
+def test_uniform_time_stands_between_rows():
+    assert UniformTime()(Linear(1000), 5).tolist() == [1000.0, 750.25, 500.5, 250.75, 1.0, 0.0]
+
+
+EVERY = [Leading(), Linspace(), Quadratic(), Trailing(), UniformTime(), UniformLogSNR(), Karras()]
+
+
+@pytest.mark.parametrize("spacing", EVERY, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("steps", [1, 2, 13])
+def test_times_fall_to_clean_data(spacing, steps):
+    times = spacing(Linear(1000), steps)
+    assert len(times) == steps + 1
+    assert (times.diff() < 0).all()
+    assert times[-1] == 0
+
+
+@pytest.mark.parametrize("spacing", EVERY, ids=lambda s: type(s).__name__)
+def test_no_steps_are_refused(spacing):
+    with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0"):
+        spacing(Linear(1000), 0)
+
+
+@pytest.mark.parametrize("spacing", [Leading(), Linspace(), Quadratic(), Trailing()])
+def test_more_steps_than_rows_are_refused(spacing):
+    with pytest.raises(ValueError, match=r"^steps must be in \[1, 1000\]"):
+        spacing(Linear(1000), 1001)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"rho": 0.0}, "rho must be positive"),
+        ({"sigma_min": -1.0}, "sigma_min must be positive"),
+        ({"sigma_min": 1.0, "sigma_max": 0.5}, "sigma_max must be above sigma_min"),
+    ],
+)
+def test_karras_numbers_are_checked(numbers, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Karras(**numbers)
+
+
+def test_karras_range_must_be_the_schedule_s():
+    with pytest.raises(ValueError, match=r"^steps need spacing.sigma_min in \[0.01, 157"):
+        Karras(sigma_min=0.002)(Linear(1000), 10)
