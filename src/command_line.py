@@ -37,7 +37,8 @@ def run(
         task: composed configuration -> scores by name.
         rewrite: what to make of the command line's arguments before Hydra reads them.
     """
-    arguments = sys.argv[1:]
+    # wherever it stands: Hydra's parser takes flags only before all overrides or after them
+    arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     if any(argument in ("--help", "-h") for argument in arguments):
         print(help_text(config_name))
         return

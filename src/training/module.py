@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, MetricCollection
 
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
@@ -70,6 +71,11 @@ class DiffusionModule(LightningModule):
         self.conditional = conditional
         self.gradient_norm = torch.zeros(())
         self.step_output: StepOutput | None = None
+        # means over images, which Lightning's own reduction misses where ranks have unequal shares
+        names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
+        self.validation_losses = MetricCollection(
+            {name: MeanMetric(nan_strategy="disable") for name in names}
+        )
 
     @property
     def denoiser(self) -> Denoiser:
@@ -94,11 +100,12 @@ class DiffusionModule(LightningModule):
         t = torch.cat([self.loss.time_sampling(1, self.denoiser.schedule, g) for g in draws])
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0)
         labels = batch.labels if self.conditional else None
-        log = {"val/loss": self.loss(x0, t, eps, labels).mean()}
+        self.validation_losses["val/loss"].update(self.loss(x0, t, eps, labels))
         if self.ema is not None:
             with self.averaged():
-                log["val/loss_ema"] = self.loss(x0, t, eps, labels).mean()
-        self.log_dict(log, on_epoch=True, on_step=False, sync_dist=True, batch_size=len(x0))
+                self.validation_losses["val/loss_ema"].update(self.loss(x0, t, eps, labels))
+        # to the loggers by TrainingCurves: Lightning would log it one step too early
+        self.log_dict(dict(self.validation_losses), on_epoch=True, on_step=False, logger=False)
 
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:

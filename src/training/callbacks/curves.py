@@ -21,7 +21,8 @@ class TrainingCurves(EverySteps):
 
     `train/loss`, `train/loss_q0` ... `train/loss_q3` (by quarters of the time range), and, as of the last
     step, `train/gradient_norm` (before clipping), `train/learning_rate`; `train/images_per_second`,
-    `train/samples` and `train/passes` (samples over the size of the training set).
+    `train/samples` and `train/passes` (samples over the size of the training set); `val/loss` (raw weights)
+    and `val/loss_ema` after each validation.
 
     Args:
         every: optimiser steps between two points of the curves.
@@ -47,6 +48,11 @@ class TrainingCurves(EverySteps):
         self.sums.index_add_(0, quarters, output.losses.float())
         self.counts.index_add_(0, quarters, torch.ones_like(output.losses, dtype=torch.float32))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        losses = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(losses, step=trainer.global_step)
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         sums: Tensor = trainer.strategy.reduce(self.sums, reduce_op="sum")

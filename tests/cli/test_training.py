@@ -1,0 +1,167 @@
+"""Trainings through the command line: resuming, callbacks, devices, what is written."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import QUICK, ROOT
+
+DROPOUT = "model.dropout=0.2"  # makes the global random stream matter
+
+
+def checkpoint(folder, step):
+    return torch.load(folder / "checkpoints" / f"step_{step:08d}.ckpt", weights_only=True)
+
+
+def flat(value, path=""):
+    """The leaves of nested dicts and lists, by path."""
+    if isinstance(value, dict):
+        return {k: v for name, child in value.items() for k, v in flat(child, f"{path}/{name}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, child in enumerate(value) for k, v in flat(child, f"{path}/{i}").items()}
+    return {path: value}
+
+
+def training_state(folder, step):
+    """Weights, averages, optimiser, learning rate and data position of a checkpoint."""
+    content = checkpoint(folder, step)
+    averages = next(state for name, state in content["callbacks"].items() if name.startswith("EMA"))
+    kept = {
+        name: content[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    }
+    return flat({**kept, "ema": averages, "data": content["ImageDataModule"]})
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
+    assert not different, different
+
+
+class TestResume:
+    @pytest.fixture
+    def uninterrupted(self, door, only_run, tmp_path):
+        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=12") == 0
+        return only_run().rename(tmp_path / "uninterrupted")
+
+    @pytest.mark.parametrize("ckpt", ["last", "folder", "file"])
+    def test_is_exact(self, door, only_run, uninterrupted, ckpt):
+        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
+        run = only_run()
+        said = {"last": "last", "folder": str(run), "file": str(run / "checkpoints" / "step_00000007.ckpt")}
+        assert door("train", f"ckpt={said[ckpt]}", "trainer.max_steps=12") == 0
+        assert only_run() == run, "a resumed run goes on in its own folder"
+        assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
+
+    def test_from_an_earlier_checkpoint(self, door, only_run, uninterrupted):
+        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=9", "callbacks.checkpoints.every=5") == 0
+        run = only_run()
+        assert door("train", f"ckpt={run}/checkpoints/step_00000005.ckpt", "trainer.max_steps=12") == 0
+        assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
+
+    def test_with_accumulation_and_workers(self, door, only_run, uninterrupted):
+        """Another cut of the batch changes rounding only: same images, times, noise and flips."""
+        overrides = ["max_device_batch=8", "workers=2", "trainer.max_steps=7", "model.dropout=0.0"]
+        assert door("train", *QUICK, *overrides) == 0
+        run = only_run()
+        assert door("train", f"ckpt={run}", "trainer.max_steps=12", "max_device_batch=null", "workers=0") == 0
+        assert training_state(run, 12)["/data/samples"] == training_state(uninterrupted, 12)["/data/samples"]
+
+    def test_other_seed_differs(self, door, only_run, uninterrupted):
+        """The comparison above can fail."""
+        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=12", "seed=1") == 0
+        with pytest.raises(AssertionError):
+            assert_identical(training_state(uninterrupted, 12), training_state(only_run(), 12))
+
+
+def test_accumulation_gives_the_same_weights(door, only_run, tmp_path):
+    base = [*QUICK, "trainer.max_steps=6", "callbacks=none"]
+    assert door("train", *base) == 0
+    whole = training_state(only_run().rename(tmp_path / "whole"), 6)
+    assert door("train", *base, "max_device_batch=8") == 0
+    parts = training_state(only_run(), 6)
+    for name, weight in whole.items():
+        if name.startswith("/state_dict"):
+            torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_callbacks_do_not_touch_the_training(door, only_run, tmp_path):
+    """Previews, scores, validation and curves leave weights, averages and optimiser as they would be without."""
+    assert (
+        door("train", *QUICK, DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4")
+        == 0
+    )
+    watched = training_state(only_run().rename(tmp_path / "watched"), 20)
+    assert door("train", *QUICK, DROPOUT, "callbacks=none", "validate_every=1000") == 0
+    assert_identical(watched, training_state(only_run(), 20))
+
+
+def test_what_is_written(door, only_run):
+    assert (
+        door("train", *QUICK, "trainer.max_steps=20", "callbacks.checkpoints.every=5", "logger=tensorboard")
+        == 0
+    )
+    run = only_run()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "best.json",
+        "step_00000015.ckpt",
+        "step_00000020.ckpt",
+    ]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image_size"] == 8
+    assert set(json.loads((run / "environment.json").read_text())) >= {"git", "versions", "platform"}
+    scores = json.loads((run / "scores.json").read_text())
+    assert set(scores) == {"fd_digits", "val/loss", "val/loss_ema"}
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["scores"]["fd_digits"] == scores["fd_digits"]
+    protocol = best["protocol"]
+    assert protocol["num_images"] == 128
+    assert protocol["reference"]["split"] == "train"
+    assert protocol["recipe"]["weights"] == "ema"
+    assert protocol["recipe"]["network_evaluations"] == 5
+    assert len(protocol["features"]["sha256"]) == 64
+    with (run / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [(int(row["step"]), float(row["train/loss"])) for row in rows if row["train/loss"]]
+    assert [step for step, _ in losses] == [5, 10, 15, 20]
+    assert [int(row["step"]) for row in rows if row["fd_digits"]] == [20]
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [10, 20]
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Data parallel over two processes (gloo): the same draws, hence the same weights up to rounding."""
+
+    def train(name, *overrides):
+        command = [
+            sys.executable,
+            "-m",
+            "src.train",
+            *QUICK,
+            f"runs={tmp_path / name}",
+            "trainer.max_steps=6",
+        ]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DIFFUSION_LAB_CACHE": str(tmp_path / "cache")}
+        overrides = (*overrides, "callbacks.track_fidelity.every=6", "validate_every=3")
+        done = subprocess.run(
+            [*command, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        runs = list((tmp_path / name).iterdir())
+        assert len(runs) == 1, "all processes share one run folder"
+        return training_state(runs[0], 6), json.loads((runs[0] / "scores.json").read_text())
+
+    one, one_scores = train("one")
+    two, two_scores = train("two", "trainer=ddp", "trainer.devices=2", "trainer.precision=32-true")
+    for name, weight in one.items():
+        if name.startswith(("/state_dict", "/ema/weights")):
+            torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-5)
+    assert two["/data/samples"] == one["/data/samples"] == 6 * 32
+    assert two_scores["fd_digits"] == pytest.approx(one_scores["fd_digits"], rel=1e-3)
+    assert two_scores["val/loss"] == pytest.approx(one_scores["val/loss"], rel=1e-3)
