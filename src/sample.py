@@ -34,7 +34,7 @@ def sample(config: Any) -> dict[str, float]:
     for images in track(batches, description="sampling", total=total, transient=True):
         save_images(images, folder / "images", first=len(drawn))
         drawn.extend(images)
-    write_json(folder / "recipe.json", recipe)
+    write_json(folder / "recipe.json", loaded.recipe())  # once more: now with the evaluations counted
     image_grid(torch.stack(drawn[:1024])).save(folder / "grid.png")
     log = logging.getLogger(__name__)
     log.info("grid        %s\nimages      %s (%d)", folder / "grid.png", folder / "images", config.n)
