@@ -4,7 +4,7 @@ Previews, scores and the command line share it, so that what is previewed is wha
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,7 +15,6 @@ from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.sampler import PerImageNoise, Sampler, State
 from src.diffusion.schedule import Schedule
 from src.diffusion.spacing import Spacing
-from src.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Generation:
     image_shape: tuple[int, int, int]
     num_classes: int
     seed: int
+    _evaluations: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def times(self, schedule: Schedule) -> Tensor:
         """The S + 1 falling times that are visited on this schedule."""
@@ -63,17 +63,18 @@ class Generation:
         """The images with these numbers as bytes: uint8 batches of at most batch_size, shape (B, C, H, W)."""
         for start in range(0, len(indices), batch_size):
             for state in self.trajectory(denoiser, indices[start : start + batch_size]):
-                last = state
-            if not last.x.isfinite().all():  # bytes would hide it
-                raise UserError(
-                    f"sampling gave values that are not finite, among images {start} to {start + batch_size}"
-                )
-            yield to_uint8(last.x)
+                x, evaluations = state.x, state.evaluations
+                del state  # its memory can serve the next step
+            self._evaluations.add(evaluations)
+            yield to_uint8(x)
 
     @property
     def network_evaluations(self) -> int:
-        """Calls of the network for one image."""
-        return self.steps * self.sampler.evaluations_per_step
+        """Evaluations of the denoiser for one image, as counted while `images` made them; 0 before.
+
+        An adaptive solver's number differs between batches: then the largest.
+        """
+        return max(self._evaluations, default=0)
 
 
 def describe(part: object | None) -> str:

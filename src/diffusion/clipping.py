@@ -4,13 +4,10 @@ After x0 has been clipped, eps is computed anew, so that x_t = alpha_t x0 + sigm
 (improved DDPM's code does so; diffusers keeps the raw eps unless it is asked).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from .denoiser import BaseDenoiser, WrappedDenoiser
-from .parameterization import eps_from_x0
 
 
 class StaticClipping(WrappedDenoiser):
@@ -32,8 +29,7 @@ class StaticClipping(WrappedDenoiser):
 
     def forward(self, x_t, level, condition=None):
         prediction = self.inner(x_t, level, condition)
-        x0 = prediction.x0.clamp(-self.bound, self.bound)
-        return replace(prediction, x0=x0, eps=eps_from_x0(x_t, x0, level))
+        return prediction.with_x0(prediction.x0.clamp(-self.bound, self.bound))
 
 
 class DynamicThresholding(WrappedDenoiser):
@@ -63,8 +59,7 @@ class DynamicThresholding(WrappedDenoiser):
     def forward(self, x_t, level, condition=None):
         prediction = self.inner(x_t, level, condition)
         threshold = self._quantiles(prediction.x0).clamp(min=self.bound)
-        x0 = prediction.x0.clamp(-threshold, threshold) * (self.bound / threshold)
-        return replace(prediction, x0=x0, eps=eps_from_x0(x_t, x0, level))
+        return prediction.with_x0(prediction.x0.clamp(-threshold, threshold) * (self.bound / threshold))
 
     def _quantiles(self, x0: Tensor) -> Tensor:
         """The quantile of |x0| of each image, shape (B, 1, 1, 1), interpolated linearly between pixels."""

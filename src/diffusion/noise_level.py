@@ -53,15 +53,23 @@ def broadcast(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
     """A level's coefficient, ready to multiply the batch x: the one place where a level meets a batch.
 
     Args:
-        coefficient: a Python float (the same for all images) or a tensor of shape (B,), one for each image.
+        coefficient: a Python float (the same for all images), a tensor of shape (B,), one for each image, or
+            one of x's own shape, e.g. a learned variance.
         x: shape (B, ...).
 
     Returns:
-        The float as it is, or a tensor of shape (B, 1, ..., 1) with x's dtype and device.
+        A float or a tensor of x's shape as it is, else a tensor of shape (B, 1, ..., 1) with x's dtype and device.
     """
-    if isinstance(coefficient, float):
+    if isinstance(coefficient, float) or coefficient.dim() == x.dim():
         return coefficient
     return coefficient.view(-1, *[1] * (x.dim() - 1)).to(x.device, x.dtype, non_blocking=True)
+
+
+def linear_combination(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """a x + b y with coefficients of a level: floats, or tensors of shape (B,); in one new tensor."""
+    if isinstance(a, float) and isinstance(b, float):
+        return torch.mul(x, a).add_(y, alpha=b)
+    return broadcast(a, x) * x + broadcast(b, y) * y
 
 
 def conditional_variance(t: NoiseLevel, s: NoiseLevel) -> Tensor | float:
@@ -70,6 +78,11 @@ def conditional_variance(t: NoiseLevel, s: NoiseLevel) -> Tensor | float:
     For variance-preserving schedules this is beta_{t|s} = 1 - alphabar_t / alphabar_s.
     """
     return t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+
+
+def clamp(x: Tensor | float, low: float, high: float) -> Tensor | float:
+    """x held in [low, high], for floats and tensors alike."""
+    return min(max(x, low), high) if isinstance(x, float) else x.clamp(low, high)
 
 
 def _log(x: float) -> float:

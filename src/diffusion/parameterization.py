@@ -3,29 +3,71 @@
     x0_hat = c_skip x_t + c_out F(c_in x_t, label),    eps_hat = (x_t - alpha_t x0_hat) / sigma_t
 
 and F is trained towards (x0 - c_skip x_t) / c_out (Karras et al. 2022, arXiv:2206.00364, eq. 7).
+
+Each was published for one kind of schedule. c_in brings x_t to that kind's coordinates, so that each is
+defined for all: it is 1 at home, and two schedules of equal SNR give a network the same input and the same x0.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from .noise_level import NoiseLevel, broadcast
+from .noise_level import NoiseLevel, as_times, broadcast, clamp, linear_combination
+from .schedule import Schedule
 
 
-@dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says about x_t.
+    """What a denoiser says about x_t, told by one tensor F: x0 = c_skip x_t + c_out F, x_t = alpha_t x0 + sigma_t eps.
 
-    Attributes:
-        x0: estimate of the clean image, x_t's shape, nominally in [-1, 1].
-        eps: estimate of the noise, with x_t = alpha_t x0 + sigma_t eps.
+    x0 and eps are computed where they are asked for, both from F, so that they agree and that eps does not
+    inherit x0's rounding errors divided by a small sigma.
+
+    Args:
+        x_t: the noisy images, shape (B, C, H, W).
+        level: their level.
+        output: F, x_t's shape.
+        c_skip, c_out: of the level's shape; as they stand, F is x0.
         variance: what a network of learned variance says about the reverse step, x_t's shape; else None.
     """
 
-    x0: Tensor
-    eps: Tensor
-    variance: Tensor | None = None
+    def __init__(
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        output: Tensor,
+        c_skip: Tensor | float = 0.0,
+        c_out: Tensor | float = 1.0,
+        variance: Tensor | None = None,
+    ):
+        self.x_t, self.level, self.variance = x_t, level, variance
+        self._output, self._c_skip, self._c_out = output, c_skip, c_out
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """Estimate of the clean images, nominally in [-1, 1], shape (B, C, H, W)."""
+        is_output = isinstance(self._c_out, float) and (self._c_skip, self._c_out) == (0, 1)
+        return self._output if is_output else self.mix(1.0, 0.0)
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """Estimate of the noise, shape (B, C, H, W)."""
+        return self.mix(0.0, 1.0)
+
+    def with_variance(self, variance: Tensor | None) -> "Prediction":
+        """The same estimate, with what the network says about the variance."""
+        return Prediction(self.x_t, self.level, x0=self._x0, eps=self._eps, variance=variance)
+
+    def mix(self, of_x0: Tensor | float, of_eps: Tensor | float) -> Tensor:
+        """of_x0 x0 + of_eps eps as a new tensor, straight from x_t and F."""
+        alpha, sigma = self.level.alpha, self.level.sigma
+        of_x0 = of_x0 - of_eps * alpha / sigma
+        of_x_t = of_eps / sigma + of_x0 * self._c_skip
+        return linear_combination(of_x_t, self.x_t, of_x0 * self._c_out, self._output)
+
+    def with_x0(self, x0: Tensor) -> "Prediction":
+        """The same with another x0, and the eps that belongs to it."""
+        return Prediction(self.x_t, self.level, x0, variance=self.variance)
 
 
 class Parameterization(ABC):
@@ -39,32 +81,148 @@ class Parameterization(ABC):
     def target(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
         """What F should be for the image x0 and the noise eps, both (B, C, H, W)."""
 
+    def label(self, level: NoiseLevel) -> Tensor | float:
+        """The time as the network is told it: the schedule's label, of the level's shape."""
+        return level.label
+
+    def check(self, schedule: Schedule) -> None:
+        """Refuses a schedule on which the output would not determine x0.
+
+        Raises:
+            ValueError: says what to choose instead.
+        """
+
     def predict(self, x_t: Tensor, output: Tensor, level: NoiseLevel) -> Prediction:
         """Reads the network's output at x_t; both (B, C, H, W)."""
         _, c_skip, c_out = self.coefficients(level)
-        x0 = broadcast(c_skip, x_t) * x_t + broadcast(c_out, x_t) * output
-        return Prediction(x0, eps_from_x0(x_t, x0, level))
+        return Prediction(x_t, level, output, c_skip, c_out)
 
 
-def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
-    """The noise that, with x0, makes up x_t: (x_t - alpha_t x0) / sigma_t."""
-    return (x_t - broadcast(level.alpha, x_t) * x0) / broadcast(level.sigma, x_t)
+def _norm(level: NoiseLevel) -> Tensor | float:
+    """sqrt(alpha^2 + sigma^2), 1 for variance-preserving schedules."""
+    return (level.alpha**2 + level.sigma**2) ** 0.5
 
 
-def x0_from_eps(x_t: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-    """The image that, with eps, makes up x_t: (x_t - sigma_t eps) / alpha_t."""
-    return (x_t - broadcast(level.sigma, x_t) * eps) / broadcast(level.alpha, x_t)
+def _refuse_pure_noise(name: str, schedule: Schedule) -> None:
+    if schedule(as_times([schedule.t_max])).alpha.item() == 0:
+        raise ValueError(
+            f"parameterization={name} says nothing about x0 where alpha is 0, at the end of"
+            f" {type(schedule).__name__}: choose parameterization=v, velocity, x0 or edm"
+        )
 
 
 class Eps(Parameterization):
-    """F is the noise: c_in = 1, c_skip = 1/alpha, c_out = -sigma/alpha (DDPM, Ho et al. 2020, eq. 11)."""
+    """F is the noise: c_in = 1, c_skip = 1/alpha, c_out = -sigma/alpha (DDPM, Ho et al. 2020, eq. 11).
+
+    Off variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    """
 
     def coefficients(self, level):
-        return 1.0, 1 / level.alpha, -level.sigma / level.alpha
+        return 1 / _norm(level), 1 / level.alpha, -level.sigma / level.alpha
 
     def target(self, x0, eps, level):
         return eps
 
+    def check(self, schedule):
+        _refuse_pure_noise("eps", schedule)
+
+
+class Score(Parameterization):
+    """F is the score -eps/sigma of p(x_t): c_in = 1, c_skip = 1/alpha, c_out = sigma^2/alpha.
+
+    Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 7), whose loss weight sigma^2 on the score is
+    `weighting=snr`; the plain error (`simple`) of the score is ruled by the smallest sigma. Off
+    variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    """
+
+    def coefficients(self, level):
+        return 1 / _norm(level), 1 / level.alpha, level.sigma**2 / level.alpha
+
+    def target(self, x0, eps, level):
+        return -eps / broadcast(level.sigma, eps)
+
+    def check(self, schedule):
+        _refuse_pure_noise("score", schedule)
+
+
+class X0(Parameterization):
+    """F is the image: c_in = 1, c_skip = 0, c_out = 1 (Ho et al. 2020, sec. 3.2).
+
+    Off variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    """
+
+    def coefficients(self, level):
+        return 1 / _norm(level), 0 * level.alpha, 0 * level.alpha + 1
+
+    def target(self, x0, eps, level):
+        return x0
+
     def predict(self, x_t, output, level):
-        # the output itself: the way back from x0 would divide its rounding errors by a small sigma
-        return Prediction(x0_from_eps(x_t, output, level), output)
+        return Prediction(x_t, level, x0=output)
+
+
+class V(Parameterization):
+    """F is v = alpha eps - sigma x0: c_in = 1, c_skip = alpha, c_out = -sigma.
+
+    Progressive distillation (Salimans & Ho 2022, arXiv:2202.00512, app. D), where alpha^2 + sigma^2 = r^2 = 1.
+    Elsewhere the same in the coordinates x_t/r: c_in = 1/r, c_skip = alpha/r^2, c_out = -sigma/r, and
+    v = (alpha eps - sigma x0)/r.
+    """
+
+    def coefficients(self, level):
+        r = _norm(level)
+        return 1 / r, level.alpha / r**2, -level.sigma / r
+
+    def target(self, x0, eps, level):
+        r = _norm(level)
+        return broadcast(level.alpha / r, x0) * eps - broadcast(level.sigma / r, x0) * x0
+
+
+class Velocity(Parameterization):
+    """F is the flow's velocity eps - x0 = dx_t/dt: c_in = 1, c_skip = 1, c_out = -sigma.
+
+    Flow matching and rectified flow (Lipman et al. 2023, arXiv:2210.02747, eq. 23; Liu et al. 2023), where
+    r = alpha + sigma = 1. Elsewhere the same in the coordinates x_t/r: c_in = c_skip = 1/r, c_out = -sigma/r.
+    """
+
+    def coefficients(self, level):
+        r = level.alpha + level.sigma
+        return 1 / r, 1 / r, -level.sigma / r
+
+    def target(self, x0, eps, level):
+        return eps - x0
+
+
+class EDM(Parameterization):
+    """Preconditioning to unit variance of input and target (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+        c_in = 1/r,   c_skip = alpha sigma_data^2/r^2,   c_out = sigma sigma_data/r,
+        r^2 = sigma^2 + alpha^2 sigma_data^2,   label = ln(sigma/alpha)/4
+
+    The paper has alpha = 1; other schedules are brought to that by x_t/alpha. |ln(sigma/alpha)| is bounded by
+    20 in the label, so that it is finite for pure noise.
+
+    Args:
+        sigma_data: standard deviation of the data, 0.5 for CIFAR-10 in [-1, 1].
+
+    Raises:
+        ValueError: sigma_data is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5):
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+
+    def coefficients(self, level):
+        r = (level.sigma**2 + (level.alpha * self.sigma_data) ** 2) ** 0.5
+        return 1 / r, level.alpha * self.sigma_data**2 / r**2, level.sigma * self.sigma_data / r
+
+    def target(self, x0, eps, level):
+        # (x0 - c_skip x_t) / c_out without its cancellation at small sigma
+        r = (level.sigma**2 + (level.alpha * self.sigma_data) ** 2) ** 0.5
+        of_x0, of_eps = level.sigma / (self.sigma_data * r), level.alpha * self.sigma_data / r
+        return broadcast(of_x0, x0) * x0 - broadcast(of_eps, x0) * eps
+
+    def label(self, level):
+        return -clamp(level.log_snr, -20.0, 20.0) / 4

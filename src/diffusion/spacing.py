@@ -17,7 +17,13 @@ from .schedule import DiscreteSchedule, Schedule
 
 
 class Spacing(ABC):
-    """A rule that picks a schedule's times."""
+    """A rule that picks a schedule's times.
+
+    Attributes:
+        whole_rows: whether it visits the rows of a table only, so that T is its limit there.
+    """
+
+    whole_rows = False
 
     @abstractmethod
     def times(self, schedule: Schedule, steps: int) -> Tensor:
@@ -36,7 +42,10 @@ class Spacing(ABC):
         Raises:
             ValueError: steps is out of range, or the rule does not fit the schedule or would double many times.
         """
-        if steps < 1:
+        if self.whole_rows and isinstance(schedule, DiscreteSchedule):
+            if not 1 <= steps <= schedule.T:
+                raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
+        elif steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return torch.cat([self.times(schedule, steps), torch.zeros(1, dtype=torch.float64)])
 
@@ -48,6 +57,8 @@ class IndexSpacing(Spacing):
     is no longer what was asked for.
     """
 
+    whole_rows = True
+
     def times(self, schedule, steps):
         name = type(self).__name__.lower()
         if not isinstance(schedule, DiscreteSchedule):
@@ -55,8 +66,6 @@ class IndexSpacing(Spacing):
                 f"steps of a continuous schedule cannot be spaced by {name}, which picks rows of a table: choose"
                 " spacing=trailing, uniform_time, uniform_log_snr or karras"
             )
-        if steps > schedule.T:
-            raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
         distinct = sorted(set(self.indices(schedule.T, steps)), reverse=True)
         if len(distinct) < 0.9 * steps:
             raise ValueError(
@@ -152,10 +161,10 @@ class Trailing(Spacing):
     On a continuous schedule t_max (1 - i/S), the usual grid of flow models.
     """
 
+    whole_rows = True
+
     def times(self, schedule, steps):
         if isinstance(schedule, DiscreteSchedule):
-            if steps > schedule.T:
-                raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
             T = schedule.T
             return torch.tensor([round(T - i * (T / steps)) for i in range(steps)]).double()
         if schedule.t_max / steps < schedule.t_min:

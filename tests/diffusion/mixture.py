@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.noise_level import NoiseLevel
-from src.diffusion.parameterization import Prediction, eps_from_x0
+from src.diffusion.parameterization import Prediction
 from src.diffusion.schedule import Schedule
 from src.diffusion.variance import Small, Variance
 
@@ -98,8 +98,7 @@ class MixtureDenoiser(BaseDenoiser):
 
     def forward(self, x_t, level, condition=None):
         self.calls += 1
-        x0 = self.mixture.posterior_mean(x_t, level)
-        return Prediction(x0, eps_from_x0(x_t, x0, level))
+        return Prediction(x_t, level, self.mixture.posterior_mean(x_t, level))
 
 
 def gaussian(mean: float, std: float, shape: tuple[int, int, int] = (1, 1, 1)) -> Mixture:

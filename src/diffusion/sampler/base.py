@@ -1,16 +1,20 @@
 """The only sampling loop. A sampler is one `step` from x_t to x_s."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from src.errors import UserError
+
 from ..denoiser import BaseDenoiser, Conditioned
 from ..noise_level import NoiseLevel, as_times
 from ..parameterization import Prediction
+from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
 
 
@@ -21,24 +25,70 @@ class State:
     Attributes:
         x: the image x_s, shape (B, C, H, W).
         prediction: the prediction at x_t that led to it; None at the start.
+        origin: the x_t from which the step was made, where a corrector had moved it; else None.
+        evaluations: how often the denoiser has been asked on the way here.
     """
 
     x: Tensor
     prediction: Prediction | None = None
+    origin: Tensor | None = None
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a multi-step method remembers of an earlier step: its level, the point it started from, the prediction."""
+
+    level: NoiseLevel
+    x: Tensor
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a step stands in its trajectory.
+
+    Attributes:
+        times: all times of the trajectory, falling.
+        levels: their levels, of Python floats.
+        index: number of the step, from 0: it goes from levels[index] to levels[index + 1].
+        past: the visits before it, the newest last, as many as the sampler's `memory` at most.
+    """
+
+    times: Sequence[float]
+    levels: Sequence[NoiseLevel]
+    index: int = 0
+    past: Sequence[Visit] = ()
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the trajectory."""
+        return len(self.levels) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Number of steps from here to the end, this one included."""
+        return self.steps - self.index
 
 
 class Sampler(ABC):
     """Takes noise to images: sampler(denoiser, x_T, times) -> x_0.
 
     Attributes:
-        evaluations_per_step: network evaluations of one step.
+        memory: how many earlier visits a step wants to see.
     """
 
-    evaluations_per_step = 1
+    memory = 0
 
     @abstractmethod
     def step(
-        self, denoiser: BaseDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, noise: NoiseSource
+        self,
+        denoiser: BaseDenoiser,
+        x_t: Tensor,
+        t: NoiseLevel,
+        s: NoiseLevel,
+        noise: NoiseSource,
+        path: Path,
     ) -> State:
         """From x_t to x_s, s < t.
 
@@ -48,6 +98,7 @@ class Sampler(ABC):
             t: level of x_t, of Python floats.
             s: level to go to; s.sigma == 0 at the step to clean data.
             noise: called only where noise is used.
+            path: the whole trajectory and the visits so far.
         """
 
     def trajectory(
@@ -69,18 +120,25 @@ class Sampler(ABC):
 
         Raises:
             ValueError: the times do not fall.
+            UserError: an image is not finite; names the step. Found at the end, so that no step waits for the device.
         """
         times = as_times(times)
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
             raise ValueError(f"times must be at least two falling values, got {times.tolist()}")
         levels = denoiser.schedule(times).scalars()
-        denoiser = Conditioned(denoiser, condition)
-        state = State(x_T)
-        yield state
-        for t, s in pairwise(levels):
+        asked = _Asked(denoiser, condition)
+        times, past = times.tolist(), deque(maxlen=self.memory)
+        x_t, sums = x_T, []
+        yield State(x_T)
+        for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
-                state = self.step(denoiser, state.x, t, s, noise)
-            yield state
+                state = self.step(asked, x_t, t, s, noise, Path(times, levels, index, past))
+                sums.append(state.x.sum())  # not finite if a pixel is not; read at the end
+            past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
+            x_t = state.x
+            yield State(x_t, state.prediction, state.origin, asked.evaluations)
+            del state  # whoever wants it has it; the memory of earlier images can serve the next step
+        _check_finite(torch.stack(sums).isfinite().tolist(), times)
 
     def __call__(
         self,
@@ -92,5 +150,42 @@ class Sampler(ABC):
     ) -> Tensor:
         """The last state of `trajectory`, same arguments: images, nominally in [-1, 1], shape (B, C, H, W)."""
         for state in self.trajectory(denoiser, x_T, times, condition, noise):
-            last = state
-        return last.x
+            x = state.x
+            del state
+        return x
+
+
+def level_between(schedule: Schedule, t: NoiseLevel, s: NoiseLevel, share: float) -> NoiseLevel:
+    """The level that lies this share of the log-SNR step away from t, towards s; of Python floats."""
+    return level_at(schedule, t.log_snr + share * (s.log_snr - t.log_snr))
+
+
+def level_at(schedule: Schedule, log_snr: float) -> NoiseLevel:
+    """The schedule's level at a log-SNR, of Python floats; a table's rows are interpolated."""
+    return schedule(schedule.time_of_log_snr(as_times([log_snr]))).scalars()[0]
+
+
+def is_endless(t: NoiseLevel, s: NoiseLevel) -> bool:
+    """Whether the log-SNR step is infinite (from pure noise, to clean data): only the first-order step exists there."""
+    return t.alpha == 0 or s.sigma == 0
+
+
+class _Asked(Conditioned):
+    """A denoiser with its condition filled in, which counts how often it is asked."""
+
+    def __init__(self, inner: BaseDenoiser, condition: Tensor | None):
+        super().__init__(inner, condition)
+        self.evaluations = 0
+
+    def forward(self, x_t, level, condition=None):
+        self.evaluations += 1
+        return self.inner(x_t, level, self.condition)
+
+
+def _check_finite(finite: list[bool], times: list[float]) -> None:
+    if not all(finite):
+        step = finite.index(False)
+        raise UserError(
+            f"sampling: the images are not finite (NaN or infinite) after step {step + 1} of {len(finite)}, where the"
+            f" network was asked at t = {times[step]:g}: its weights have diverged or the step is too large"
+        )

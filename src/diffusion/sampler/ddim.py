@@ -1,7 +1,5 @@
 """Denoising diffusion implicit models."""
 
-import torch
-
 from ..noise_level import conditional_variance
 from .base import Sampler, State
 
@@ -12,7 +10,8 @@ class DDIM(Sampler):
         x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z,    std = eta sigma_{t|s} sigma_s / sigma_t
 
     with x0 and eps the denoiser's estimates at x_t. eta = 0 is deterministic and of order 1 in the
-    log-SNR step; eta = 1 is ancestral DDPM sampling with the small variance.
+    log-SNR step; eta = 1 is ancestral DDPM sampling with the small variance, and in unscaled coordinates
+    k-diffusion's Euler ancestral.
 
     Args:
         eta: stochasticity, in [0, 1].
@@ -26,11 +25,11 @@ class DDIM(Sampler):
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         self.eta = eta
 
-    def step(self, denoiser, x_t, t, s, noise):
+    def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
         std = self.eta * (conditional_variance(t, s) ** 0.5) * s.sigma / t.sigma
         direction = max(s.sigma**2 - std**2, 0.0) ** 0.5  # rounding may fall below 0 where alpha_t is 0
-        x_s = torch.add(s.alpha * prediction.x0, prediction.eps, alpha=direction)
+        x_s = prediction.mix(s.alpha, direction)
         if std > 0:
             x_s = x_s.add_(noise(x_t), alpha=std)
         return State(x_s, prediction)

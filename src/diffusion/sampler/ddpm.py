@@ -12,7 +12,7 @@ class DDPM(Sampler):
     this is the sigma-hat row of the DDIM paper.
     """
 
-    def step(self, denoiser, x_t, t, s, noise):
+    def step(self, denoiser, x_t, t, s, noise, path):
         reverse = denoiser.reverse(x_t, t, s)
         x_s = reverse.mean
         if s.sigma > 0:
