@@ -1,0 +1,101 @@
+"""The doors that load a run: what they write, and that an image does not depend on its company."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import QUICK
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, request):
+    """One short run for all tests of this file."""
+    from tests.conftest import door as door_fixture
+
+    tmp_path = tmp_path_factory.mktemp("loaded")
+    patch = pytest.MonkeyPatch()
+    request.addfinalizer(patch.undo)
+    call = door_fixture.__wrapped__(patch, tmp_path)
+    assert call("train", *QUICK, "ema.decay=0.9") == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+def pixels(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])
+
+
+def test_pictures(door, run, tmp_path):
+    assert door("sample", f"run={run}", "n=6", "sampler.steps=4", "gif=true", f"out={tmp_path}/out") == 0
+    assert pixels(tmp_path / "out").shape == (6, 8, 8)
+    assert Image.open(tmp_path / "out" / "grid.png").width >= 256
+    assert Image.open(tmp_path / "out" / "denoising.gif").n_frames == 5
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["network_evaluations"] == 4
+    assert recipe["weights"] == "ema"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_image_depends_on_seed_and_number_alone(door, run, tmp_path, sampler):
+    base = [f"run={run}", f"sampler={sampler}", "sampler.steps=5"]
+    assert door("sample", *base, "n=7", f"out={tmp_path}/whole") == 0
+    assert door("sample", *base, "n=5", "batch_size=2", f"out={tmp_path}/parts") == 0
+    assert door("sample", *base, "n=5", "seed=1", f"out={tmp_path}/other") == 0
+    whole, parts, other = (pixels(tmp_path / name) for name in ("whole", "parts", "other"))
+    # float rounding differs between batch sizes: bytes may, rarely, be one apart
+    assert (whole[:5] == parts).mean() > 0.99
+    assert (whole[:5] == other).mean() < 0.9
+
+
+def test_averaged_and_raw_weights_differ(door, run, tmp_path):
+    for weights in ("ema", "raw"):
+        assert door("sample", f"run={run}", "n=4", f"weights={weights}", f"out={tmp_path}/{weights}") == 0
+    assert (pixels(tmp_path / "ema") != pixels(tmp_path / "raw")).any()
+
+
+def test_a_checkpoint_alone_is_enough(door, run, tmp_path):
+    shutil.copy(run / "checkpoints" / "step_00000020.ckpt", tmp_path / "lone.ckpt")
+    assert door("sample", "run=lone.ckpt", "n=3", "sampler.steps=4", f"out={tmp_path}/lone") == 0
+    assert door("sample", f"run={run}", "n=3", "sampler.steps=4", f"out={tmp_path}/run") == 0
+    assert (pixels(tmp_path / "lone") == pixels(tmp_path / "run")).all()
+
+
+def test_scores_and_protocol(door, run, capsys):
+    assert (
+        door("evaluate", f"run={run}", "n=100", "sampler.steps=3", "sampler.eta=0.5", "spacing=leading") == 0
+    )
+    (path,) = (run / "scores").glob("*/scores.json")
+    record = json.loads(path.read_text())
+    assert f"{record['scores']['fd_digits']:.5g}" in capsys.readouterr().out
+    protocol = record["protocol"]
+    assert protocol["num_images"] == 100
+    assert protocol["recipe"] == {
+        "training_steps": 20,
+        "weights": "ema",
+        "ema_decay": 0.9,
+        "sampler": "DDIM(eta=0.5)",
+        "spacing": "Leading()",
+        "guidance": "none",
+        "clipping": "StaticClipping(bound=1.0)",
+        "steps": 3,
+        "network_evaluations": 3,
+        "seed": 0,
+    }
+
+
+def test_previews_are_what_sampling_gives(door, run, tmp_path):
+    """The callback's grid and the door's grid are of the same images."""
+    assert door("sample", f"run={run}", "n=16", "sampler.steps=5", f"out={tmp_path}/again") == 0
+    preview = np.asarray(Image.open(run / "samples" / "step_00000020.png").convert("L"))
+    assert (preview == np.asarray(Image.open(tmp_path / "again" / "grid.png").convert("L"))).mean() > 0.99
+
+
+def test_sampling_sweep(door, run, tmp_path):
+    assert door("evaluate", "-m", f"run={run}", "n=50", "sampler.steps=2,3", "sampler.eta=0,1") == 0
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
+    outcomes = json.loads((sweep / "sweep.json").read_text())
+    assert len(outcomes) == 4
+    assert all("fd_digits" in outcome["scores"] for outcome in outcomes.values())
