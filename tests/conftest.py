@@ -20,17 +20,13 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def door(monkeypatch, tmp_path) -> Callable[..., int]:
-    """Calls a command-line door in this process: door("train", "seed=1") -> exit status.
-
-    Runs go to tmp_path/runs; caches to tmp_path/cache.
-    """
+def door_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Calls a command-line door in this process, in a folder: call("train", "seed=1") -> exit status."""
 
     def call(name: str, *overrides: str) -> int:
-        monkeypatch.chdir(tmp_path)
+        monkeypatch.chdir(folder)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(folder / "cache"))
         monkeypatch.setattr(sys, "argv", [f"src.{name}", *overrides])
         try:
             importlib.import_module(f"src.{name}").main()
@@ -39,6 +35,12 @@ def door(monkeypatch, tmp_path) -> Callable[..., int]:
         return 0
 
     return call
+
+
+@pytest.fixture
+def door(monkeypatch, tmp_path) -> Callable[..., int]:
+    """`door_in` a temporary folder: runs go to tmp_path/runs."""
+    return door_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture

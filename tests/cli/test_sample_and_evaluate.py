@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import QUICK
+from tests.conftest import QUICK, door_in
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, request):
+def run(tmp_path_factory):
     """One short run for all tests of this file."""
-    from tests.conftest import door as door_fixture
-
     tmp_path = tmp_path_factory.mktemp("loaded")
-    patch = pytest.MonkeyPatch()
-    request.addfinalizer(patch.undo)
-    call = door_fixture.__wrapped__(patch, tmp_path)
-    assert call("train", *QUICK, "ema.decay=0.9") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        assert door_in(tmp_path, patch)("train", *QUICK, "ema.decay=0.9") == 0
     (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
