@@ -1,0 +1,59 @@
+"""Compositions that a new user types: each trains, previews, scores and saves."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import QUICK
+
+COMPOSITIONS = {
+    "README's": ["schedule=cosine", "model=unet_small"],
+    "other leaves": [
+        "schedule=sigmoid",
+        "sampler=ddpm",
+        "sampler.steps=4",
+        "variance=large",
+        "spacing=linspace",
+    ],
+    "no average, no clipping": [
+        "ema=none",
+        "clipping=none",
+        "lr_schedule=warmup_cosine",
+        "lr_schedule.warmup_steps=2",
+    ],
+    "class-conditional": ["class_conditional=true", "optimizer=adamw", "ema=constant"],
+    "bfloat16": ["trainer.precision=bf16-mixed", "lr_schedule=constant", "schedule=linear", "schedule.T=100"],
+    "no score": ["metrics=none"],
+    "overfit": ["debug=overfit", "trainer.max_steps=4", "callbacks=none"],
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composition(door, only_run, name):
+    assert door("train", *QUICK, *COMPOSITIONS[name]) == 0
+    run = only_run()
+    scores = json.loads((run / "scores.json").read_text())
+    assert ("fd_digits" in scores) == (name not in ("no score", "overfit"))
+    assert all(value == value for value in scores.values()), "no NaN"
+    assert door("sample", f"run={run}", "n=2", "sampler.steps=2") == 0
+
+
+def test_labels_reach_the_network(door, only_run):
+    assert door("train", *QUICK, "class_conditional=true", "callbacks.checkpoints.every=10") == 0
+
+    def table(step):
+        path = only_run() / "checkpoints" / f"step_{step:08d}.ckpt"
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        (rows,) = [weight for weight in weights.values() if weight.dim() == 2 and weight.shape[0] == 11]
+        return rows
+
+    moved = (table(20) != table(10)).any(dim=1)
+    assert moved[:10].all(), "every class has learned"
+    assert not moved[10], "the row for no label waits for dropped labels"
+
+
+@pytest.mark.slow(reason="compiles for a minute or more")
+def test_compiled_network_resumes(door, only_run):
+    assert door("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
+    assert door("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0
