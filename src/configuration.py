@@ -128,3 +128,15 @@ def check_value(hint: Any, value: Any, option: str) -> None:
     except ValidationError as error:
         wanted = error.errors()[0]["msg"]
         raise UserError(f"{option}={value!r}: {wanted[0].lower()}{wanted[1:]}") from None
+
+
+def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:
+    """Holds the options that belong to no group against their types.
+
+    Raises:
+        UserError: one is of another type, out of range or missing.
+    """
+    for option, kind in kinds.items():
+        if OmegaConf.is_missing(config, option):
+            raise UserError(f"{option} is missing: say {option}=...")
+        check_value(kind, config[option], option)

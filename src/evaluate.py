@@ -19,10 +19,10 @@ def evaluate(config: Any) -> dict[str, float]:
 
     from rich.progress import track
 
-    from src import experiment
+    from src import loading
 
-    loaded = experiment.load_with(config)
-    score = experiment.score_of(loaded, config.cache)
+    loaded = loading.load_with(config)
+    score = loading.score_of(loaded, config.cache)
     generation = loaded.generation
     batches = generation.images(loaded.denoiser, range(config.n), config.batch_size)
     total = -(-config.n // config.batch_size)

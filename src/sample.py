@@ -21,10 +21,10 @@ def sample(config: Any) -> dict[str, float]:
     import torch
     from rich.progress import track
 
-    from src import experiment
+    from src import loading
     from src.pictures import animation, image_grid, save_images
 
-    loaded = experiment.load_with(config)
+    loaded = loading.load_with(config)
     generation = loaded.generation
     recipe = loaded.recipe()
     folder = Path(config.out or recipe_folder(loaded.found.folder / "samples", recipe))
