@@ -5,11 +5,10 @@ Hydra picks the leaves; the arrows between them are the plain lines of `denoiser
 
 import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -20,11 +19,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.configuration import build, check_value, resolve
+from src.configuration import build, check_scalars, check_value, resolve
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.data.source import ImageSource
 from src.diffusion.clipping import StaticClipping
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.distance import Distance
 from src.diffusion.loss import DenoisingLoss
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.sampler import Sampler
@@ -36,9 +36,9 @@ from src.diffusion.weighting import Weighting
 from src.errors import UserError
 from src.generation import Generation, describe
 from src.metrics import fidelity
-from src.metrics.fidelity import FidelityScore, Protocol, Reference
+from src.metrics.fidelity import FidelityScore, Reference
 from src.randomness import key
-from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, FoundRun, find_run
+from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
 from src.training.dashboard import wandb_settings
@@ -86,8 +86,15 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, source)
     weighting = build(config.weighting, Weighting, "weighting")
-    time_sampling = build(config.time_sampling, TimeSampling, "time_sampling")
-    loss = DenoisingLoss(denoiser, weighting, time_sampling)
+    loss = build(
+        config.loss,
+        DenoisingLoss,
+        "loss",
+        denoiser=denoiser,
+        weighting=weighting,
+        time_sampling=build(config.time_sampling, TimeSampling, "time_sampling"),
+        distance=build(config.distance, Distance, "distance"),
+    )
     ema = build(config.ema, EMA, "ema")
     module = DiffusionModule(
         loss,
@@ -124,27 +131,6 @@ TRAINING_SCALARS = {
     "ckpt": str | None,
     "name": str | None,
 }
-LOADING_SCALARS = {
-    "run": str,
-    "checkpoint": Literal["last", "best"],
-    "weights": Literal["ema", "raw"],
-    "n": PositiveInt,
-    "seed": NonNegativeInt,
-    "batch_size": PositiveInt,
-    "device": str,
-}
-
-
-def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:
-    """Holds the options that belong to no group against their types.
-
-    Raises:
-        UserError: one is of another type, out of range or missing.
-    """
-    for option, kind in kinds.items():
-        if OmegaConf.is_missing(config, option):
-            raise UserError(f"{option} is missing: say {option}=...")
-        check_value(kind, config[option], option)
 
 
 def source_of(config: DictConfig) -> ImageSource:
@@ -162,6 +148,10 @@ def denoiser_of(config: DictConfig, source: ImageSource | None = None) -> Denois
     parameterization = build(config.parameterization, Parameterization, "parameterization")
     variance = build(config.variance, Variance, "variance")
     num_classes = config.data.num_classes if config.class_conditional else 0
+    if variance.outputs > 1 and "out_channels" not in config.model:
+        OmegaConf.update(
+            config.model, "out_channels", config.data.channels * variance.outputs, force_add=True
+        )
     network = build(config.model, nn.Module, "model", num_classes=num_classes)
     for what in ("channels", "image_size"):
         given, needed = getattr(network, what), config.data[what]
@@ -169,7 +159,10 @@ def denoiser_of(config: DictConfig, source: ImageSource | None = None) -> Denois
             raise UserError(
                 f"model.{what}={given}: the images have {needed}; leave model.{what} out, it follows the data"
             )
-    return Denoiser(network, schedule, parameterization, variance)
+    try:
+        return Denoiser(network, schedule, parameterization, variance)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generation:
@@ -323,144 +316,6 @@ def recipe(generation: Generation, step: int, weights: str, ema_decay: float | N
         network_evaluations=generation.network_evaluations,
         seed=generation.seed,
     )
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained denoiser in eval mode, how it is to be sampled, and where it is from.
-
-    Attributes:
-        denoiser: with the weights that were asked for, on its device.
-        generation: the recipe for images.
-        config: the run's configuration, with the sampling choices of the one who loads it.
-        found: its folder and checkpoint.
-        step: training step of the checkpoint.
-        weights: "ema" or "raw".
-    """
-
-    denoiser: Denoiser
-    generation: Generation
-    config: DictConfig
-    found: FoundRun
-    step: int
-    weights: str
-
-    def recipe(self) -> dict[str, Any]:
-        """How its images are made, as primitives."""
-        return asdict(self._recipe())
-
-    def protocol(self, score: FidelityScore) -> dict[str, Any]:
-        """All that the last score depends on, as primitives."""
-        return Protocol.of(score, self._recipe()).as_dict()
-
-    def _recipe(self) -> fidelity.Recipe:
-        decay = self.config.ema.decay if self.config.ema else None
-        return recipe(self.generation, self.step, self.weights, decay)
-
-
-# What a door that loads a run may choose anew; None, and for the sampler's room an empty node, keep the run's own.
-CHOICES = ("sampler", "spacing", "clipping", "variance", "metrics")
-
-
-def load_with(config: DictConfig) -> LoadedRun:
-    """The run that conf/sample.yaml or conf/evaluate.yaml asks for, with its choices.
-
-    Raises:
-        UserError: no such run, or an impossible choice.
-    """
-    check_scalars(config, LOADING_SCALARS)
-    choices = {name: config[name] for name in CHOICES if config.get(name) is not None}
-    return load(config.run, config.checkpoint, config.weights, config.device, config.seed, choices)
-
-
-def load(
-    run: str,
-    checkpoint: str = "last",
-    weights: str = "ema",
-    device: str = "auto",
-    seed: int = 0,
-    choices: Mapping[str, DictConfig] | None = None,
-) -> LoadedRun:
-    """The denoiser of a run.
-
-    Args:
-        run: run folder or checkpoint file; the file alone is enough.
-        checkpoint: "last" or "best", of a run folder.
-        weights: "ema" (falls back to raw weights, saying so, if the run kept no average) or "raw".
-        device: "auto", or a torch device.
-        seed: of the sampling noise.
-        choices: configuration groups that replace the run's own, e.g. "sampler".
-
-    Raises:
-        UserError: no such run, a file that is not one of our checkpoints, or an impossible choice.
-    """
-    found = find_run(run, checkpoint)
-    content = read_checkpoint(found.checkpoint)
-    config = OmegaConf.create(content["config"])
-    for name, node in (choices or {}).items():
-        config[name] = node
-    denoiser = denoiser_of(config)
-    generation = generation_of(config, seed, denoiser.schedule)
-    averages = next(
-        (s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None
-    )
-    if weights == "ema" and averages is None:
-        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
-        weights = "raw"
-    prefix = "loss.denoiser.network."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    try:
-        denoiser.network.load_state_dict(state | averages if weights == "ema" else state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
-    denoiser.eval().requires_grad_(False).to(pick_device(device))
-    return LoadedRun(denoiser, generation, config, found, content["global_step"], weights)
-
-
-def score_of(loaded: LoadedRun, cache: str) -> FidelityScore:
-    """The score of a loaded run, on its device, with its reference set.
-
-    Raises:
-        UserError: the run has no score and none was chosen, or the data are not to be found.
-    """
-    source = source_of(loaded.config)
-    score = fidelity_of(loaded.config)
-    if score is None:
-        raise UserError("metrics: this run has none; choose one, e.g. metrics=fid")
-    score = score.to(next(loaded.denoiser.parameters()).device)
-    if score.needs_reference:
-        source.prepare()
-        set_reference(score, 0, 1, source, cache)
-    return score
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and primitives only, nothing in it is executed.
-
-    Raises:
-        UserError: the file is no checkpoint of this project.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "state_dict", "callbacks", "global_step"} - set(content)
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
-        ) from None
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
-    return content
-
-
-def pick_device(device: str) -> torch.device:
-    """A torch device; "auto" takes an accelerator if there is one."""
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except Exception as error:
-        raise UserError(f"device={device}: {str(error).splitlines()[0]}; choose auto or cpu") from None
 
 
 def write_config(config: DictConfig, folder: Path) -> None:

@@ -6,6 +6,7 @@
 Guidance, clipping and the like are denoisers around denoisers (`WrappedDenoiser`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -75,10 +76,14 @@ class Denoiser(BaseDenoiser):
     """A network as a denoiser.
 
     Args:
-        network: maps (c_in x_t, label of shape (B,), condition) to an output of x_t's shape.
+        network: maps (c_in x_t, label of shape (B,), condition) to an output of x_t's shape; of twice the
+            channels where the variance is learned, or was in training.
         schedule: the noise schedule that it is trained on.
         parameterization: what its output means.
         variance: the reverse step's variance (default: `Small`).
+
+    Raises:
+        ValueError: the parts do not fit together; names the option to change.
     """
 
     def __init__(
@@ -93,21 +98,35 @@ class Denoiser(BaseDenoiser):
         self.schedule = schedule
         self.parameterization = parameterization
         self.variance = variance or Small()
+        parameterization.check(schedule)
+        self.variance.check(schedule)
+        # networks from elsewhere need not say how many channels they have
+        channels, out_channels = getattr(network, "channels", None), getattr(network, "out_channels", None)
+        if None not in (channels, out_channels) and out_channels < channels * self.variance.outputs:
+            raise ValueError(
+                f"model.out_channels={out_channels}: with images of {channels} channels and this variance"
+                f" ({type(self.variance).__name__}) the network's output needs {channels * self.variance.outputs}"
+            )
 
-    def output(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Tensor:
-        """F(c_in x_t, label): the network's own output, shape (B, C, H, W)."""
+    def output(
+        self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """F(c_in x_t, label) and what the network says about the variance (or None), both of x_t's shape and dtype."""
         c_in, _, _ = self.parameterization.coefficients(level)
-        if not (isinstance(c_in, float) and c_in == 1):  # no pass over x_t where there is nothing to scale
+        if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # no pass over x_t without need
             x_t = broadcast(c_in, x_t) * x_t
-        if isinstance(level.label, float):
-            label = torch.full((x_t.shape[0],), level.label, dtype=x_t.dtype, device=x_t.device)
+        label = self.parameterization.label(level)
+        if isinstance(label, float):
+            label = torch.full((x_t.shape[0],), label, dtype=x_t.dtype, device=x_t.device)
         else:
-            label = level.label.to(x_t.device, x_t.dtype, non_blocking=True)
-        return self.network(x_t, label, condition)
+            label = label.to(x_t.device, x_t.dtype, non_blocking=True)
+        output = self.network(x_t, label, condition).to(x_t.dtype)
+        channels = x_t.shape[1]
+        return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
 
     def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
-        output = self.output(x_t, level, condition).to(x_t.dtype)
-        return self.parameterization.predict(x_t, output, level)
+        output, variance = self.output(x_t, level, condition)
+        return self.parameterization.predict(x_t, output, level).with_variance(variance)
 
 
 class WrappedDenoiser(BaseDenoiser):

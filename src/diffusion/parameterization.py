@@ -56,7 +56,7 @@ class Prediction:
 
     def with_variance(self, variance: Tensor | None) -> "Prediction":
         """The same estimate, with what the network says about the variance."""
-        return Prediction(self.x_t, self.level, x0=self._x0, eps=self._eps, variance=variance)
+        return Prediction(self.x_t, self.level, self._output, self._c_skip, self._c_out, variance)
 
     def mix(self, of_x0: Tensor | float, of_eps: Tensor | float) -> Tensor:
         """of_x0 x0 + of_eps eps as a new tensor, straight from x_t and F."""
@@ -71,7 +71,13 @@ class Prediction:
 
 
 class Parameterization(ABC):
-    """The meaning of the network's output."""
+    """The meaning of the network's output.
+
+    Attributes:
+        sees_pure_noise: whether the output determines x0 where alpha is 0.
+    """
+
+    sees_pure_noise = True
 
     @abstractmethod
     def coefficients(self, level: NoiseLevel) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
@@ -86,11 +92,16 @@ class Parameterization(ABC):
         return level.label
 
     def check(self, schedule: Schedule) -> None:
-        """Refuses a schedule on which the output would not determine x0.
+        """Holds the parameterisation against a schedule.
 
         Raises:
-            ValueError: says what to choose instead.
+            ValueError: at the schedule's end the output would not determine x0; says what to choose instead.
         """
+        if not self.sees_pure_noise and schedule(as_times([schedule.t_max])).alpha.item() == 0:
+            raise ValueError(
+                f"parameterization={type(self).__name__.lower()} says nothing about x0 where alpha is 0, at the end"
+                f" of {type(schedule).__name__}: choose parameterization=v, velocity, x0 or edm"
+            )
 
     def predict(self, x_t: Tensor, output: Tensor, level: NoiseLevel) -> Prediction:
         """Reads the network's output at x_t; both (B, C, H, W)."""
@@ -103,28 +114,19 @@ def _norm(level: NoiseLevel) -> Tensor | float:
     return (level.alpha**2 + level.sigma**2) ** 0.5
 
 
-def _refuse_pure_noise(name: str, schedule: Schedule) -> None:
-    if schedule(as_times([schedule.t_max])).alpha.item() == 0:
-        raise ValueError(
-            f"parameterization={name} says nothing about x0 where alpha is 0, at the end of"
-            f" {type(schedule).__name__}: choose parameterization=v, velocity, x0 or edm"
-        )
-
-
 class Eps(Parameterization):
     """F is the noise: c_in = 1, c_skip = 1/alpha, c_out = -sigma/alpha (DDPM, Ho et al. 2020, eq. 11).
 
     Off variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
+    sees_pure_noise = False
+
     def coefficients(self, level):
         return 1 / _norm(level), 1 / level.alpha, -level.sigma / level.alpha
 
     def target(self, x0, eps, level):
         return eps
-
-    def check(self, schedule):
-        _refuse_pure_noise("eps", schedule)
 
 
 class Score(Parameterization):
@@ -135,14 +137,13 @@ class Score(Parameterization):
     variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
+    sees_pure_noise = False
+
     def coefficients(self, level):
         return 1 / _norm(level), 1 / level.alpha, level.sigma**2 / level.alpha
 
     def target(self, x0, eps, level):
         return -eps / broadcast(level.sigma, eps)
-
-    def check(self, schedule):
-        _refuse_pure_noise("score", schedule)
 
 
 class X0(Parameterization):
@@ -158,7 +159,7 @@ class X0(Parameterization):
         return x0
 
     def predict(self, x_t, output, level):
-        return Prediction(x_t, level, x0=output)
+        return Prediction(x_t, level, output)
 
 
 class V(Parameterization):

@@ -1,26 +1,58 @@
 """The variance of the reverse step p(x_s | x_t), s < t.
 
-    small:  sigma_{t|s}^2 sigma_s^2 / sigma_t^2   (beta-tilde: exact where x0 is known)
-    large:  sigma_{t|s}^2                         (beta: exact where x0 ~ N(0, I))
+    small:          sigma_{t|s}^2 sigma_s^2 / sigma_t^2   (beta-tilde: exact where x0 is known)
+    large:          sigma_{t|s}^2                         (beta: exact where x0 ~ N(0, I))
+    learned_range:  between the two, as the network says
+    learned:        what the network says
 
-with sigma_{t|s}^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Ho et al. 2020, sec. 3.2). Both follow from the
-two levels alone, for any sub-sequence of times.
+with sigma_{t|s}^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Ho et al. 2020, sec. 3.2). The first three follow
+from the two levels for any sub-sequence of times.
 """
 
 from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from .noise_level import NoiseLevel, conditional_variance
+from .noise_level import NoiseLevel, broadcast, conditional_variance
 from .parameterization import Prediction
+from .schedule import DiscreteSchedule, Schedule
 
 
 class Variance(ABC):
-    """How the variance of the reverse step is chosen."""
+    """How the variance of the reverse step is chosen.
+
+    Attributes:
+        outputs: outputs that the network needs for each channel of the image.
+    """
+
+    outputs = 1
 
     @abstractmethod
     def __call__(self, t: NoiseLevel, s: NoiseLevel, prediction: Prediction) -> Tensor | float:
         """The variance of p(x_s | x_t): of the levels' shape, or an image's if it is learned."""
+
+    def decoder(self, t: NoiseLevel, beta_tilde: Tensor | float, prediction: Prediction) -> Tensor | float:
+        """The variance of p(x_0 | x_t), the step to clean data, for the likelihood; a sampler needs none there.
+
+        Args:
+            t: level of the chain's first time.
+            beta_tilde: of the chain's second step, which stands in for that of the first, 0: both fixed
+                variances of DDPM's code take it.
+            prediction: the denoiser's, at t.
+        """
+        return beta_tilde
+
+    def check(self, schedule: Schedule) -> None:
+        """Holds the variance against a schedule.
+
+        Raises:
+            ValueError: it is learned, and the schedule has no steps; says what to choose instead.
+        """
+        if self.outputs > 1 and not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(
+                "variance=learned and learned_range are of the steps of a discrete schedule, not of"
+                f" {type(schedule).__name__}: choose variance=small or large, or e.g. schedule=cosine"
+            )
 
 
 class Small(Variance):
@@ -35,3 +67,37 @@ class Large(Variance):
 
     def __call__(self, t, s, prediction):
         return conditional_variance(t, s)
+
+
+class Learned(Variance):
+    """exp of the network's second half: "learned" in improved DDPM's code.
+
+    It is the variance of the steps that the network was trained for, t to t - 1. For other sub-sequences choose
+    `LearnedRange`.
+    """
+
+    outputs = 2
+
+    def __call__(self, t, s, prediction):
+        return prediction.variance.exp()
+
+    def decoder(self, t, beta_tilde, prediction):
+        return prediction.variance.exp()
+
+
+class LearnedRange(Learned):
+    """beta^frac beta-tilde^(1 - frac), frac = (v + 1)/2, v the network's second half.
+
+    Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). v is not bounded.
+    """
+
+    def __call__(self, t, s, prediction):
+        return self._between(Small()(t, s, prediction), conditional_variance(t, s), prediction)
+
+    def decoder(self, t, beta_tilde, prediction):
+        return self._between(beta_tilde, t.sigma**2, prediction)
+
+    def _between(self, low: Tensor | float, high: Tensor | float, prediction: Prediction) -> Tensor:
+        v = prediction.variance
+        frac = (v + 1) / 2
+        return broadcast(low, v) ** (1 - frac) * broadcast(high, v) ** frac

@@ -4,11 +4,13 @@ The loss compares the network's output F with its target, and x0_hat - x0 = c_ou
 weight there is weight(level) c_out^2, whatever the parameterisation.
 """
 
+import math
 from abc import ABC, abstractmethod
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .noise_level import NoiseLevel
+from .noise_level import NoiseLevel, clamp
 
 
 class Weighting(ABC):
@@ -18,9 +20,119 @@ class Weighting(ABC):
     def __call__(self, level: NoiseLevel, c_out: Tensor) -> Tensor:
         """The weights, float64, of the levels' shape (B,); c_out is the parameterisation's."""
 
+    def balance(self, losses: Tensor, level: NoiseLevel) -> Tensor:
+        """A last word on the weighted losses of each image, shape (B,); by default none."""
+        return losses
+
 
 class Simple(Weighting):
     """1/c_out^2, a plain mean squared error on the network's target: L_simple (Ho et al. 2020, eq. 14) for eps."""
 
     def __call__(self, level, c_out):
         return 1 / c_out**2
+
+
+class SNR(Weighting):
+    """SNR = alpha^2/sigma^2: a plain error of eps, whatever is predicted (Salimans & Ho 2022, sec. 4)."""
+
+    def __call__(self, level, c_out):
+        return level.snr
+
+
+class MinSNR(Weighting):
+    """min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556, eq. 8).
+
+    Args:
+        gamma: the bound; 5 in the paper.
+
+    Raises:
+        ValueError: gamma is not positive.
+    """
+
+    def __init__(self, gamma: float = 5.0):
+        if gamma <= 0:
+            raise ValueError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def __call__(self, level, c_out):
+        return level.snr.clamp(max=self.gamma)
+
+
+class P2(Weighting):
+    """SNR/(k + SNR)^gamma (Choi et al. 2022, arXiv:2204.00227, eq. 8): less weight on small noise.
+
+    Args:
+        k: 1 in the paper.
+        gamma: 0.5 or 1 in the paper; 0 is the `SNR` weighting.
+
+    Raises:
+        ValueError: k is not positive, or gamma negative.
+    """
+
+    def __init__(self, k: float = 1.0, gamma: float = 1.0):
+        if k <= 0:
+            raise ValueError(f"k must be positive, got {k}")
+        if gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        self.k, self.gamma = k, gamma
+
+    def __call__(self, level, c_out):
+        return level.snr / (self.k + level.snr) ** self.gamma
+
+
+class EDM(Weighting):
+    """(sigma^2 + sigma_data^2)/(sigma sigma_data)^2 (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    On schedules with another alpha, sigma/alpha stands for sigma: it is 1/c_out^2 of EDM's preconditioning, and
+    so weighs its targets alike, whatever is predicted.
+
+    Args:
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: sigma_data is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5):
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+
+    def __call__(self, level, c_out):
+        return (level.sigma**2 + (level.alpha * self.sigma_data) ** 2) / (level.sigma * self.sigma_data) ** 2
+
+
+class LearnedUncertainty(Weighting, nn.Module):
+    """loss / exp(u) + u, with u(noise level) learned beside the network: EDM2's balance of noise levels.
+
+    Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that every
+    noise level contributes 1. u is linear in random Fourier features of ln(sigma/alpha)/4, 0 at first, and used
+    in training only. |ln(sigma/alpha)| is bounded by 20, for pure noise.
+
+    Args:
+        weighting: gives the losses that are balanced; EDM's in the paper.
+        features: number of Fourier features.
+
+    Raises:
+        ValueError: features is below 1.
+    """
+
+    def __init__(self, weighting: Weighting, features: int = 128):
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}")
+        self.weighting = weighting
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(features))
+        self.uncertainty = nn.Linear(features, 1, bias=False)
+        nn.init.zeros_(self.uncertainty.weight)
+
+    def __call__(self, level, c_out):
+        return self.weighting(level, c_out)
+
+    def balance(self, losses, level):
+        noise = -clamp(level.log_snr, -20.0, 20.0) / 4
+        noise = noise.to(self.phases.device, self.phases.dtype)
+        features = 2**0.5 * torch.cos(noise[:, None] * self.frequencies + self.phases)
+        u = self.uncertainty(features).squeeze(1).to(losses.dtype)
+        return losses / u.exp() + u

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import DenoisingLoss
+from src.diffusion.time_sampling import AdaptiveTimeSampling
 from src.randomness import draws_at, generator, key
 from src.training.ema import EMA
 
@@ -42,7 +43,7 @@ class DiffusionModule(LightningModule):
     """Trains the network of a `DenoisingLoss`.
 
     Args:
-        loss: joins the denoiser, the weighting and the time sampling.
+        loss: joins the denoiser, the weighting and the time sampling; all its parameters are trained.
         optimizer: parameters -> optimiser.
         lr_schedule: optimiser -> learning-rate schedule, stepped with it; None for a constant rate.
         ema: average of the network's weights, used wherever the network is judged; None for none.
@@ -71,6 +72,7 @@ class DiffusionModule(LightningModule):
         self.conditional = conditional
         self.gradient_norm = torch.zeros(())
         self.step_output: StepOutput | None = None
+        self._told: list[Tensor] = []
         # means over images, which Lightning's own reduction misses where ranks have unequal shares
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
         self.validation_losses = MetricCollection(
@@ -89,15 +91,17 @@ class DiffusionModule(LightningModule):
         # Dropout draws from the global stream, which therefore starts anew from the place in the stream.
         torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
         losses = self.loss(x0, t, eps, batch.labels if self.conditional else None)
-        quantiles = (t - schedule.t_min) / max(schedule.t_max - schedule.t_min, 1)
-        self.step_output = StepOutput(losses.detach(), quantiles)
+        self._tell(positions, t, losses.detach())
+        losses = losses * self.loss.time_sampling.weights(t, schedule).to(losses, non_blocking=True)
+        self.step_output = StepOutput(losses.detach(), schedule.quantile(t))
         return losses.mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
         x0 = batch.images
         draws = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
-        t = torch.cat([self.loss.time_sampling(1, self.denoiser.schedule, g) for g in draws])
+        expected = self.loss.time_sampling.expected()
+        t = torch.cat([expected(1, self.denoiser.schedule, g) for g in draws])
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0)
         labels = batch.labels if self.conditional else None
         self.validation_losses["val/loss"].update(self.loss(x0, t, eps, labels))
@@ -122,6 +126,20 @@ class DiffusionModule(LightningModule):
         finally:
             network.train(was_training)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Tells an adaptive time sampling the losses of the global batch: here, before a checkpoint can be written."""
+        if not self._told:
+            return
+        told = self.all_gather(torch.cat(self._told)).reshape(-1, 3).cpu().double()
+        self._told = []
+        _, t, losses = told[told[:, 0].argsort()].unbind(dim=1)
+        self.loss.time_sampling.update(t, losses, self.denoiser.schedule)
+
+    def _tell(self, positions: Tensor, t: Tensor, losses: Tensor) -> None:
+        if isinstance(self.loss.time_sampling, AdaptiveTimeSampling):
+            place = positions % self.batch_size
+            self._told.append(torch.stack([place.to(losses), t.to(losses), losses], dim=1))
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -130,10 +148,10 @@ class DiffusionModule(LightningModule):
     ) -> None:
         """Clips the global norm and keeps it, so that logging it costs nothing more."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), limit, foreach=True)
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.loss.parameters(), limit, foreach=True)
 
     def configure_optimizers(self):
-        optimizer = self.make_optimizer(self.denoiser.network.parameters())
+        optimizer = self.make_optimizer(self.loss.parameters())
         if self.make_lr_schedule is None:
             return optimizer
         lr_schedule = self.make_lr_schedule(optimizer)

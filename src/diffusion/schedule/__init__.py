@@ -1,6 +1,35 @@
 """Noise schedules: time -> NoiseLevel. One class a schedule."""
 
 from .base import DiscreteSchedule, Schedule
-from .discrete import Cosine, Linear, Quadratic, ScaledLinear, Sigmoid
+from .continuous import EDM, VE, VP, ContinuousCosine, ContinuousSchedule, RectifiedFlow
+from .discrete import (
+    JSD,
+    Constant,
+    Cosine,
+    Linear,
+    Quadratic,
+    ScaledLinear,
+    Sigmoid,
+    SigmoidBeta,
+    ZeroTerminalSNR,
+)
 
-__all__ = ["Cosine", "DiscreteSchedule", "Linear", "Quadratic", "ScaledLinear", "Schedule", "Sigmoid"]
+__all__ = [
+    "EDM",
+    "JSD",
+    "VE",
+    "VP",
+    "Constant",
+    "ContinuousCosine",
+    "ContinuousSchedule",
+    "Cosine",
+    "DiscreteSchedule",
+    "Linear",
+    "Quadratic",
+    "RectifiedFlow",
+    "ScaledLinear",
+    "Schedule",
+    "Sigmoid",
+    "SigmoidBeta",
+    "ZeroTerminalSNR",
+]

@@ -31,6 +31,14 @@ class Schedule(ABC):
     def time_at(self, u: Tensor) -> Tensor:
         """The quantile function of the uniform distribution over the training times: u in [0, 1) -> t."""
 
+    @abstractmethod
+    def quantile(self, t: Tensor) -> Tensor:
+        """The inverse of `time_at`: t -> u in [0, 1].
+
+        A time between two rows of a table goes with its nearest row: time_at(quantile(t)) is the training time
+        next to t.
+        """
+
 
 class DiscreteSchedule(Schedule):
     """A variance-preserving table: alpha_t = sqrt(alphabar_t), sigma_t = sqrt(1 - alphabar_t), t = 0, 1, ..., T.
@@ -56,6 +64,9 @@ class DiscreteSchedule(Schedule):
         self.T = alphabar.numel() - 1
         self.t_min, self.t_max = 1.0, float(self.T)
         self.log_snr = (alphabar.log() - (1 - alphabar).log()) / 2
+        if alphabar[-1] == 0 and self.T > 1:
+            # pure noise: only for times between the last two rows, which an infinite value would make alike
+            self.log_snr[-1] = self.log_snr[-2] - 10
 
     @property
     def beta(self) -> Tensor:
@@ -85,3 +96,6 @@ class DiscreteSchedule(Schedule):
 
     def time_at(self, u: Tensor) -> Tensor:
         return (u * self.T).floor() + 1
+
+    def quantile(self, t: Tensor) -> Tensor:
+        return (t - 0.5) / self.T

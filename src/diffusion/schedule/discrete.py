@@ -104,3 +104,64 @@ class Sigmoid(DiscreteSchedule):
         low, high = (torch.sigmoid(torch.tensor(v / tau, dtype=torch.float64)) for v in (start, end))
         alphabar = (high - torch.sigmoid((u * (end - start) + start) / tau)) / (high - low)
         super().__init__(alphabar.clamp(min=minimum))
+
+
+class SigmoidBeta(DiscreteSchedule):
+    """beta a sigmoid: beta_start + (beta_end - beta_start) sig(x), x evenly spaced in [-6, 6].
+
+    "sigmoid" in the DDIM code (Song et al. 2021) and in diffusers; another schedule than `Sigmoid`, the one in
+    alphabar. Not scaled with T.
+
+    Args:
+        T: number of steps.
+        beta_start: lower bound of beta.
+        beta_end: upper bound of beta.
+    """
+
+    def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        super().__init__(_alphabar(beta_start + (beta_end - beta_start) * torch.sigmoid(_linspace(-6, 6, T))))
+
+
+class Constant(DiscreteSchedule):
+    """The same beta at every step: "const" among the ablations of the DDPM code (Ho et al. 2020).
+
+    Args:
+        T: number of steps.
+        beta: of every step; not scaled with T.
+    """
+
+    def __init__(self, T: int = 1000, beta: float = 0.02):
+        super().__init__(_alphabar(_linspace(beta, beta, T)))
+
+
+class JSD(DiscreteSchedule):
+    """beta_t = 1/(T - t + 1), hence alphabar_t = 1 - t/T (Sohl-Dickstein et al. 2015, arXiv:1503.03585, sec. 2.4.1).
+
+    "jsd" in the DDPM code. It ends at pure noise, alphabar_T = 0.
+
+    Args:
+        T: number of steps.
+    """
+
+    def __init__(self, T: int = 1000):
+        super().__init__(1 - _linspace(1, T, T) / T)
+
+
+class ZeroTerminalSNR(DiscreteSchedule):
+    """Another table with sqrt(alphabar) shifted and scaled: alphabar_T = 0, alphabar_1 as it was.
+
+    Lin et al. 2023 (arXiv:2305.08891, alg. 1). The network then also sees pure noise, from which sampling starts;
+    what it predicts must be defined there: v, x0, velocity or edm.
+
+    Args:
+        inner: the schedule to rescale.
+
+    Raises:
+        ValueError: it has fewer than two steps.
+    """
+
+    def __init__(self, inner: DiscreteSchedule):
+        root = inner.alphabar[1:].sqrt()
+        if inner.T < 2:
+            raise ValueError("inner must have at least 2 steps: raise its T")
+        super().__init__(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)

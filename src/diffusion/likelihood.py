@@ -1,0 +1,269 @@
+"""Likelihood: how many bits a dimension (pixel and channel) of an image costs.
+
+By the variational bound of a chain t_S > ... > t_1 > 0 (Ho et al. 2020, eq. 5), in bits per dimension,
+
+    -ln p(x0) <= L_T + sum_{i > 1} KL(q(x_s | x_t, x0) || p(x_s | x_t)) - ln p(x0 | x_{t_1})
+
+and by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, sec. 4.3), the density along the flow.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .denoiser import BaseDenoiser
+from .forward import diffuse
+from .noise_level import NoiseLevel, as_times, broadcast, conditional_variance
+from .ode import integrate
+from .parameterization import Prediction
+from .sampler.noise import NoiseSource, global_noise
+from .schedule import DiscreteSchedule, Schedule
+from .variance import Small, Variance
+
+# Half the distance between two bytes: images are byte/127.5 - 1.
+HALF_BIN = 1 / 255
+
+
+class Chain:
+    """The steps of a reverse process, and the terms of its bound.
+
+    Args:
+        schedule: a discrete schedule.
+        times: rising times t_1 < ... < t_S of its table; None for all, 1 ... T.
+
+    Raises:
+        ValueError: no discrete schedule, or fewer than two rising times.
+    """
+
+    def __init__(self, schedule: Schedule, times: Tensor | list[float] | None = None):
+        if not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(
+                f"schedule must be discrete for the variational bound, {type(schedule).__name__} has no steps: choose"
+                " e.g. schedule=cosine"
+            )
+        rows = torch.arange(1, schedule.T + 1, dtype=torch.float64) if times is None else as_times(times)
+        if len(rows) < 2 or not (rows.diff() > 0).all():
+            raise ValueError(f"times must be at least two rising values, got {rows.tolist()}")
+        self.schedule = schedule
+        self.times = torch.cat([torch.zeros(1, dtype=torch.float64), rows])
+
+    def __len__(self) -> int:
+        """The number of steps, S."""
+        return len(self.times) - 1
+
+    def level(self, step: Tensor) -> NoiseLevel:
+        """The levels at which the steps (B,), in 1 ... S, start; step 0 is clean data."""
+        return self.schedule(self.times[step])
+
+    def term(self, step: Tensor, x0: Tensor, prediction: Prediction, variance: Variance) -> Tensor:
+        """The steps' terms of the bound: the decoder's where step is 1, else a KL divergence.
+
+        Args:
+            step: numbers of the steps, one for each image, shape (B,), int64, on the CPU, in 1 ... S.
+            x0: the images, in [-1, 1], shape (B, C, H, W).
+            prediction: the denoiser's, at the steps' levels.
+            variance: of p(x_s | x_t).
+
+        Returns:
+            Bits per dimension, shape (B,), x0's dtype.
+        """
+        # step 1, whose posterior has no variance, is given that of step 2: published codes do so, and log() needs it
+        later = step.clamp(min=2)
+        t, s = self.level(later), self.level(later - 1)
+        true_variance = broadcast(Small()(t, s, prediction), x0)
+        learned = broadcast(variance(t, s, prediction), x0)
+        # of the posterior means only their difference counts, which is free of cancellation this way
+        gain = broadcast(s.alpha * conditional_variance(t, s) / t.sigma**2, x0)
+        ratio = true_variance / learned
+        kl = (ratio - 1 - ratio.log() + (gain * (x0 - prediction.x0)).square() / learned) / 2
+        decoder = broadcast(variance.decoder(self.level(step), Small()(t, s, prediction), prediction), x0)
+        surprise = -discretised_log_likelihood(x0, prediction.x0, decoder**0.5)
+        first = broadcast(step == 1, x0).bool()
+        return _bits(torch.where(first, surprise, kl))
+
+    def prior(self, x0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, shape (B,)."""
+        level = self.level(torch.full((len(x0),), len(self)))
+        variance = broadcast(level.sigma**2, x0)
+        return _bits((variance - 1 - variance.log() + (broadcast(level.alpha, x0) * x0).square()) / 2)
+
+
+def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """ln of the mass that N(mean, std^2) has in the bin of each byte, the outer bins open (Ho et al. 2020, eq. 13).
+
+    With the exact normal distribution function; the papers' codes approximate it by a tanh.
+
+    Args:
+        x0: bytes/127.5 - 1.
+        mean: x0's shape.
+        std: broadcasts against x0.
+
+    Returns:
+        Nats, x0's shape.
+    """
+    upper = ((x0 + HALF_BIN - mean) / std).masked_fill(x0 > 0.999, math.inf)
+    lower = ((x0 - HALF_BIN - mean) / std).masked_fill(x0 < -0.999, -math.inf)
+    # in the left tail, where the difference of two distribution functions keeps its digits
+    mirrored = upper + lower > 0
+    low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    log_high = torch.special.log_ndtr(high)
+    # an open bin ends at -inf: its ln Phi, -inf, is put in below, for autograd would make NaN of it
+    open_end = low.isneginf()
+    log_low = torch.special.log_ndtr(low.masked_fill(open_end, -1.0))
+    share = torch.where(open_end, 0.0, (-torch.expm1((log_low - log_high).clamp(max=-1e-30))).log())
+    return log_high + share
+
+
+@dataclass(frozen=True)
+class VariationalBound:
+    """The bound of each image, in bits per dimension.
+
+    Attributes:
+        prior: L_T, shape (B,).
+        steps: the terms of steps 1 (the decoder) ... S, shape (S, B).
+    """
+
+    prior: Tensor
+    steps: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound on -log2 p(x0) per dimension, shape (B,)."""
+        return self.prior + self.steps.sum(dim=0)
+
+
+def bound_terms(
+    denoiser: BaseDenoiser,
+    chain: Chain,
+    x0: Tensor,
+    condition: Tensor | None = None,
+    noise: NoiseSource = global_noise,
+) -> Iterator[Tensor]:
+    """Yields the terms of steps 1, 2, ..., S, each (B,), in bits per dimension: one network evaluation each.
+
+    Args:
+        denoiser: in eval mode; may clip x0, as published bounds do.
+        chain: the steps.
+        x0: images, bytes/127.5 - 1, shape (B, C, H, W).
+        condition: class labels, shape (B,), or None.
+        noise: of x_t.
+    """
+    for number in range(1, len(chain) + 1):
+        step = torch.full((len(x0),), number)
+        level = chain.level(step)
+        with torch.no_grad():
+            prediction = denoiser(diffuse(x0, noise(x0), level), level, condition)
+            yield chain.term(step, x0, prediction, denoiser.variance)
+
+
+def variational_bound(
+    denoiser: BaseDenoiser,
+    chain: Chain,
+    x0: Tensor,
+    condition: Tensor | None = None,
+    noise: NoiseSource = global_noise,
+) -> VariationalBound:
+    """All terms of the bound, with the arguments of `bound_terms`."""
+    return VariationalBound(
+        chain.prior(x0), torch.stack(list(bound_terms(denoiser, chain, x0, condition, noise)))
+    )
+
+
+@dataclass(frozen=True)
+class FlowLikelihood:
+    """What the probability flow says of each image.
+
+    Attributes:
+        bits: -log2 p per dimension, shape (B,); of bytes, an upper bound in expectation (uniform dequantisation).
+        latent: where the flow takes the images at t_max, shape (B, C, H, W).
+        evaluations: of the network.
+    """
+
+    bits: Tensor
+    latent: Tensor
+    evaluations: int
+
+
+def flow_log_density(
+    denoiser: BaseDenoiser,
+    x: Tensor,
+    condition: Tensor | None = None,
+    noise: NoiseSource = global_noise,
+    tolerance: float = 1e-5,
+) -> tuple[Tensor, Tensor, int]:
+    """ln p of x as images at the smallest time, by the probability-flow ODE.
+
+    In the coordinates z = x_t / r, r^2 = alpha^2 + sigma^2, with the angle phi = atan(sigma/alpha), which are
+    bounded on every schedule, the flow is
+
+        dz/dphi = cos(phi) eps_hat - sin(phi) x0_hat,    d ln p(z)/dphi = -div(dz/dphi)
+
+    with the divergence estimated by one Rademacher probe an image, the same all along (Skilling 1989,
+    Hutchinson 1989). It ends at t_max in N(0, sigma^2 I), the samplers' start.
+
+    Args:
+        denoiser: in eval mode, unclipped: clipping x0 is not differentiable everywhere.
+        x: shape (B, C, H, W).
+        condition: class labels, shape (B,), or None.
+        noise: of the probe, whose sign counts.
+        tolerance: relative and absolute, of each step of the integration.
+
+    Returns:
+        ln p in nats, shape (B,); x at t_max, shape (B, C, H, W); the number of evaluations.
+    """
+    schedule = denoiser.schedule
+    first, last = schedule(as_times([schedule.t_min, schedule.t_max])).scalars()
+    dimensions = x[0].numel()
+    probe = torch.where(noise(x) < 0, -1.0, 1.0).to(x.dtype)
+
+    def velocity(phi: float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        level = schedule(
+            schedule.time_of_log_snr(as_times([-math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf]))
+        ).scalars()[0]
+        r = math.hypot(level.alpha, level.sigma)
+        with torch.enable_grad():
+            z = state[0].detach().requires_grad_()
+            prediction = denoiser(r * z, level, condition)
+            dz = prediction.mix(-level.sigma / r, level.alpha / r)
+            (product,) = torch.autograd.grad(dz, z, probe)
+        return dz.detach(), -(product * probe).flatten(1).sum(dim=1)
+
+    r_first, r_last = (math.hypot(level.alpha, level.sigma) for level in (first, last))
+    start = (x / r_first, x.new_zeros(len(x)))
+    angles = (math.atan2(level.sigma, level.alpha) for level in (first, last))
+    (z, gained), evaluations = integrate(velocity, start, *angles, tolerance)
+    std = last.sigma / r_last
+    prior = -(z / std).square().flatten(1).sum(dim=1) / 2 - dimensions * math.log(
+        std * math.sqrt(2 * math.pi)
+    )
+    return prior - gained - dimensions * math.log(r_first), r_last * z, evaluations
+
+
+def flow_likelihood(
+    denoiser: BaseDenoiser,
+    x0: Tensor,
+    condition: Tensor | None = None,
+    noise: NoiseSource = global_noise,
+    tolerance: float = 1e-5,
+) -> FlowLikelihood:
+    """Bits per dimension of images of bytes, spread uniformly over their bins.
+
+    Args:
+        denoiser: in eval mode, unclipped.
+        x0: bytes/127.5 - 1, shape (B, C, H, W).
+        condition: class labels, shape (B,), or None.
+        noise: of the dequantisation and the probe.
+        tolerance: relative and absolute, of each step of the integration.
+    """
+    dequantised = x0 + HALF_BIN * torch.erf(noise(x0) / math.sqrt(2))  # uniform in +- half a bin
+    log_p, latent, evaluations = flow_log_density(denoiser, dequantised, condition, noise, tolerance)
+    bits = -log_p / (x0[0].numel() * math.log(2)) - math.log2(2 * HALF_BIN)
+    return FlowLikelihood(bits, latent, evaluations)
+
+
+def _bits(nats: Tensor) -> Tensor:
+    """Nats a pixel -> bits per dimension of each image, shape (B,)."""
+    return nats.flatten(1).mean(dim=1) / math.log(2)

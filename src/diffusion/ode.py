@@ -1,0 +1,85 @@
+"""Integrating an ordinary differential equation with control of the error."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+
+# Dormand & Prince 1980, RK5(4)7M: nodes, stages, and the difference of the solutions of order 5 and 4.
+NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def integrate(
+    f: Callable[[float, State], State],
+    y: State,
+    start: float,
+    end: float,
+    tolerance: float,
+    max_evaluations: int = 100_000,
+) -> tuple[State, int]:
+    """The solution at `end` of dy/dx = f(x, y), y(start) = y, by the method of Dormand and Prince, of order 5.
+
+    Args:
+        f: the derivative, of y's structure.
+        y: tensors whose first dimension is the batch; the error of each image in each of them is judged by itself.
+        start: where y is given.
+        end: above start.
+        tolerance: bound of each step's error, relative to and in absolute units of y (root mean square of an image).
+        max_evaluations: of f.
+
+    Returns:
+        y(end) and the number of evaluations.
+
+    Raises:
+        ValueError: the tolerance is not reached within max_evaluations, or f is not finite.
+    """
+    x, step = start, (end - start) * 1e-3
+    slopes, evaluations = [f(x, y)], 1
+    while x < end:
+        step = min(step, end - x)
+        for node, weights in zip(NODES[1:], STAGES, strict=True):
+            slopes.append(f(x + node * step, _advance(y, slopes, weights, step)))
+        evaluations += len(STAGES)
+        candidate = _advance(y, slopes, STAGES[-1], step)
+        zero = tuple(torch.zeros_like(part) for part in y)
+        error = _advance(zero, slopes, ERROR, step)
+        excess = max(_excess(e, a, b, tolerance) for e, a, b in zip(error, y, candidate, strict=True))
+        if not excess < float("inf") or evaluations > max_evaluations:
+            raise ValueError(
+                f"tolerance={tolerance:g} is not reached at {x:.6g} after {evaluations} evaluations; the error"
+                f" exceeds it {excess:.3g} times"
+            )
+        if excess <= 1:
+            x = end if step == end - x else x + step
+            y, slopes = candidate, slopes[-1:]  # the last slope is the next step's first
+        else:
+            slopes = slopes[:1]
+        step *= min(max(0.9 * max(excess, 1e-10) ** -0.2, 0.2), 5.0)
+    return y, evaluations
+
+
+def _advance(y: State, slopes: Sequence[State], weights: Sequence[float], step: float) -> State:
+    parts = []
+    for i, part in enumerate(y):
+        for slope, weight in zip(slopes, weights, strict=False):
+            if weight:
+                part = torch.add(part, slope[i], alpha=step * weight)
+        parts.append(part)
+    return tuple(parts)
+
+
+def _excess(error: Tensor, before: Tensor, after: Tensor, tolerance: float) -> float:
+    """The largest error of an image in units of what is allowed."""
+    allowed = tolerance * (1 + torch.maximum(before.abs(), after.abs()))
+    return (error / allowed).reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()

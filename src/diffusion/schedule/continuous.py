@@ -1,0 +1,220 @@
+"""The continuous schedules of the literature: alpha_t and sigma_t in closed form."""
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..noise_level import NoiseLevel, as_times
+from .base import Schedule
+
+
+class ContinuousSchedule(Schedule):
+    """alpha and sigma as functions of t in (0, t_max]; t = 0 is clean data, even where the formula would differ.
+
+    The label is 999 t, score SDE's for its VP networks: time embeddings made for the indices 0 ... 999 of
+    published checkpoints then resolve all of [0, 1].
+
+    Args:
+        t_min: the smallest time of training and sampling, in (0, t_max).
+        t_max: the largest.
+
+    Raises:
+        ValueError: they are out of order.
+    """
+
+    def __init__(self, t_min: float, t_max: float):
+        if not 0 < t_min < t_max:
+            raise ValueError(f"t_min must be in (0, t_max={t_max:g}), got {t_min:g}")
+        self.t_min, self.t_max = float(t_min), float(t_max)
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The closed form at float64 times t > 0."""
+
+    def label(self, t: Tensor) -> Tensor:
+        """The time as the network is told it."""
+        return 999 * t
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        t = as_times(t)
+        if ((t < 0) | (t > self.t_max * (1 + 1e-6))).any():  # a float32 time may lie a hair above
+            raise ValueError(f"times must be in [0, {self.t_max:g}], got {t.min():g} to {t.max():g}")
+        t = t.clamp(max=self.t_max)
+        alpha, sigma = self.alpha_sigma(t)
+        clean = t == 0
+        return NoiseLevel(alpha.masked_fill(clean, 1.0), sigma.masked_fill(clean, 0.0), self.label(t))
+
+    def time_at(self, u: Tensor) -> Tensor:
+        return self.t_min + u * (self.t_max - self.t_min)
+
+    def quantile(self, t: Tensor) -> Tensor:
+        return (t - self.t_min) / (self.t_max - self.t_min)
+
+    def _clamp(self, t: Tensor) -> Tensor:
+        return t.clamp(self.t_min, self.t_max)
+
+
+def _upper_bound_of_one(t_max: float) -> None:
+    if t_max > 1:
+        raise ValueError(f"t_max must be at most 1, got {t_max:g}")
+
+
+class VP(ContinuousSchedule):
+    """The variance-preserving SDE (Song et al. 2021, arXiv:2011.13456, eq. 33).
+
+        ln alpha_t = -t^2 (beta_max - beta_min)/4 - t beta_min/2,    sigma_t^2 = 1 - alpha_t^2
+
+    The limit of DDPM's linear schedule. The paper trains down to t_min = 1e-5 and samples down to 1e-3.
+
+    Args:
+        beta_min: beta at t = 0.
+        beta_max: beta at t = 1, above beta_min.
+        t_min: the smallest time.
+        t_max: the largest, at most 1.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5, t_max: float = 1.0
+    ):
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"beta_min must be in (0, beta_max={beta_max:g}), got {beta_min:g}")
+        _upper_bound_of_one(t_max)
+        super().__init__(t_min, t_max)
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def alpha_sigma(self, t):
+        log_alpha = -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def time_of_log_snr(self, log_snr):
+        minus_log_alpha = torch.nn.functional.softplus(-2 * as_times(log_snr)) / 2
+        slope = self.beta_max - self.beta_min
+        # the root of the quadratic that does not cancel at small t
+        root = (self.beta_min**2 / 4 + slope * minus_log_alpha).sqrt()
+        return self._clamp(2 * minus_log_alpha / (self.beta_min / 2 + root))
+
+
+class VE(ContinuousSchedule):
+    """The variance-exploding SDE: alpha = 1, sigma_t = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, eq. 31).
+
+    Args:
+        sigma_min: sigma at the smallest time, for images in [-1, 1].
+        sigma_max: sigma at t = 1: about the largest distance between two images (50 for CIFAR-10).
+        t_min: the smallest time.
+        t_max: the largest, at most 1.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-5, t_max: float = 1.0
+    ):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min must be in (0, sigma_max={sigma_max:g}), got {sigma_min:g}")
+        _upper_bound_of_one(t_max)
+        super().__init__(t_min, t_max)
+        self.sigma_min, self.log_range = sigma_min, math.log(sigma_max / sigma_min)
+
+    def alpha_sigma(self, t):
+        return torch.ones_like(t), self.sigma_min * (t * self.log_range).exp()
+
+    def time_of_log_snr(self, log_snr):
+        return self._clamp((-as_times(log_snr) - math.log(self.sigma_min)) / self.log_range)
+
+
+class EDM(ContinuousSchedule):
+    """alpha = 1, sigma = t: the time is the noise level itself (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    The label is ln(sigma)/4. Uniform time sampling is uniform in ln(sigma); the paper's own is `log_normal`.
+
+    Args:
+        sigma_min: the smallest noise level.
+        sigma_max: the largest.
+
+    Raises:
+        ValueError: they are out of order.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min must be in (0, sigma_max={sigma_max:g}), got {sigma_min:g}")
+        super().__init__(sigma_min, sigma_max)
+        self.log_range = math.log(sigma_max / sigma_min)
+
+    def alpha_sigma(self, t):
+        return torch.ones_like(t), t
+
+    def label(self, t):
+        return t.log() / 4
+
+    def time_of_log_snr(self, log_snr):
+        return self._clamp((-as_times(log_snr)).exp())
+
+    def time_at(self, u):
+        return self._clamp(self.t_min * (u * self.log_range).exp())
+
+    def quantile(self, t):
+        return (t / self.t_min).log() / self.log_range
+
+
+class ContinuousCosine(ContinuousSchedule):
+    """ln(alpha/sigma) = -ln tan(pi t/2) + ln(base_size/image_size), alpha^2 + sigma^2 = 1.
+
+    The cosine schedule in continuous time (Kingma & Gao 2023, arXiv:2303.00848), shifted with the resolution as
+    in simple diffusion (Hoogeboom et al. 2023, arXiv:2301.11093, eq. 4): large images need more noise.
+
+    Args:
+        image_size: height and width of the images.
+        base_size: the size for which nothing is shifted.
+        t_min: the smallest time.
+        t_max: the largest, below 1, where ln(alpha/sigma) is infinite. The defaults bound it by 8.8.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, image_size: int = 64, base_size: int = 64, t_min: float = 1e-4, t_max: float = 0.9999):
+        if image_size < 1 or base_size < 1:
+            raise ValueError(f"image_size and base_size must be positive, got {image_size} and {base_size}")
+        if t_max >= 1:
+            raise ValueError(f"t_max must be below 1, got {t_max:g}")
+        super().__init__(t_min, t_max)
+        self.shift = math.log(base_size / image_size)
+
+    def alpha_sigma(self, t):
+        log_snr = self.shift - torch.tan(math.pi / 2 * t).log()
+        return torch.sigmoid(2 * log_snr).sqrt(), torch.sigmoid(-2 * log_snr).sqrt()
+
+    def time_of_log_snr(self, log_snr):
+        return self._clamp(torch.atan((self.shift - as_times(log_snr)).exp()) * 2 / math.pi)
+
+
+class RectifiedFlow(ContinuousSchedule):
+    """alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747).
+
+    The papers' time runs the other way; here as elsewhere t = 1 is noise. t_max = 1 is pure noise, where only
+    parameterisations that never divide by alpha are defined (velocity, v, x0, edm).
+
+    Args:
+        t_min: the smallest time (1e-3 in the rectified flow code).
+        t_max: the largest, at most 1.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, t_min: float = 1e-3, t_max: float = 1.0):
+        _upper_bound_of_one(t_max)
+        super().__init__(t_min, t_max)
+
+    def alpha_sigma(self, t):
+        return 1 - t, t
+
+    def time_of_log_snr(self, log_snr):
+        return self._clamp(torch.sigmoid(-as_times(log_snr)))
