@@ -35,6 +35,7 @@ from src.diffusion.variance import Variance
 from src.diffusion.weighting import Weighting
 from src.errors import UserError
 from src.generation import Generation, describe
+from src.memory import keep_freed_memory
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Reference
 from src.randomness import key
@@ -114,6 +115,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
     data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     if config.compile:
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = summary_of(config, denoiser, trainer, accumulation)
