@@ -1,8 +1,44 @@
 """Samplers: from noise to images along falling times. `base.py` holds the only loop; one file a family."""
 
-from .base import Sampler, State
+from .adams import DEIS, LMS
+from .base import Path, Sampler, State, Visit
 from .ddim import DDIM
 from .ddpm import DDPM
+from .dopri5 import Dopri5
+from .dpm_solver import MultistepDPMSolver, SinglestepDPMSolver
+from .edm import DPM2, Euler, Heun
+from .euler_maruyama import EulerMaruyama
+from .inversion import encode, renoise, slerp
 from .noise import NoiseSource, PerImageNoise, global_noise
+from .pndm import PLMS
+from .predictor_corrector import PredictorCorrector
+from .restart import Restart
+from .unipc import UniPC
 
-__all__ = ["DDIM", "DDPM", "NoiseSource", "PerImageNoise", "Sampler", "State", "global_noise"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DEIS",
+    "DPM2",
+    "LMS",
+    "PLMS",
+    "Dopri5",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "MultistepDPMSolver",
+    "NoiseSource",
+    "Path",
+    "PerImageNoise",
+    "PredictorCorrector",
+    "Restart",
+    "Sampler",
+    "SinglestepDPMSolver",
+    "State",
+    "UniPC",
+    "Visit",
+    "encode",
+    "global_noise",
+    "renoise",
+    "slerp",
+]

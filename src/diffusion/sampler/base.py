@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from src.errors import UserError
 
 from ..denoiser import BaseDenoiser, Conditioned
-from ..noise_level import NoiseLevel, as_times
+from ..noise_level import NoiseLevel, as_times, conditional_variance
 from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
@@ -168,6 +168,49 @@ def level_at(schedule: Schedule, log_snr: float) -> NoiseLevel:
 def is_endless(t: NoiseLevel, s: NoiseLevel) -> bool:
     """Whether the log-SNR step is infinite (from pure noise, to clean data): only the first-order step exists there."""
     return t.alpha == 0 or s.sigma == 0
+
+
+def ancestral_split(t: NoiseLevel, s: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
+    """A level below s, and the standard deviation of the noise that leads from there to s.
+
+        std = eta sigma_{t|s} sigma_s / sigma_t,    sigma_down = sqrt(sigma_s^2 - std^2)
+
+    DDIM's eta (Song et al. 2021, eq. 16), in unscaled coordinates k-diffusion's ancestral step.
+    """
+    std = eta * conditional_variance(t, s) ** 0.5 * s.sigma / t.sigma
+    # rounding may fall below 0 where alpha_t is 0
+    return replace(s, sigma=max(s.sigma**2 - std**2, 0.0) ** 0.5), std
+
+
+def weighted_sum(*terms: tuple[float, Tensor]) -> Tensor:
+    """The sum of coefficient times tensor, in one new tensor."""
+    (first, x), *others = terms
+    total = torch.mul(x, first)
+    for coefficient, y in others:
+        total.add_(y, alpha=coefficient)
+    return total
+
+
+def check_order(order: int, highest: int, lowest: int = 1) -> int:
+    """The order, if the solver has it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not lowest <= order <= highest:
+        raise ValueError(f"order must be in [{lowest}, {highest}], got {order}")
+    return order
+
+
+def check_memoryless(sampler: Sampler, name: str) -> Sampler:
+    """The sampler, if its steps need no earlier visits and can so be taken from anywhere.
+
+    Raises:
+        ValueError: they do.
+    """
+    if sampler.memory:
+        raise ValueError(f"{name} must be a single-step method, and {type(sampler).__name__} is multi-step")
+    return sampler
 
 
 class _Asked(Conditioned):

@@ -1,7 +1,6 @@
 """Denoising diffusion implicit models."""
 
-from ..noise_level import conditional_variance
-from .base import Sampler, State
+from .base import Sampler, State, ancestral_split
 
 
 class DDIM(Sampler):
@@ -27,9 +26,8 @@ class DDIM(Sampler):
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
-        std = self.eta * (conditional_variance(t, s) ** 0.5) * s.sigma / t.sigma
-        direction = max(s.sigma**2 - std**2, 0.0) ** 0.5  # rounding may fall below 0 where alpha_t is 0
-        x_s = prediction.mix(s.alpha, direction)
+        down, std = ancestral_split(t, s, self.eta)
+        x_s = prediction.mix(down.alpha, down.sigma)
         if std > 0:
             x_s = x_s.add_(noise(x_t), alpha=std)
         return State(x_s, prediction)

@@ -1,0 +1,152 @@
+"""DPM-Solver and DPM-Solver++, single-step and multi-step, with their ancestral and SDE versions."""
+
+import math
+from itertools import pairwise
+
+from .base import (
+    Sampler,
+    State,
+    ancestral_split,
+    check_order,
+    is_endless,
+    level_between,
+    weighted_sum,
+)
+from .exponential import form, phi_2, phi_3
+
+
+class SinglestepDPMSolver(Sampler):
+    """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
+
+    The order is also the number of evaluations a step (one at infinite ends); intermediate levels lie at 1/2, or
+    at 1/3 and 2/3, of the log-SNR step. With eta > 0 each step goes to a lower level and returns by noise:
+    k-diffusion's DPM++ 2S ancestral.
+
+    Args:
+        order: 2 or 3.
+        plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
+        eta: stochasticity as DDIM's, in [0, 1]; 0 is deterministic.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, order: int = 2, plus_plus: bool = True, eta: float = 0.0):
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {eta}")
+        self.order, self.plus_plus, self.eta = check_order(order, 3, lowest=2), plus_plus, eta
+
+    def step(self, denoiser, x_t, t, s, noise, path):
+        prediction = denoiser(x_t, t)
+        down, std = ancestral_split(t, s, self.eta)
+        if is_endless(t, down):
+            x_s = prediction.mix(down.alpha, down.sigma)
+        else:
+            solve = self._second if self.order == 2 else self._third
+            x_s = solve(denoiser, x_t, prediction, t, down)
+        if std > 0:
+            x_s.add_(noise(x_t), alpha=std)
+        return State(x_s, prediction)
+
+    def _second(self, denoiser, x_t, prediction, t, s):
+        f = form(self.plus_plus)
+        m, h = f.estimate(prediction), s.log_snr - t.log_snr
+        middle = level_between(denoiser.schedule, t, s, 1 / 2)
+        x_middle = prediction.mix(middle.alpha, middle.sigma)
+        m_middle = f.estimate(denoiser(x_middle, middle))
+        # the level may lie beside the middle where the schedule ends before it
+        slope = h / (2 * (middle.log_snr - t.log_snr))
+        whole = -f.b(s) * math.expm1(f.k(h))
+        return weighted_sum((f.a(s) / f.a(t), x_t), (whole * (1 - slope), m), (whole * slope, m_middle))
+
+    def _third(self, denoiser, x_t, prediction, t, s):
+        f = form(self.plus_plus)
+        m, h = f.estimate(prediction), s.log_snr - t.log_snr
+        first, second = (level_between(denoiser.schedule, t, s, share) for share in (1 / 3, 2 / 3))
+        r1, r2 = ((level.log_snr - t.log_snr) / h for level in (first, second))
+        m1 = f.estimate(denoiser(prediction.mix(first.alpha, first.sigma), first))
+        k = f.k(h * r2)
+        whole, curve = -f.b(second) * math.expm1(k), -f.b(second) * phi_2(k) * r2 / r1
+        x_second = weighted_sum((f.a(second) / f.a(t), x_t), (whole - curve, m), (curve, m1))
+        m2 = f.estimate(denoiser(x_second, second))
+        k = f.k(h)
+        whole, curve = -f.b(s) * math.expm1(k), -f.b(s) * phi_2(k) / r2
+        return weighted_sum((f.a(s) / f.a(t), x_t), (whole - curve, m), (curve, m2))
+
+
+class MultistepDPMSolver(Sampler):
+    """DPM-Solver++(2M), (3M) and the multi-step DPM-Solver (Lu et al. 2022b, arXiv:2211.01095); SDE-DPM-Solver++.
+
+        x_s = (a_s/a_t) e^(-eta h) x_t - b_s (expm1(k) m + c D1 + phi_3(k) D2) + std z
+        k = -(1 + eta) h for x0 (h for eps),    std^2 = sigma_s^2 (1 - e^(-2 eta h))
+
+    with D1, D2 the first and second derivative of m by the last `order` visits, in units of the step, and c of
+    the published second-order step, expm1(k)/2, or phi_2(k). One evaluation a step. eta = 0 is the ODE, eta = 1
+    SDE-DPM-Solver++ (k-diffusion's 2M SDE and 3M SDE). Starts at order 1.
+
+    Args:
+        order: 1, 2 or 3.
+        plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
+        eta: stochasticity, at least 0.
+        midpoint: second-order steps with c = expm1(k)/2, as published, instead of phi_2(k).
+        lower_order_final: no step of higher order than there are steps left, this one included.
+        half_curvature: take half of D2, as DPM-Solver's code, diffusers and k-diffusion do: "3M" is then of order 2.
+
+    Raises:
+        ValueError: a number is out of range, or eta without plus_plus.
+    """
+
+    def __init__(
+        self,
+        order: int = 2,
+        plus_plus: bool = True,
+        eta: float = 0.0,
+        midpoint: bool = True,
+        lower_order_final: bool = True,
+        half_curvature: bool = False,
+    ):
+        if eta < 0:
+            raise ValueError(f"eta must be at least 0, got {eta}")
+        if eta > 0 and not plus_plus:
+            raise ValueError(f"eta must be 0 with plus_plus=false, got {eta}")
+        self.order, self.plus_plus, self.eta = check_order(order, 3), plus_plus, eta
+        self.midpoint, self.lower_order_final = midpoint, lower_order_final
+        self.half_curvature = half_curvature
+        self.memory = self.order - 1
+
+    def step(self, denoiser, x_t, t, s, noise, path):
+        prediction = denoiser(x_t, t)
+        if is_endless(t, s):
+            return State(prediction.mix(s.alpha, s.sigma), prediction)
+        f = form(self.plus_plus)
+        h = s.log_snr - t.log_snr
+        k = f.k(h) * (1 + self.eta)
+        carried = f.a(s) / f.a(t) * math.exp(-self.eta * h)
+        estimates = [f.estimate(prediction), *(f.estimate(visit.prediction) for visit in self._past(path))]
+        weights = self._weights(k, h, [t, *(visit.level for visit in self._past(path))])
+        x_s = weighted_sum(
+            (carried, x_t), *((-f.b(s) * w, m) for w, m in zip(weights, estimates, strict=True))
+        )
+        if self.eta > 0:
+            x_s.add_(noise(x_t), alpha=s.sigma * (-math.expm1(-2 * self.eta * h)) ** 0.5)
+        return State(x_s, prediction)
+
+    def _past(self, path):
+        """The visits that this step uses, the newest first."""
+        visits = [visit for visit in reversed(path.past) if visit.level.alpha > 0]
+        return visits[: path.remaining - 1] if self.lower_order_final else visits
+
+    def _weights(self, k, h, levels):
+        """Of the estimates at these levels, the newest first."""
+        lags = [(a.log_snr - b.log_snr) / h for a, b in pairwise(levels)]
+        if not lags:
+            return [math.expm1(k)]
+        if len(lags) == 1:
+            slope = (math.expm1(k) / 2 if self.midpoint else phi_2(k)) / lags[0]
+            return [math.expm1(k) + slope, -slope]
+        # D1 = d0 + (d0 - d1) r0/(r0 + r1), D2 = 2 (d0 - d1)/(r0 + r1), d0 = (m0 - m1)/r0, d1 = (m1 - m2)/r1
+        r0, r1 = lags
+        curvature = 1 if self.half_curvature else 2
+        bend = (phi_2(k) * r0 + curvature * phi_3(k)) / (r0 + r1)
+        of_d0, of_d1 = (phi_2(k) + bend) / r0, -bend / r1
+        return [math.expm1(k) + of_d0, of_d1 - of_d0, -of_d1]

@@ -1,0 +1,112 @@
+"""Euler, Heun and midpoint steps with the churn of EDM (Karras et al. 2022, arXiv:2206.00364, algorithm 2).
+
+The probability-flow ODE without derivatives of the schedule: dx = x0 d alpha + eps d sigma. In unscaled
+coordinates x/alpha it reads d(x/alpha) = eps d(sigma/alpha).
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import replace
+
+from ..noise_level import NoiseLevel, conditional_variance
+from ..schedule import Schedule
+from .base import Sampler, State, is_endless, level_at, level_between, weighted_sum
+
+
+class Churned(Sampler):
+    """A deterministic step from a level that is first raised by noise.
+
+        sigma_hat = (1 + min(s_churn/S, sqrt(2) - 1)) sigma   in unscaled coordinates, for sigma in [s_min, s_max]
+
+    with S the number of steps (Karras et al. 2022, algorithm 2).
+
+    Args:
+        s_churn: amount of stochasticity, at least 0; 0 is deterministic.
+        s_min, s_max: the range of sigma/alpha in which noise is added.
+        s_noise: standard deviation of the added noise.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
+    ):
+        if s_churn < 0:
+            raise ValueError(f"s_churn must be at least 0, got {s_churn}")
+        if not 0 <= s_min <= s_max:
+            raise ValueError(f"s_min must be in [0, s_max], got {s_min} and {s_max}")
+        if s_noise < 0:
+            raise ValueError(f"s_noise must be at least 0, got {s_noise}")
+        self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
+
+    def step(self, denoiser, x_t, t, s, noise, path):
+        gamma = min(self.s_churn / path.steps, math.sqrt(2) - 1)
+        if gamma > 0 and t.alpha > 0 and self.s_min <= t.sigma / t.alpha <= self.s_max:
+            raised = _raised(denoiser.schedule, t, 1 + gamma)
+            std = self.s_noise * conditional_variance(raised, t) ** 0.5
+            x_t, t = weighted_sum((raised.alpha / t.alpha, x_t), (std, noise(x_t))), raised
+        return self.deterministic_step(denoiser, x_t, t, s, path)
+
+    @abstractmethod
+    def deterministic_step(self, denoiser, x_t, t, s, path) -> State:
+        """From x_t to x_s without noise; arguments as those of `step`."""
+
+
+class Euler(Churned):
+    """Euler's step in unscaled coordinates: order 1. Without churn it is DDIM."""
+
+    def deterministic_step(self, denoiser, x_t, t, s, path):
+        prediction = denoiser(x_t, t)
+        return State(prediction.mix(s.alpha, s.sigma), prediction)
+
+
+class Heun(Churned):
+    """Heun's trapezoidal step, EDM's sampler: order 2, two evaluations a step, one at the step to clean data.
+
+        x_s = x_t + (x0_t + x0_s)/2 (alpha_s - alpha_t) + (eps_t + eps_s)/2 (sigma_s - sigma_t)
+
+    in unscaled coordinates (x, alpha and sigma over alpha), where only eps counts. A path that starts at pure
+    noise (alpha 0) has none and is solved in the schedule's own: for rectified flow Heun's method in t.
+    """
+
+    def deterministic_step(self, denoiser, x_t, t, s, path):
+        prediction = denoiser(x_t, t)
+        euler = prediction.mix(s.alpha, s.sigma)
+        if s.sigma == 0:
+            return State(euler, prediction)
+        corrected = denoiser(euler, s)
+        t_scale, s_scale = (t.alpha, s.alpha) if path.levels[0].alpha > 0 else (1.0, 1.0)
+        of_x0 = (s.alpha - t.alpha * s_scale / t_scale) / 2
+        of_eps = (s.sigma - t.sigma * s_scale / t_scale) / 2
+        x_s = (
+            prediction.mix(of_x0, of_eps)
+            .add_(corrected.mix(of_x0, of_eps))
+            .add_(x_t, alpha=s_scale / t_scale)
+        )
+        return State(x_s, prediction)
+
+
+class DPM2(Churned):
+    """The midpoint step in ln(sigma/alpha): order 2, two evaluations a step, one at its infinite ends.
+
+    k-diffusion's DPM2, which is DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) with churn.
+    """
+
+    def deterministic_step(self, denoiser, x_t, t, s, path):
+        prediction = denoiser(x_t, t)
+        if is_endless(t, s):
+            return State(prediction.mix(s.alpha, s.sigma), prediction)
+        middle = level_between(denoiser.schedule, t, s, 0.5)
+        eps = denoiser(prediction.mix(middle.alpha, middle.sigma), middle).eps
+        ratio = s.alpha / t.alpha
+        return State(weighted_sum((ratio, x_t), (s.sigma - ratio * t.sigma, eps)), prediction)
+
+
+def _raised(schedule: Schedule, t: NoiseLevel, factor: float) -> NoiseLevel:
+    """The schedule's level at factor times sigma/alpha; above its largest level, that one with more noise."""
+    wanted = factor * t.sigma / t.alpha
+    level = level_at(schedule, -math.log(wanted))
+    if math.isclose(level.sigma, wanted * level.alpha, rel_tol=1e-6):
+        return level
+    return replace(level, sigma=wanted * level.alpha)

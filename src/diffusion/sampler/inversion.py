@@ -1,0 +1,135 @@
+"""Images to noise and back: DDIM inversion, interpolation between latents, starting from a given image."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..denoiser import BaseDenoiser, Conditioned
+from ..forward import diffuse
+from ..noise_level import NoiseLevel, as_times, linear_combination
+from .base import State
+from .noise import NoiseSource, global_noise
+
+
+def encode(
+    denoiser: BaseDenoiser,
+    x0: Tensor,
+    times: Tensor | list[float],
+    condition: Tensor | None = None,
+    tolerance: float | None = None,
+) -> Iterator[State]:
+    """The latents of images: deterministic DDIM backwards (Song et al. 2021, arXiv:2010.02502, sec. 4.3).
+
+    Yields the image and then the state at each rising time; the last holds x_T, which DDIM with eta 0 decodes.
+    Each step takes eps at the level where it starts (clean images have none and are asked about at the first
+    level), which errs at order 1 in the number of steps. With a tolerance each step is solved for the x_t whose DDIM
+    step leads exactly back, by fixed-point iteration, and decoding returns the images.
+
+    Args:
+        denoiser: asked for predictions; without clipping, which cannot be inverted.
+        x0: images in [-1, 1], shape (B, C, H, W).
+        times: falling, as for sampling; visited in reverse.
+        condition: e.g. class labels of shape (B,).
+        tolerance: the largest change of a pixel at which an iteration stops; None for one evaluation a step.
+
+    Raises:
+        ValueError: the times do not fall, the tolerance is not positive, or is not reached in 1,000 iterations.
+    """
+    times = as_times(times)
+    if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
+        raise ValueError(f"times must be at least two falling values, got {times.tolist()}")
+    if tolerance is not None and tolerance <= 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    denoiser = Conditioned(denoiser, condition)
+    x, evaluations = x0, 0
+    yield State(x)
+    for s, t in pairwise(reversed(denoiser.schedule(times).scalars())):
+        with torch.no_grad():
+            prediction = denoiser(x, s if s.sigma > 0 else t)
+            x_t, evaluations = _raise(x, prediction.eps, s, t), evaluations + 1
+            if tolerance is not None and t.alpha > 0:
+                x_t, more = _solve(denoiser, x, x_t, s, t, tolerance)
+                evaluations += more
+        x = x_t
+        yield State(x, prediction, evaluations=evaluations)
+
+
+def _raise(x_s: Tensor, eps: Tensor, s: NoiseLevel, t: NoiseLevel) -> Tensor:
+    """From level s up to t along one eps."""
+    ratio = t.alpha / s.alpha
+    return linear_combination(ratio, x_s, t.sigma - ratio * s.sigma, eps)
+
+
+def _solve(
+    denoiser: BaseDenoiser, x_s: Tensor, x_t: Tensor, s: NoiseLevel, t: NoiseLevel, tolerance: float
+) -> tuple[Tensor, int]:
+    """The x_t from which DDIM leads to x_s, and the evaluations spent."""
+    for iteration in range(1, 1001):
+        prediction = denoiser(x_t, t)
+        if t.sigma < t.alpha or s.sigma == 0:
+            proposal = _raise(x_s, prediction.eps, s, t)
+        else:  # the same equation by way of x0: contracts where that of eps hardly does
+            ratio = t.sigma / s.sigma
+            proposal = linear_combination(ratio, x_s, t.alpha - ratio * s.alpha, prediction.x0)
+        change = (proposal - x_t).abs().max().item()
+        x_t = proposal
+        if change < tolerance:
+            return x_t, iteration
+    raise ValueError(
+        f"tolerance={tolerance:g} is not reached in 1,000 iterations; the last changed {change:.3g}"
+    )
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
+    """Spherical interpolation, sin((1 - w) theta)/sin(theta) a + sin(w theta)/sin(theta) b (Song et al. 2021, eq. 67).
+
+    Args:
+        a, b: latents, shape (B, C, H, W).
+        weight: w in [0, 1], one or of shape (B,); 0 gives a.
+
+    Returns:
+        Shape (B, C, H, W); theta is the angle between each pair. Between parallel latents it is a straight line.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    norms = flat_a.norm(dim=1) * flat_b.norm(dim=1)
+    theta = ((flat_a * flat_b).sum(dim=1) / norms).clamp(-1, 1).acos()
+    weight = torch.as_tensor(weight, dtype=torch.float64, device=a.device).expand(len(a))
+    straight = theta.sin() < 1e-6
+    sine = theta.sin().masked_fill(straight, 1.0)
+    of_a = torch.where(straight, 1 - weight, ((1 - weight) * theta).sin() / sine)
+    of_b = torch.where(straight, weight, (weight * theta).sin() / sine)
+    return linear_combination(of_a, a, of_b, b)
+
+
+def renoise(
+    denoiser: BaseDenoiser,
+    x0: Tensor,
+    times: Tensor | list[float],
+    strength: float,
+    noise: NoiseSource = global_noise,
+) -> tuple[Tensor, Tensor]:
+    """Where to start from a given image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073).
+
+    Args:
+        denoiser: whose schedule the times belong to.
+        x0: images in [-1, 1], shape (B, C, H, W).
+        times: falling, as for sampling.
+        strength: the share of the steps that is taken, in (0, 1]; 1 keeps least of the image.
+        noise: source of the noise.
+
+    Returns:
+        The noisy images and the remaining times: sampler(denoiser, *renoise(...)).
+
+    Raises:
+        ValueError: the strength is out of range or leaves no step.
+    """
+    times = as_times(times)
+    steps = len(times) - 1
+    kept = math.floor(strength * steps + 1e-9)
+    if not 0 < strength <= 1 or kept < 1:
+        raise ValueError(f"strength must be in [1/steps, 1] = [{1 / steps:.3g}, 1], got {strength}")
+    times = times[steps - kept :]
+    return diffuse(x0, noise(x0), denoiser.schedule(times[:1]).scalars()[0]), times
