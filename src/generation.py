@@ -48,16 +48,26 @@ class Generation:
 
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
         """The states of the images with these numbers, from noise to images in [-1, 1], (B, C, H, W)."""
+        noise, x_T, labels = self.start(denoiser, indices)
+        times = self.times(denoiser.schedule)
+        return self.sampler.trajectory(self.around(denoiser), x_T, times, labels, noise)
+
+    def start(
+        self, denoiser: BaseDenoiser, indices: Sequence[int]
+    ) -> tuple[PerImageNoise, Tensor, Tensor | None]:
+        """Where the images with these numbers begin: the source of their further noise, x_T and their labels."""
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
-        times = self.times(denoiser.schedule)
         x_T = noise(torch.empty(len(indices), *self.image_shape, device=device))
-        x_T = x_T * denoiser.schedule(times[:1]).scalars()[0].sigma
+        x_T = x_T * denoiser.schedule(self.times(denoiser.schedule)[:1]).scalars()[0].sigma
         labels = None
         if self.num_classes:
             labels = torch.tensor([i % self.num_classes for i in indices], device=device)
-        denoiser = self.clipping(denoiser) if self.clipping else denoiser
-        return self.sampler.trajectory(denoiser, x_T, times, labels, noise)
+        return noise, x_T, labels
+
+    def around(self, denoiser: BaseDenoiser) -> BaseDenoiser:
+        """The denoiser as it is sampled: clipped, if there is clipping."""
+        return self.clipping(denoiser) if self.clipping else denoiser
 
     def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """The images with these numbers as bytes: uint8 batches of at most batch_size, shape (B, C, H, W)."""

@@ -25,7 +25,7 @@ def pixels(folder):
 
 
 def test_pictures(door, run, tmp_path):
-    assert door("sample", f"run={run}", "n=6", "sampler.steps=4", "gif=true", f"out={tmp_path}/out") == 0
+    assert door("sample", f"run={run}", "n=6", "sampler.steps=4", "task.gif=true", f"out={tmp_path}/out") == 0
     assert pixels(tmp_path / "out").shape == (6, 8, 8)
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
     assert Image.open(tmp_path / "out" / "denoising.gif").n_frames == 5
@@ -95,3 +95,46 @@ def test_sampling_sweep(door, run, tmp_path):
     outcomes = json.loads((sweep / "sweep.json").read_text())
     assert len(outcomes) == 4
     assert all("fd_digits" in outcome["scores"] for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize("task", ["trajectory", "interpolate", "reconstruct", "img2img"])
+def test_tasks(door, run, tmp_path, task):
+    assert door("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
+    assert Image.open(tmp_path / "out" / "grid.png").width >= 256
+
+
+def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path):
+    overrides = [f"run={run}", "sampler.steps=4"]
+    assert door("sample", *overrides, "n=2", f"out={tmp_path}/drawn") == 0
+    assert (
+        door("sample", *overrides, "task=interpolate", "task.columns=2", "n=1", f"out={tmp_path}/between")
+        == 0
+    )
+    drawn = pixels(tmp_path / "drawn")
+    row = np.asarray(Image.open(tmp_path / "between" / "grid.png").convert("L"))
+    factor = row.shape[1] // 19  # two images of 8 pixels and three gaps
+    row = row[factor // 2 :: factor, factor // 2 :: factor]
+    assert (np.abs(row[1:9, 1:9].astype(int) - drawn[0]) <= 1).all()
+    assert (np.abs(row[1:9, 10:18].astype(int) - drawn[1]) <= 1).all()
+
+
+def test_reconstruction_errs_less_with_more_steps(door, run, tmp_path, capsys):
+    """The network is hardly trained, yet encoding and decoding follow the same path ever more closely."""
+
+    def error(steps):
+        overrides = ["task=reconstruct", "n=3", "spacing=leading", f"sampler.steps={steps}"]
+        assert door("sample", f"run={run}", *overrides, f"out={tmp_path}/out") == 0
+        return float(capsys.readouterr().out.split("error")[1].split()[0])
+
+    assert error(100) < error(10) / 2
+
+
+def test_stochastic_samplers_do_not_reconstruct(door, run, capsys):
+    assert door("sample", f"run={run}", "task=reconstruct", "sampler.eta=1") == 2
+    assert "sampler.eta=0" in capsys.readouterr().err
+
+
+def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
+    overrides = [f"run={run}", "task=reconstruct", "n=2", "sampler.steps=8", "task.tolerance=1e-9"]
+    assert door("sample", *overrides) == 2
+    assert "task.tolerance" in capsys.readouterr().err
