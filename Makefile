@@ -34,8 +34,8 @@ lint: .venv/.installed ## style and common mistakes
 inception: .venv/.installed ## fetch InceptionV3's weights for FID and KID, and check them
 	$(BIN)/python -m src.fetch_inception $(ARGS)
 
-benchmarks: .venv/.installed ## time the data path
-	$(BIN)/python -m benchmarks.data
+benchmarks: .venv/.installed ## time the data path and a training step
+	$(BIN)/python -m benchmarks.data && $(BIN)/python -m benchmarks.training
 
 clean: ## remove the environment (runs/ stays)
 	rm -rf .venv
