@@ -86,9 +86,9 @@ class Chain:
 
     def prior(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, shape (B,)."""
-        level = self.level(torch.full((len(x0),), len(self)))
-        variance = broadcast(level.sigma**2, x0)
-        return _bits((variance - 1 - variance.log() + (broadcast(level.alpha, x0) * x0).square()) / 2)
+        alphabar = broadcast(self.level(torch.full((len(x0),), len(self))).alpha ** 2, x0)
+        # of the variance 1 - alphabar, without the cancellation in 1 - alphabar - 1
+        return _bits((alphabar * x0.square() - alphabar - torch.log1p(-alphabar)) / 2)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:

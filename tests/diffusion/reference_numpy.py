@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-
 # Schedules
 
 
@@ -141,5 +140,6 @@ def bound_bits(alphabar, chain, i, x0, x_t, x0_hat, kind, v=None):
 
 def prior_bits(alphabar, t, x0):
     """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, shape (B,)."""
-    nats = normal_kl(np.sqrt(alphabar[t]) * x0, 1 - alphabar[t], 0.0, 1.0)
+    # KL = (variance + mean^2 - 1 - ln variance)/2 with variance = 1 - alphabar
+    nats = 0.5 * (-alphabar[t] + alphabar[t] * x0**2 - np.log1p(-alphabar[t]))
     return nats.reshape(len(nats), -1).mean(axis=1) / math.log(2)

@@ -1,19 +1,28 @@
-"""The training loss against DDPM's formula and against data whose best loss is known."""
+"""The training losses against the papers' formulas, computed independently in numpy."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from src.diffusion import loss as losses
 from src.diffusion.denoiser import Denoiser
-from src.diffusion.loss import DenoisingLoss
-from src.diffusion.parameterization import Eps
-from src.diffusion.schedule import Linear
+from src.diffusion.distance import Absolute, Huber, Squared
+from src.diffusion.parameterization import X0, Eps, V
+from src.diffusion.schedule import VP, Cosine, Linear
 from src.diffusion.time_sampling import Uniform
-from src.diffusion.weighting import Simple
+from src.diffusion.variance import Large, Learned, LearnedRange, Small
+from src.diffusion.weighting import SNR, MinSNR, Simple
 from tests.diffusion import reference_numpy as reference
 
 T = 1000
+TABLES = {
+    "linear": (Linear(T), reference.alphabar_of(reference.betas_linear(T))),
+    "cosine": (Cosine(T), reference.alphabar_of(reference.betas_cosine(T))),
+}
+TIMES = [1, 2, T // 2, T]
 
 
 class Wavy(nn.Module):
@@ -23,20 +32,190 @@ class Wavy(nn.Module):
         return torch.sin(x + label.view(-1, 1, 1, 1) / 100)
 
 
+class Doubled(nn.Module):
+    """With a word on the variance, in [-1, 1], and a parameter for each half."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.variance = (nn.Parameter(torch.ones((), dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x, label, condition=None):
+        return torch.cat([self.mean * Wavy()(x, label), self.variance * torch.cos(2 * x)], dim=1)
+
+
 def _draws(shape=(4, 3, 4, 4), seed=0):
+    """Images of bytes, the extremes among them, and noise."""
     rng = np.random.default_rng(seed)
-    return rng.uniform(-1, 1, shape), rng.standard_normal(shape)
+    x0 = rng.integers(0, 256, shape) / 127.5 - 1
+    x0[:, 0, 0, :2] = -1, 1
+    return x0, rng.standard_normal(shape)
 
 
-def test_l_simple_of_ddpm():
+def _diffused(alphabar, x0, eps):
+    table = alphabar[TIMES].reshape(-1, 1, 1, 1)
+    return np.sqrt(table) * x0 + np.sqrt(1 - table) * eps, table
+
+
+def _output(x_t):
+    """What `Wavy` says in numpy."""
+    return np.sin(x_t + (np.array(TIMES).reshape(-1, 1, 1, 1) - 1) / 100)
+
+
+def _call(loss, x0, eps):
+    times = torch.tensor(TIMES, dtype=torch.float64)
+    return loss(torch.from_numpy(x0), times, torch.from_numpy(eps))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_l_simple_of_ddpm(name):
     # Ho et al. 2020, eq. 14, at t = 1, 2, T/2, T: mean over pixels of (eps - F(x_t, t - 1))^2
-    alphabar = reference.alphabar_of(reference.betas_linear(T))
+    schedule, alphabar = TABLES[name]
     x0, eps = _draws()
-    times = [1, 2, T // 2, T]
-    loss = DenoisingLoss(Denoiser(Wavy(), Linear(T), Eps()), Simple(), Uniform())
-    ours = loss(torch.from_numpy(x0), torch.tensor(times, dtype=torch.float64), torch.from_numpy(eps))
-    assert ours.dtype == torch.float64 and ours.shape == (4,)
-    for i, t in enumerate(times):
-        x_t = np.sqrt(alphabar[t]) * x0[i] + np.sqrt(1 - alphabar[t]) * eps[i]
-        expected = np.mean((eps[i] - np.sin(x_t + (t - 1) / 100)) ** 2)
-        assert ours[i].item() == pytest.approx(expected, rel=1e-10)
+    loss = losses.DenoisingLoss(Denoiser(Wavy(), schedule, Eps()), Simple(), Uniform())
+    ours = _call(loss, x0, eps)
+    assert ours.dtype == torch.float64
+    x_t, _ = _diffused(alphabar, x0, eps)
+    np.testing.assert_allclose(ours, ((eps - _output(x_t)) ** 2).mean(axis=(1, 2, 3)), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [
+        (Squared(), lambda d: d**2),
+        (Absolute(), np.abs),
+        (Huber(0.5), lambda d: np.where(np.abs(d) < 0.5, d**2 / 2, 0.5 * (np.abs(d) - 0.25))),
+    ],
+)
+def test_distances(distance, expected):
+    schedule, alphabar = TABLES["linear"]
+    x0, eps = _draws()
+    loss = losses.DenoisingLoss(Denoiser(Wavy(), schedule, Eps()), Simple(), Uniform(), distance)
+    x_t, _ = _diffused(alphabar, x0, eps)
+    np.testing.assert_allclose(
+        _call(loss, x0, eps), expected(_output(x_t) - eps).mean(axis=(1, 2, 3)), rtol=1e-10
+    )
+
+
+def test_weights_are_carried_from_x0_to_the_output():
+    # min-SNR of Hang et al. 2023 in its three published forms: on x0 min(SNR, 5), on eps min(SNR, 5)/SNR and on
+    # v min(SNR, 5)/(SNR + 1), each times the plain error of that output
+    schedule, alphabar = TABLES["linear"]
+    x0, eps = _draws()
+    x_t, table = _diffused(alphabar, x0, eps)
+    snr = table / (1 - table)
+    forms = {
+        X0: (np.minimum(snr, 5), x0),
+        Eps: (np.minimum(snr, 5) / snr, eps),
+        V: (np.minimum(snr, 5) / (snr + 1), np.sqrt(table) * eps - np.sqrt(1 - table) * x0),
+    }
+    for parameterization, (weight, target) in forms.items():
+        denoiser = Denoiser(Wavy(), schedule, parameterization())
+        ours = _call(losses.DenoisingLoss(denoiser, MinSNR(), Uniform()), x0, eps)
+        expected = (weight * (_output(x_t) - target) ** 2).mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+VARIANCES = {"small": Small(), "large": Large(), "learned_range": LearnedRange()}
+
+
+def _bound_bits(alphabar, x0, eps, kind):
+    """The bound's terms of `Doubled` (or of `Wavy`, for a fixed variance) with eps-prediction, (4,)."""
+    x_t, table = _diffused(alphabar, x0, eps)
+    x0_hat = (x_t - np.sqrt(1 - table) * _output(x_t)) / np.sqrt(table)
+    v = np.cos(2 * x_t)
+    chain = list(range(1, T + 1))
+    return np.concatenate(
+        [
+            reference.bound_bits(
+                alphabar, chain, t - 1, *(a[i : i + 1] for a in (x0, x_t, x0_hat)), kind, v[i]
+            )
+            for i, t in enumerate(TIMES)
+        ]
+    )
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("name", TABLES)
+def test_l_vlb_of_improved_ddpm(name, variance):
+    # RESCALED_KL in their code: T times the KL term (the decoder's at t = 1) in bits per dimension
+    schedule, alphabar = TABLES[name]
+    x0, eps = _draws()
+    network = Doubled() if variance == "learned_range" else Wavy()
+    loss = losses.VariationalLoss(
+        Denoiser(network, schedule, Eps(), VARIANCES[variance]), Simple(), Uniform()
+    )
+    expected = T * _bound_bits(alphabar, x0, eps, variance)
+    np.testing.assert_allclose(_call(loss, x0, eps).detach(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_l_hybrid_of_improved_ddpm(name):
+    # eq. 16 and RESCALED_MSE: L_simple + 0.001 T L_vlb
+    schedule, alphabar = TABLES[name]
+    x0, eps = _draws()
+    loss = losses.HybridLoss(Denoiser(Doubled(), schedule, Eps(), LearnedRange()), Simple(), Uniform())
+    x_t, _ = _diffused(alphabar, x0, eps)
+    simple = ((eps - _output(x_t)) ** 2).mean(axis=(1, 2, 3))
+    expected = simple + 0.001 * T * _bound_bits(alphabar, x0, eps, "learned_range")
+    np.testing.assert_allclose(_call(loss, x0, eps).detach(), expected, rtol=1e-10)
+
+
+def test_the_bound_of_the_hybrid_loss_trains_the_variance_alone():
+    schedule, _ = TABLES["linear"]
+    x0, eps = _draws()
+
+    def gradients(loss):
+        network = loss.denoiser.network
+        return torch.autograd.grad(_call(loss, x0, eps).sum(), (network.mean, network.variance))
+
+    denoiser = Denoiser(Doubled(), schedule, Eps(), LearnedRange())
+    hybrid = gradients(losses.HybridLoss(denoiser, Simple(), Uniform(), vlb_weight=0.5))
+    vlb = gradients(losses.VariationalLoss(denoiser, Simple(), Uniform()))
+    fixed = Denoiser(Wavy(), schedule, Eps())
+    fixed.network = nn.Module()
+    fixed.network.mean = denoiser.network.mean
+    fixed.network.forward = lambda x, label, condition=None: denoiser.network.mean * Wavy()(x, label)
+    simple = torch.autograd.grad(
+        _call(losses.DenoisingLoss(fixed, Simple(), Uniform()), x0, eps).sum(), denoiser.network.mean
+    )
+    torch.testing.assert_close(hybrid[0], simple[0])
+    torch.testing.assert_close(hybrid[1], 0.5 * vlb[1])
+
+
+def test_learned_log_variance_in_the_bound():
+    schedule, alphabar = TABLES["linear"]
+    x0, eps = _draws()
+    loss = losses.VariationalLoss(Denoiser(Doubled(), schedule, Eps(), Learned()), Simple(), Uniform())
+    x_t, table = _diffused(alphabar, x0, eps)
+    x0_hat = (x_t - np.sqrt(1 - table) * _output(x_t)) / np.sqrt(table)
+    ours = _call(loss, x0, eps).detach()
+    t = TIMES[2]
+    means = [reference.posterior_mean(alphabar, t, t - 1, a[2], x_t[2]) for a in (x0, x0_hat)]
+    tilde = reference.posterior_variance(alphabar, t, t - 1)
+    kl = reference.normal_kl(means[0], tilde, means[1], np.exp(np.cos(2 * x_t[2])))
+    assert ours[2].item() == pytest.approx(T * kl.mean() / math.log(2), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d, f: losses.DenoisingLoss(d, Simple(), Uniform()), "denoiser has a learned variance"),
+        (lambda d, f: losses.HybridLoss(f, Simple(), Uniform()), "denoiser has a fixed variance"),
+        (lambda d, f: losses.VariationalLoss(d, SNR(), Uniform()), "weighting has no effect"),
+        (lambda d, f: losses.VariationalLoss(d, Simple(), Uniform(), Absolute()), "distance has no effect"),
+        (lambda d, f: losses.HybridLoss(d, Simple(), Uniform(), vlb_weight=0), "vlb_weight must be positive"),
+        (
+            lambda d, f: losses.VariationalLoss(Denoiser(Wavy(), VP(), Eps()), Simple(), Uniform()),
+            "schedule must be discrete",
+        ),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(make, message):
+    learned = Denoiser(Doubled(), Linear(), Eps(), LearnedRange())
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make(learned, Denoiser(Wavy(), Linear(), Eps()))
+
+
+def test_delta_is_checked():
+    with pytest.raises(ValueError, match=r"^delta must be positive"):
+        Huber(0.0)

@@ -96,7 +96,8 @@ class VP(ContinuousSchedule):
         slope = self.beta_max - self.beta_min
         # the root of the quadratic that does not cancel at small t
         root = (self.beta_min**2 / 4 + slope * minus_log_alpha).sqrt()
-        return self._clamp(2 * minus_log_alpha / (self.beta_min / 2 + root))
+        t = 2 * minus_log_alpha / (self.beta_min / 2 + root)
+        return self._clamp(t.where(minus_log_alpha.isfinite(), torch.inf))
 
 
 class VE(ContinuousSchedule):

@@ -1,0 +1,250 @@
+"""Likelihoods against the papers' terms and against densities that are known exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from src.diffusion.clipping import StaticClipping
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.likelihood import (
+    Chain,
+    discretised_log_likelihood,
+    flow_likelihood,
+    flow_log_density,
+    variational_bound,
+)
+from src.diffusion.noise_level import broadcast, conditional_variance
+from src.diffusion.ode import integrate
+from src.diffusion.parameterization import Eps
+from src.diffusion.schedule import EDM, VE, VP, ContinuousCosine, Cosine, Linear, RectifiedFlow
+from src.diffusion.variance import Large, LearnedRange, Small, Variance
+from tests.diffusion import reference_numpy as reference
+from tests.diffusion.mixture import Mixture, MixtureDenoiser, gaussian, three_modes
+from tests.diffusion.test_loss import Doubled
+
+
+class Normal:
+    """A source of float64 noise."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x):
+        return torch.randn(x.shape, dtype=torch.float64, generator=self.generator)
+
+
+def _bytes(shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape) / 127.5 - 1)
+
+
+def test_decoder_is_a_distribution_over_bytes():
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in [(0.3, 0.004), (-0.999, 0.05), (0.0, 1.0), (1.7, 0.3)]:
+        log_p = discretised_log_likelihood(x, torch.full_like(x, mean), torch.tensor(std))
+        assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_decoder_keeps_its_digits_in_the_tails():
+    # ln of a bin's mass far out is nearly the density's: here 100 standard deviations away
+    x = torch.tensor([0.2, -0.2], dtype=torch.float64)
+    x = (x * 127.5).round() / 127.5
+    std, mean = 0.002, torch.zeros(2, dtype=torch.float64)
+    log_p = discretised_log_likelihood(x, mean, torch.tensor(std, dtype=torch.float64))
+    near = (x.abs() - 1 / 255) / std  # the near edge z: the mass beyond it is phi(z)/z (1 - 1/z^2 + ...)
+    expected = -(near**2) / 2 - math.log(math.sqrt(2 * math.pi)) - near.log() - 1 / near**2
+    torch.testing.assert_close(log_p, expected, rtol=1e-7, atol=0)
+
+
+def test_gradients_are_finite_at_the_open_ends():
+    x = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
+    mean = torch.tensor([0.9, -0.9, 0.5], dtype=torch.float64, requires_grad=True)
+    std = torch.tensor([0.01, 0.01, 0.01], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m, s: discretised_log_likelihood(x, m, s), (mean, std))
+
+
+KINDS = {"small": Small(), "large": Large(), "learned_range": LearnedRange()}
+
+
+@pytest.mark.parametrize("times", [list(range(1, 41)), [1, 5, 12, 30, 40]], ids=["full", "respaced"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_term_of_the_bound(kind, times):
+    T = 40
+    schedule, alphabar = Cosine(T), reference.alphabar_of(reference.betas_cosine(T))
+    x0, recording = _bytes((2, 1, 3, 3)), Normal()
+    denoiser = Denoiser(Doubled(), schedule, Eps(), KINDS[kind])
+    bound = variational_bound(denoiser, Chain(schedule, times), x0, noise=recording)
+    np.testing.assert_allclose(bound.prior, reference.prior_bits(alphabar, T, x0.numpy()), rtol=1e-10)
+    replay, expected = Normal(), []
+    for i, t in enumerate(times):
+        x_t = np.sqrt(alphabar[t]) * x0.numpy() + np.sqrt(1 - alphabar[t]) * replay(x0).numpy()
+        eps = np.sin(x_t + (t - 1) / 100)
+        x0_hat = (x_t - np.sqrt(1 - alphabar[t]) * eps) / np.sqrt(alphabar[t])
+        terms = reference.bound_bits(alphabar, times, i, x0.numpy(), x_t, x0_hat, kind, np.cos(2 * x_t))
+        expected.append(terms)
+    np.testing.assert_allclose(bound.steps.detach(), np.stack(expected), rtol=1e-10)
+    np.testing.assert_allclose(
+        bound.total.detach(), bound.prior.numpy() + np.stack(expected).sum(axis=0), rtol=1e-10
+    )
+
+
+def _pixels():
+    """A mixture over single pixels."""
+    return Mixture(
+        torch.tensor([-0.4, 0.5], dtype=torch.float64).view(2, 1, 1, 1),
+        torch.tensor([0.01, 0.04], dtype=torch.float64),
+        torch.tensor([0.4, 0.6], dtype=torch.float64),
+    )
+
+
+def _bytes_of(mixture, n):
+    """n bytes of single pixels drawn from a mixture, as images, and the exact bits of each."""
+    edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1
+    edges[0], edges[-1] = -math.inf, math.inf
+    components = zip(mixture.weights, mixture.means.flatten(), mixture.variances, strict=True)
+    mass = sum(w * torch.special.ndtr((edges - m) / v.sqrt()) for w, m, v in components).diff()
+    chosen = torch.multinomial(mass, n, replacement=True, generator=torch.Generator().manual_seed(0))
+    return (chosen / 127.5 - 1).double().view(-1, 1, 1, 1), -mass.log2()[chosen]
+
+
+class Matched(Variance):
+    """The exact variance of q(x_s | x_t) for pixels of a mixture."""
+
+    def __init__(self, mixture):
+        self.mixture = mixture
+
+    def __call__(self, t, s, prediction):
+        gain = s.alpha * conditional_variance(t, s) / t.sigma**2
+        spread = broadcast(gain**2, prediction.x_t) * self._spread(t, prediction)
+        return broadcast(Small()(t, s, prediction), prediction.x_t) + spread
+
+    def decoder(self, t, beta_tilde, prediction):
+        return self._spread(t, prediction)
+
+    def _spread(self, t, prediction):
+        """Var[x0 | x_t] = sigma^2/alpha dE[x0 | x_t]/dx_t (Tweedie's formula once more)."""
+        with torch.enable_grad():
+            x_t = prediction.x_t.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.mixture.posterior_mean(x_t, t).sum(), x_t)
+        return broadcast(t.sigma**2 / t.alpha, x_t) * slope
+
+
+def test_the_bound_of_a_gaussian_is_tight_on_any_chain():
+    # Where q(x_s | x_t) is Gaussian, exact mean and variance leave the bound loose by the prior's mismatch alone
+    # (4e-5 bits at alphabar_T = 4e-5) and by the noise of 20,000 draws, which is measured.
+    data = gaussian(0.1, 0.2)
+    schedule = Linear(1000)
+    x0, bits = _bytes_of(data, 20_000)
+    denoiser = MixtureDenoiser(data, schedule, Matched(data))
+    for times in ([1, 3, 10, 30, 100, 300, 1000], [1, 500, 1000]):
+        excess = variational_bound(denoiser, Chain(schedule, times), x0, noise=Normal()).total - bits
+        assert excess.mean().item() == pytest.approx(0, abs=5 * excess.std().item() / len(x0) ** 0.5 + 2e-3)
+
+
+def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
+    # q(x_s | x_t) is Gaussian for short steps only, so that the bound is loose by less the more steps there are
+    mixture = _pixels()
+    x0, bits = _bytes_of(mixture, 4000)
+    schedule = Linear(1000)
+    denoiser = MixtureDenoiser(mixture, schedule, Matched(mixture))
+    excess = [
+        variational_bound(denoiser, Chain(schedule, times), x0, noise=Normal()).total - bits
+        for times in ([1, 300, 1000], list(range(1, 1001, 9)))
+    ]
+    errors = [e.std().item() / len(x0) ** 0.5 for e in excess]
+    assert excess[0].mean() > 5 * errors[0]
+    assert excess[1].mean().item() == pytest.approx(0, abs=5 * errors[1] + 5e-3)
+    # and a fixed variance costs something on the same chain
+    fixed = MixtureDenoiser(mixture, schedule, Small())
+    loose = (
+        variational_bound(fixed, Chain(schedule, list(range(1, 1001, 9))), x0, noise=Normal()).total - bits
+    )
+    assert loose.mean() > excess[1].mean() + 0.1
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        VP(),
+        VE(sigma_max=50),
+        EDM(),
+        ContinuousCosine(),
+        RectifiedFlow(),
+        Linear(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_the_flow_gives_the_exact_density(schedule):
+    # One-dimensional images, for which the Rademacher probe is exact. What is left is that the flow ends in
+    # N(0, sigma^2), not in the diffused mixture: nothing to speak of but where alpha/sigma is not small.
+    mixture = _pixels()
+    x = torch.linspace(-0.8, 1.0, 7, dtype=torch.float64).view(-1, 1, 1, 1)
+    first = schedule(torch.tensor([schedule.t_min], dtype=torch.float64)).scalars()[0]
+    log_p, _, evaluations = flow_log_density(MixtureDenoiser(mixture, schedule), x, noise=Normal())
+    torch.testing.assert_close(log_p, mixture.log_density(x, first), rtol=0, atol=0.02)
+    assert evaluations < 1500
+
+
+def test_the_flow_takes_data_to_its_prior():
+    mixture, schedule = three_modes(), VP()
+    x, _ = mixture.sample(2000, torch.Generator().manual_seed(0))
+    _, latent, _ = flow_log_density(MixtureDenoiser(mixture, schedule), x, noise=Normal())
+    assert latent.mean(dim=0).abs().max() < 5 / 2000**0.5
+    torch.testing.assert_close(
+        latent.flatten(1).T.cov(), torch.eye(2).double(), rtol=0, atol=5 * (2 / 2000) ** 0.5
+    )
+
+
+def test_hutchinson_s_estimate_is_unbiased():
+    # two dimensions: the mean over 400 probes of one image, within 5 standard errors of the exact density
+    mixture, schedule = three_modes(), VP()
+    x = torch.tensor([0.1, 0.2], dtype=torch.float64).view(1, 1, 1, 2).expand(400, 1, 1, 2)
+    log_p, _, _ = flow_log_density(MixtureDenoiser(mixture, schedule), x, noise=Normal())
+    first = schedule(torch.tensor([schedule.t_min], dtype=torch.float64)).scalars()[0]
+    exact = mixture.log_density(x[:1], first).item()
+    assert log_p.std() > 0
+    assert log_p.mean().item() == pytest.approx(exact, abs=5 * log_p.std().item() / 20 + 0.01)
+
+
+def test_the_flow_s_bits_agree_with_the_exact_likelihood_of_a_discretised_mixture():
+    # an upper bound by Jensen's inequality over the dequantisation, tight for a density that is smooth on a bin
+    mixture = _pixels()
+    x0, bits = _bytes_of(mixture, 4000)
+    result = flow_likelihood(MixtureDenoiser(mixture, VP()), x0, noise=Normal())
+    inner = x0.flatten().abs() < 0.99  # the outer bytes also hold what lies beyond [-1, 1]: no density says that
+    assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
+
+
+def test_clipping_may_surround_the_bounded_denoiser():
+    schedule = Linear(50)
+    denoiser = MixtureDenoiser(gaussian(0.0, 2.0), schedule)
+    x0 = _bytes((8, 1, 1, 1))
+    clipped = variational_bound(StaticClipping(denoiser), Chain(schedule), x0, noise=Normal())
+    assert clipped.total.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "times", "name"), [(VP(), None, "schedule"), (Linear(), [5, 3], "times")]
+)
+def test_impossible_chains_are_refused(schedule, times, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        Chain(schedule, times)
+
+
+def test_dormand_prince_has_order_five():
+    # y' = cos(x) y, y = exp(sin x): a tenth of the tolerance costs 10^(1/5) as many steps, and is kept
+    def solve(tolerance):
+        start = torch.ones(1, dtype=torch.float64)
+        (y,), evaluations = integrate(lambda x, y: (math.cos(x) * y[0],), (start,), 0.0, 10.0, tolerance)
+        return abs(y.item() - math.exp(math.sin(10))), evaluations
+
+    rough, fine = solve(1e-4), solve(1e-9)
+    assert fine[0] < 1e-7
+    assert fine[1] / rough[1] == pytest.approx(1e5 ** (1 / 5), rel=0.5)
+
+
+def test_integration_says_when_it_fails():
+    nothing = torch.full((1,), math.nan)
+    with pytest.raises(ValueError, match=r"^tolerance=.* is not reached"):
+        integrate(lambda x, y: (nothing,), (torch.zeros(1),), 0.0, 1.0, 1e-5)

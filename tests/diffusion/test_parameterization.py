@@ -1,0 +1,214 @@
+"""Parameterisations: the papers' coefficients, the best network for known data, invariances."""
+
+import itertools
+
+import pytest
+import torch
+
+from src.diffusion import parameterization as parameterizations
+from src.diffusion import weighting as weightings
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.forward import diffuse
+from src.diffusion.loss import DenoisingLoss
+from src.diffusion.noise_level import NoiseLevel
+from src.diffusion.schedule import VE, VP, ContinuousCosine, RectifiedFlow
+from src.diffusion.time_sampling import Uniform
+from tests.diffusion.mixture import gaussian, three_modes
+from tests.diffusion.test_schedule import ALL
+
+PARAMETERIZATIONS = {
+    "eps": parameterizations.Eps(),
+    "x0": parameterizations.X0(),
+    "v": parameterizations.V(),
+    "velocity": parameterizations.Velocity(),
+    "score": parameterizations.Score(),
+    "edm": parameterizations.EDM(0.5),
+}
+PURE_NOISE = {"jsd", "rectified_flow", "zero_terminal_snr"}
+ALLOWED = [
+    (s, p)
+    for s, p in itertools.product(ALL, PARAMETERIZATIONS)
+    if not (s in PURE_NOISE and p in ("eps", "score"))
+]
+REFUSED = [pair for pair in itertools.product(ALL, PARAMETERIZATIONS) if pair not in ALLOWED]
+
+
+def _images(n, seed, shape=(1, 4, 4)):
+    return torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _times(schedule, n):
+    return schedule.time_at(torch.linspace(0.001, 0.999, n, dtype=torch.float64))
+
+
+class Best(torch.nn.Module):
+    """The network that makes a denoiser exact for a mixture: F = (E[x0 | x_t] - c_skip x_t) / c_out.
+
+    It undoes c_in, so that a wrong c_in shows too. `offset` is added to its output.
+    """
+
+    def __init__(self, mixture, parameterization, level, offset=0.0):
+        super().__init__()
+        self.mixture, self.level, self.offset = mixture, level, offset
+        self.coefficients = parameterization.coefficients(level)
+
+    def forward(self, x, label, condition=None):
+        c_in, c_skip, c_out = (torch.as_tensor(c).view(-1, 1, 1, 1) for c in self.coefficients)
+        x_t = x / c_in
+        return (self.mixture.posterior_mean(x_t, self.level) - c_skip * x_t) / c_out + self.offset
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "expected"),
+    [  # conventions of the papers at home: DDPM eq. 11; Salimans & Ho app. D; Lipman eq. 23; Karras table 1
+        ("eps", NoiseLevel(0.6, 0.8, 0.0), (1, 1 / 0.6, -0.8 / 0.6)),
+        ("x0", NoiseLevel(0.6, 0.8, 0.0), (1, 0, 1)),
+        ("v", NoiseLevel(0.6, 0.8, 0.0), (1, 0.6, -0.8)),
+        ("velocity", NoiseLevel(0.3, 0.7, 0.0), (1, 1, -0.7)),
+        ("score", NoiseLevel(0.6, 0.8, 0.0), (1, 1 / 0.6, 0.64 / 0.6)),
+        ("edm", NoiseLevel(1.0, 2.0, 0.0), (1 / 4.25**0.5, 0.25 / 4.25, 2 * 0.5 / 4.25**0.5)),
+    ],
+)
+def test_coefficients_at_home(name, level, expected):
+    assert PARAMETERIZATIONS[name].coefficients(level) == pytest.approx(expected, rel=1e-14)
+
+
+def test_label_of_edm():
+    # c_noise = ln(sigma)/4, and the same for an equal SNR
+    edm = PARAMETERIZATIONS["edm"]
+    assert edm.label(NoiseLevel(1.0, 2.0, 7.0)) == pytest.approx(0.25 * 0.6931471805599453, rel=1e-14)
+    assert edm.label(NoiseLevel(0.5, 1.0, 7.0)) == pytest.approx(0.25 * 0.6931471805599453, rel=1e-14)
+    assert edm.label(NoiseLevel(0.0, 1.0, 7.0)) == 5.0
+
+
+@pytest.mark.parametrize(("schedule", "name"), ALLOWED)
+def test_target_is_what_makes_the_prediction_exact(schedule, name):
+    parameterization, schedule = PARAMETERIZATIONS[name], ALL[schedule]
+    x0, eps = _images(7, 0), _images(7, 1)
+    level = schedule(_times(schedule, 7))
+    x_t = diffuse(x0, eps, level)
+    prediction = parameterization.predict(x_t, parameterization.target(x0, eps, level), level)
+    # 1 - (alpha^2 + sigma^2) of float64 is multiplied by up to 1/sigma or sigma/alpha
+    torch.testing.assert_close(prediction.x0, x0, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(prediction.eps, eps, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("schedule", "name"), ALLOWED)
+def test_the_posterior_mean_gives_the_irreducible_loss_and_nothing_less(schedule, name):
+    # Data N(m, v): Var[x0 | x_t] = v sigma^2 / (alpha^2 v + sigma^2), so that the expected loss of the best F is
+    # that over c_out^2. 4,000 x 16 pixels: mean of squares of Gaussians, relative deviation sqrt(2/64,000) = 0.6 %.
+    parameterization, schedule = PARAMETERIZATIONS[name], ALL[schedule]
+    v, n = 0.25, 4000
+    data = gaussian(0.3, v**0.5, (1, 4, 4))
+    for t in _times(schedule, 3):
+        level = schedule(t.expand(n))
+        x0, _ = data.sample(n, torch.Generator().manual_seed(0))
+        losses = []
+        for offset in (0.0, 0.1, -0.1):
+            network = Best(data, parameterization, level, offset)
+            loss = DenoisingLoss(
+                Denoiser(network, schedule, parameterization), weightings.Simple(), Uniform()
+            )
+            losses.append(loss(x0, t.expand(n), _images(n, 1)).mean().item())
+        alpha, sigma = level.alpha[0], level.sigma[0]
+        c_out = torch.as_tensor(parameterization.coefficients(level)[2]).view(-1)[0]
+        irreducible = (v * sigma**2 / (alpha**2 * v + sigma**2) / c_out**2).item()
+        assert losses[0] == pytest.approx(irreducible, rel=0.03)
+        # an offset of the output adds its square, up to its chance correlation with the error
+        assert losses[1] + losses[2] - 2 * losses[0] == pytest.approx(0.02, rel=1e-6)
+
+
+WEIGHTINGS = {
+    "simple": weightings.Simple(),
+    "snr": weightings.SNR(),
+    "min_snr": weightings.MinSNR(),
+    "p2": weightings.P2(),
+    "edm": weightings.EDM(),
+    "learned_uncertainty": weightings.LearnedUncertainty(weightings.EDM()).double(),
+}
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_every_weighting_has_the_same_optimum(name, weighting):
+    # The gradient of the expected loss with respect to shift and scale of the best output vanishes for the
+    # mixture; 20,000 images, so that it lies within 5 standard errors of 0, and far from it one tenth away.
+    parameterization, schedule, data = PARAMETERIZATIONS[name], VP(), three_modes()
+    n, t = 20_000, torch.tensor([0.3], dtype=torch.float64)
+    level = schedule(t.expand(n))
+    x0, _ = data.sample(n, torch.Generator().manual_seed(0))
+    eps = _images(n, 1, x0.shape[1:])
+    loss = DenoisingLoss(
+        Denoiser(Best(data, parameterization, level), schedule, parameterization),
+        WEIGHTINGS[weighting],
+        Uniform(),
+    )
+
+    def slopes(offset):
+        loss.denoiser.network.offset = torch.full(
+            (n, 1, 1, 1), offset, dtype=torch.float64, requires_grad=True
+        )
+        losses = loss(x0, t.expand(n), eps)
+        (each,) = torch.autograd.grad(losses.sum(), loss.denoiser.network.offset)
+        return each.flatten()
+
+    at_best, away = slopes(0.0), slopes(0.1)
+    error = at_best.std() / n**0.5
+    assert at_best.mean().abs() < 5 * error
+    assert away.mean() > 5 * error
+
+
+@pytest.mark.parametrize(("schedule", "name"), REFUSED)
+def test_nothing_is_said_of_the_image_in_pure_noise(schedule, name):
+    with pytest.raises(ValueError, match=f"^parameterization={name} .*choose parameterization=v") as error:
+        Denoiser(torch.nn.Identity(), ALL[schedule], PARAMETERIZATIONS[name])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_denoiser_in_every_parameterisation_says_the_same(dtype):
+    schedule = VP()
+    x_t = _images(9, 3).to(dtype)
+    level = schedule(_times(schedule, 9)[2:])
+    x_t = x_t[2:]
+    x0 = torch.tanh(x_t)
+    eps = (x_t.double() - level.alpha.view(-1, 1, 1, 1) * x0.double()) / level.sigma.view(-1, 1, 1, 1)
+    said = {
+        name: p.predict(x_t, p.target(x0.double(), eps, level).to(dtype), level)
+        for name, p in PARAMETERIZATIONS.items()
+    }
+    # 1e-6 of the noisy image; x0 from eps carries sigma/alpha times the rounding of eps
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    gain = torch.maximum(level.sigma / level.alpha, torch.ones(())).view(-1, 1, 1, 1)
+    loss = torch.maximum(level.alpha / level.sigma, torch.ones(())).view(-1, 1, 1, 1)
+    for prediction in said.values():
+        assert prediction.x0.dtype == dtype
+        assert ((prediction.x0 - x0) / gain).abs().max() < tolerance
+        assert ((prediction.eps - eps) / loss / eps.abs().clamp(min=1)).abs().max() < tolerance
+
+
+class Wavy(torch.nn.Module):
+    def forward(self, x, label, condition=None):
+        return torch.sin(3 * x) + x.flip(-1)
+
+
+# the score's scale is that of x_t
+@pytest.mark.parametrize("name", [name for name in PARAMETERIZATIONS if name != "score"])
+def test_schedules_of_equal_snr_give_the_same_image(name):
+    # the label aside, which the network here does not read, x_t/alpha is all that matters
+    vp, others = VP(), [VE(), ContinuousCosine(), RectifiedFlow(t_max=0.999)]
+    parameterization = PARAMETERIZATIONS[name]
+    t = torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)
+    level = vp(t)
+    unscaled = _images(3, 5)
+    expected = Denoiser(Wavy(), vp, parameterization)(unscaled * level.alpha.view(-1, 1, 1, 1), level)
+    for schedule in others:
+        same = schedule(schedule.time_of_log_snr(level.log_snr))
+        ours = Denoiser(Wavy(), schedule, parameterization)(unscaled * same.alpha.view(-1, 1, 1, 1), same)
+        torch.testing.assert_close(ours.x0, expected.x0, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours.eps, expected.eps, rtol=1e-9, atol=1e-9)
+
+
+def test_sigma_data_is_checked():
+    with pytest.raises(ValueError, match=r"^sigma_data must be positive"):
+        parameterizations.EDM(0.0)

@@ -1,0 +1,83 @@
+"""Weightings against the papers' formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from src.diffusion.noise_level import NoiseLevel
+from src.diffusion.parameterization import EDM, Eps
+from src.diffusion.schedule import EDM as Sigma
+from src.diffusion.schedule import VE, Linear
+from src.diffusion.weighting import EDM as EDMWeighting
+from src.diffusion.weighting import P2, SNR, LearnedUncertainty, MinSNR, Simple
+
+ALPHA, SIGMA = np.array([0.99, 0.6, 0.1]), np.array([0.1, 0.8, 0.99])
+LEVEL = NoiseLevel(torch.from_numpy(ALPHA), torch.from_numpy(SIGMA), torch.zeros(3))
+RATIO = (ALPHA / SIGMA) ** 2
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [
+        (Simple(), 1 / 0.7**2 * np.ones(3)),
+        (SNR(), RATIO),
+        (MinSNR(5.0), np.minimum(RATIO, 5)),
+        (P2(1.0, 1.0), RATIO / (1 + RATIO)),
+        (P2(2.0, 0.5), RATIO / np.sqrt(2 + RATIO)),
+        (EDMWeighting(0.5), ((SIGMA / ALPHA) ** 2 + 0.25) / (SIGMA / ALPHA * 0.5) ** 2),
+        (LearnedUncertainty(SNR()), RATIO),
+    ],
+)
+def test_weights_on_the_error_of_x0(weighting, expected):
+    c_out = torch.full((3,), 0.7, dtype=torch.float64)
+    np.testing.assert_allclose(weighting(LEVEL, c_out), expected, rtol=1e-12)
+
+
+def test_edm_weighs_its_own_targets_alike():
+    for schedule in (Sigma(), VE(), Linear()):
+        level = schedule(schedule.time_at(torch.rand(9, dtype=torch.float64)))
+        c_out = EDM(0.5).coefficients(level)[2]
+        torch.testing.assert_close(EDMWeighting(0.5)(level, c_out) * c_out**2, torch.ones_like(c_out))
+
+
+def test_snr_weighs_eps_alike():
+    level = Linear()(torch.tensor([1.0, 500.0, 1000.0], dtype=torch.float64))
+    c_out = Eps().coefficients(level)[2]
+    torch.testing.assert_close(SNR()(level, c_out) * c_out**2, torch.ones_like(c_out))
+
+
+def test_uncertainty_is_nothing_at_first_and_learns_the_expected_loss():
+    # the minimum of loss/exp(u) + u is at u = ln E[loss] (Karras et al. 2024, eq. 22), here a loss of sigma
+    torch.manual_seed(0)
+    schedule, weighting = Sigma(), LearnedUncertainty(EDMWeighting())
+    level = schedule(schedule.time_at(torch.linspace(0, 0.999, 64, dtype=torch.float64)))
+    loss = (0.3 + torch.sin(level.log_snr / 2) ** 2).float()
+    assert torch.equal(weighting.balance(loss, level), loss)
+    optimizer = torch.optim.Adam(weighting.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        weighting.balance(loss, level).mean().backward()
+        optimizer.step()
+    # at the optimum the balanced loss is 1 + ln(loss), for every noise level
+    balanced = weighting.balance(loss, level).detach()
+    assert (balanced - 1 - loss.log()).abs().max() < 0.01
+
+
+def test_uncertainty_is_finite_for_pure_noise():
+    level = NoiseLevel(torch.zeros(1).double(), torch.ones(1).double(), torch.zeros(1))
+    assert LearnedUncertainty(SNR()).balance(torch.ones(1), level).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: MinSNR(0.0), "gamma"),
+        (lambda: P2(k=0.0), "k"),
+        (lambda: P2(gamma=-1.0), "gamma"),
+        (lambda: EDMWeighting(0.0), "sigma_data"),
+        (lambda: LearnedUncertainty(SNR(), 0), "features"),
+    ],
+)
+def test_impossible_numbers_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make()
