@@ -120,14 +120,15 @@ class Sections(IndexSpacing):
         ValueError: it does not read so.
     """
 
-    def __init__(self, sections: str):
-        self.strided = sections.startswith("ddim")
+    def __init__(self, sections: str | int):
+        text = str(sections)
+        self.strided = text.startswith("ddim")
         try:
-            self.counts = [int(count) for count in sections.removeprefix("ddim").split(",")]
+            self.counts = [int(count) for count in text.removeprefix("ddim").split(",")]
         except ValueError:
             self.counts = []
         if not self.counts or min(self.counts) < 1 or (self.strided and len(self.counts) > 1):
-            raise ValueError(f'sections must read like "10,15,20" or "ddim25", got "{sections}"')
+            raise ValueError(f'sections must read like "10,15,20" or "ddim25", got "{text}"')
 
     def indices(self, T, steps):
         if steps != sum(self.counts):

@@ -22,16 +22,18 @@ class Dopri5(Sampler):
 
     Args:
         tolerance: bound of each step's error per image (root mean square), relative and absolute.
+        max_evaluations: of the denoiser in one stretch.
 
     Raises:
-        ValueError: the tolerance is not positive.
+        ValueError: a number is not positive.
         UserError: when sampling, it cannot be reached.
     """
 
-    def __init__(self, tolerance: float = 1e-5):
-        if tolerance <= 0:
-            raise ValueError(f"tolerance must be positive, got {tolerance}")
-        self.tolerance = tolerance
+    def __init__(self, tolerance: float = 1e-5, max_evaluations: int = 10_000):
+        for name, value in (("tolerance", tolerance), ("max_evaluations", max_evaluations)):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.tolerance, self.max_evaluations = tolerance, max_evaluations
 
     def step(self, denoiser, x_t, t, s, noise, path):
         schedule = denoiser.schedule
@@ -47,7 +49,7 @@ class Dopri5(Sampler):
         y = (x_t / math.hypot(t.alpha, t.sigma),)
         if stop < start:
             try:
-                y, _ = integrate(derivative, y, 0.0, start - stop, self.tolerance)
+                y, _ = integrate(derivative, y, 0.0, start - stop, self.tolerance, self.max_evaluations)
             except ValueError as error:
                 raise UserError(f"sampler.{error}") from None
         x = y[0] * math.hypot(end.alpha, end.sigma)

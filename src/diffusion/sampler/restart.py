@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import torch
 
+from src.errors import UserError
+
 from ..noise_level import NoiseLevel, conditional_variance
 from ..schedule import Schedule
 from .base import Path, Sampler, check_memoryless, weighted_sum
@@ -25,6 +27,7 @@ class Restart(Sampler):
 
     Raises:
         ValueError: a number is out of range, or the solver is a multi-step method.
+        UserError: when sampling, the steps are too coarse for the interval.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class Restart(Sampler):
         state = self.solver.step(denoiser, x_t, t, s, noise, path)
         if path.index + 1 != self._bottom(path):
             return state
+        if s.sigma / s.alpha >= self.sigma_max:
+            raise UserError(
+                f"sampler.sigma_max={self.sigma_max:g} is below {s.sigma / s.alpha:.3g}, the visited level nearest to"
+                " sigma_min: take more steps, or another spacing"
+            )
         interval = self._interval(denoiser.schedule, s, path.times[path.index + 1])
         top = interval.levels[0]
         x = state.x

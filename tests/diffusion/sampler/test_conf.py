@@ -1,0 +1,86 @@
+"""Every choice of sampler, spacing and clipping in the configuration is what its file says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from src.diffusion import sampler as samplers
+from src.diffusion.clipping import DynamicThresholding, StaticClipping
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.parameterization import V
+from src.diffusion.sampler import Dopri5, Sampler
+from src.diffusion.schedule import Linear
+from src.diffusion.spacing import Spacing, Trailing
+from tests.diffusion.sampler.networks import Wavy, recorded_noise, standard_normal
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+def _files(group):
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["sampler", "spacing", "clipping"])
+def test_every_file_opens_with_what_it_is(group):
+    for path in _files(group):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# "), path
+        assert all(len(line) <= 120 for line in lines), path
+        assert lines[1:] == [] or lines[1].startswith("_target_: src.diffusion."), path
+
+
+@pytest.mark.parametrize("path", _files("sampler"), ids=lambda p: p.stem)
+def test_samplers(path):
+    config = OmegaConf.merge({"schedule": {"T": 30}}, {"sampler": OmegaConf.load(path)})
+    numbers = OmegaConf.to_container(config, resolve=True)["sampler"]
+    steps = numbers.pop("steps")
+    assert isinstance(steps, int)
+    sampler = instantiate(numbers)
+    assert isinstance(sampler, Sampler)
+    # it makes images
+    denoiser = Denoiser(Wavy(), Linear(), V())
+    times = Trailing()(Linear(), 50)
+    images = sampler(
+        denoiser, standard_normal((2, 1, 4, 4)), times, noise=lambda x: recorded_noise()(x).to(x.dtype)
+    )
+    assert images.shape == (2, 1, 4, 4)
+    assert images.isfinite().all()
+
+
+def test_every_sampler_has_a_file():
+    named = {OmegaConf.load(path)["_target_"].split(".")[-1] for path in _files("sampler")}
+    classes = {
+        name
+        for name in samplers.__all__
+        if isinstance(getattr(samplers, name), type) and issubclass(getattr(samplers, name), Sampler)
+    }
+    assert named == classes - {"Sampler"}
+
+
+@pytest.mark.parametrize("path", _files("spacing"), ids=lambda p: p.stem)
+def test_spacings(path):
+    config = OmegaConf.merge({"sampler": {"steps": 10}}, {"spacing": OmegaConf.load(path)})
+    spacing = instantiate(config.spacing)
+    assert isinstance(spacing, Spacing)
+    assert len(spacing(Linear(), 10)) == 11
+
+
+def test_clippings():
+    made = {path.stem: instantiate(OmegaConf.load(path)) for path in _files("clipping")}
+    assert made["none"] == {}
+    denoiser = Denoiser(Wavy(), Linear(), V())
+    assert isinstance(made["static"](denoiser), StaticClipping)
+    assert isinstance(made["dynamic"](denoiser), DynamicThresholding)
+    assert set(made) == {"none", "static", "dynamic"}
+
+
+def test_the_adaptive_solver_reports_its_evaluations():
+    sampler = instantiate(
+        {k: v for k, v in OmegaConf.load(CONF / "sampler" / "dopri5.yaml").items() if k != "steps"}
+    )
+    assert isinstance(sampler, Dopri5)
+    *_, state = sampler.trajectory(Denoiser(Wavy(), Linear(), V()), torch.randn(1, 1, 2, 2), [1000.0, 0.0])
+    assert state.evaluations > 6

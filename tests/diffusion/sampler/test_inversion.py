@@ -1,0 +1,110 @@
+"""Encoding and decoding, interpolation, and starting from an image."""
+
+import math
+
+import pytest
+import torch
+
+from src.diffusion.sampler import DDIM, encode, renoise, slerp
+from src.diffusion.schedule import EDM, Cosine, Linear, RectifiedFlow
+from src.diffusion.spacing import Karras, Linspace, Trailing
+from tests.diffusion.mixture import MixtureDenoiser, three_modes
+from tests.diffusion.sampler.networks import recorded_noise
+
+IMAGES, _ = three_modes().sample(64, torch.Generator().manual_seed(2))
+
+
+def _round_trip(schedule, times, **options):
+    denoiser = MixtureDenoiser(three_modes(), schedule)
+    *_, state = encode(denoiser, IMAGES, times, **options)
+    assert state.evaluations == denoiser.calls
+    return (DDIM()(denoiser, state.x, times) - IMAGES).square().mean().sqrt().item(), state.x
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=lambda s: type(s).__name__)
+def test_round_trip_errs_little_and_at_order_one(schedule):
+    errors = [_round_trip(schedule, Linspace()(schedule, steps))[0] for steps in (125, 250, 500, 1000)]
+    assert errors[-1] < 1e-2
+    slope = math.log2(errors[0] / errors[-1]) / 3
+    assert slope == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spacing"),
+    [
+        (Linear(), Trailing()),
+        (Cosine(), Trailing()),
+        (EDM(), Karras()),
+        (RectifiedFlow(t_max=0.999), Trailing()),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_round_trip_to_fixed_points_returns_the_image(schedule, spacing):
+    error, _ = _round_trip(schedule, spacing(schedule, 50), tolerance=1e-11)
+    assert error < 1e-6
+
+
+def test_latents_are_standard_normal():
+    # a mixture's image and its latent are tied by the ODE, so that the latents of data are N(0, sigma_T^2)
+    denoiser = MixtureDenoiser(three_modes(), Cosine())
+    images, _ = three_modes().sample(4000, torch.Generator().manual_seed(3))
+    *_, state = encode(denoiser, images, Linspace()(Cosine(), 200))
+    latents = state.x.flatten(1)
+    assert latents.mean(dim=0).abs().max() < 4 / 4000**0.5 + 0.02
+    assert torch.allclose(latents.T.cov(), torch.eye(2).double(), atol=4 * (2 / 4000) ** 0.5 + 0.03)
+
+
+def test_a_tolerance_out_of_reach_is_told():
+    with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached in 1,000 iterations"):
+        _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=1e-30)
+    with pytest.raises(ValueError, match=r"^tolerance must be positive"):
+        _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=0.0)
+    with pytest.raises(ValueError, match=r"^times must be at least two falling values"):
+        _round_trip(Cosine(), [0.0, 500.0])
+
+
+def _latents():
+    return recorded_noise(0)(torch.empty(8, 3, 4, 4)), recorded_noise(1)(torch.empty(8, 3, 4, 4))
+
+
+def test_slerp_follows_the_great_circle():
+    a, b = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in _latents())
+    angle = (a * b).flatten(1).sum(dim=1).acos()
+    for weight in (0.0, 0.25, 0.5, 1.0):
+        c = slerp(a, b, weight)
+        torch.testing.assert_close(c.flatten(1).norm(dim=1), torch.ones(8).double())
+        torch.testing.assert_close(
+            (a * c).flatten(1).sum(dim=1).clamp(-1, 1).acos(), weight * angle, atol=1e-7, rtol=0
+        )
+
+
+def test_slerp_keeps_ends_parallels_and_weights_per_image():
+    a, b = _latents()
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    torch.testing.assert_close(slerp(a, 3 * a, 0.5), 2 * a)
+    weights = torch.linspace(0, 1, 8)
+    for i, c in enumerate(slerp(a, b, weights)):
+        torch.testing.assert_close(
+            c, slerp(a[i : i + 1], b[i : i + 1], weights[i].item())[0], rtol=1e-6, atol=1e-6
+        )
+
+
+def test_renoise_is_the_forward_process_at_the_remaining_times():
+    schedule = Linear()
+    denoiser = MixtureDenoiser(three_modes(), schedule)
+    times = Trailing()(schedule, 10)
+    x, remaining = renoise(denoiser, IMAGES, times, 0.4, recorded_noise(5))
+    assert remaining.tolist() == [400.0, 300.0, 200.0, 100.0, 0.0]
+    level = schedule(remaining[:1])
+    torch.testing.assert_close(x, level.alpha * IMAGES + level.sigma * recorded_noise(5)(IMAGES))
+    assert renoise(denoiser, IMAGES, times, 1.0)[1].tolist() == times.tolist()
+    # little noise is taken away again: the images come back, nearer the less noise there was
+    distances = []
+    for strength in (0.1, 0.5, 1.0):
+        images = DDIM()(denoiser, *renoise(denoiser, IMAGES, times, strength, recorded_noise(5)))
+        distances.append((images - IMAGES).square().mean().item())
+    assert distances == sorted(distances)
+    for wrong in (0.0, 0.05, 1.5):
+        with pytest.raises(ValueError, match=r"^strength must be in \[1/steps, 1\]"):
+            renoise(denoiser, IMAGES, times, wrong)

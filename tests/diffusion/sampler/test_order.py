@@ -1,0 +1,66 @@
+"""Orders of convergence on Gaussian-mixture data with the exact denoiser, against a fine reference solution."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks.sampler_orders import SCHEDULES, SOLVERS, Problem
+from src.diffusion.sampler import Dopri5, Euler, Heun
+from src.diffusion.schedule import RectifiedFlow
+from tests.diffusion.mixture import MixtureDenoiser, three_modes
+
+PNDM = next(solver.sampler for solver in SOLVERS if solver.name.startswith("PNDM"))
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return {name: Problem(schedule) for name, schedule in SCHEDULES.items()}
+
+
+# The first steps of a multi-step method are of lower order; the path starts where little depends on them.
+# 40 steps are not yet small for the first-order methods (slope 0.8, and 1.02 from 160 to 320), and UniPC-3 is
+# between the 3 of its predictor and the 4 of its corrector.
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+def test_order_of_convergence(solver, problems):
+    measured = problems["VP linear"].measure(solver.sampler)
+    assert measured.errors == sorted(measured.errors, reverse=True)
+    assert measured.order == pytest.approx(solver.order, abs=0.35)
+
+
+OTHERS = [name for name in SCHEDULES if name != "VP linear"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.sampler != PNDM], ids=lambda s: s.name)
+def test_every_schedule_gives_the_same_error(solver, name, problems):
+    # so the order is the same, too; the full table is `python -m benchmarks.sampler_orders`
+    steps = 24
+    reference, other = problems["VP linear"], problems[name]
+    alpha, alpha_there = (p.schedule(p.times(steps)[-1:]).alpha.item() for p in (reference, other))
+    _, error = reference.solve(solver.sampler, steps)
+    _, error_there = other.solve(solver.sampler, steps)
+    assert error_there / alpha_there == pytest.approx(error / alpha, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_order_of_pndm_on_other_schedules(name, problems):
+    # its Runge-Kutta steps lie at the middle of the time step, which is another level on each schedule
+    assert problems[name].measure(PNDM).order == pytest.approx(2, abs=0.35)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (Heun(), 2)])
+def test_flow_from_pure_noise(sampler, order):
+    # from t = 1, where x/alpha does not exist: Heun's method in t, and Euler's
+    schedule = RectifiedFlow()
+    denoiser = MixtureDenoiser(three_modes(), schedule)
+    x = torch.randn(32, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def end(sampler, steps):
+        return sampler(denoiser, x, torch.linspace(1.0, 0.4, steps + 1, dtype=torch.float64))
+
+    reference = end(Dopri5(1e-12), 1)
+    errors = [(end(sampler, n) - reference).square().mean().sqrt().item() for n in (80, 160, 320, 640)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes == pytest.approx([order] * 3, abs=0.2)
