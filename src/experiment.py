@@ -223,7 +223,7 @@ def callbacks_of(
             "set_reference": partial(set_reference, source=source, cache=config.cache),
             "best": folder / CHECKPOINTS / BEST_FILE,
             "recipe": partial(
-                recipe, generation, weights="ema" if ema else "raw", ema_decay=ema.decay if ema else None
+                recipe, generation, weights=ema.name if ema else "raw", ema_decay=ema.decay if ema else None
             ),
         },
     }

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from src.configuration import check_scalars
+from src.configuration import build, check_scalars
 from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.experiment import denoiser_of, fidelity_of, generation_of, recipe, set_reference, source_of
@@ -18,13 +18,15 @@ from src.generation import Generation
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Protocol
 from src.run_folder import FoundRun, find_run
+from src.training import post_hoc
+from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
 
 LOADING_SCALARS = {
     "run": str,
     "checkpoint": Literal["last", "best"],
-    "weights": Literal["ema", "raw"],
+    "weights": Literal["ema", "raw"] | PositiveFloat,
     "n": PositiveInt,
     "seed": NonNegativeInt,
     "batch_size": PositiveInt,
@@ -42,7 +44,8 @@ class LoadedRun:
         config: the run's configuration, with the sampling choices of the one who loads it.
         found: its folder and checkpoint.
         step: training step of the checkpoint.
-        weights: "ema" or "raw".
+        weights: what they are, in the words of a protocol: "ema", "raw", "ema std=0.1".
+        ema_decay: of the average, where it has one.
     """
 
     denoiser: Denoiser
@@ -51,6 +54,7 @@ class LoadedRun:
     found: FoundRun
     step: int
     weights: str
+    ema_decay: float | None
 
     def recipe(self) -> dict[str, Any]:
         """How its images are made, as primitives."""
@@ -61,8 +65,7 @@ class LoadedRun:
         return Protocol.of(score, self._recipe()).as_dict()
 
     def _recipe(self) -> fidelity.Recipe:
-        decay = self.config.ema.decay if self.config.ema else None
-        return recipe(self.generation, self.step, self.weights, decay)
+        return recipe(self.generation, self.step, self.weights, self.ema_decay)
 
 
 # What a door that loads a run may choose anew; None, and for the sampler's room an empty node, keep the run's own.
@@ -83,7 +86,7 @@ def load_with(config: DictConfig) -> LoadedRun:
 def load(
     run: str,
     checkpoint: str = "last",
-    weights: str = "ema",
+    weights: str | float = "ema",
     device: str = "auto",
     seed: int = 0,
     choices: Mapping[str, DictConfig] | None = None,
@@ -93,7 +96,8 @@ def load(
     Args:
         run: run folder or checkpoint file; the file alone is enough.
         checkpoint: "last" or "best", of a run folder.
-        weights: "ema" (falls back to raw weights, saying so, if the run kept no average) or "raw".
+        weights: "ema" (falls back to raw weights, saying so, if the run kept no average), "raw", or the length of
+            a power-function average, to be made from the run's snapshots.
         device: "auto", or a torch device.
         seed: of the sampling noise.
         choices: configuration groups that replace the run's own, e.g. "sampler".
@@ -108,21 +112,33 @@ def load(
         config[name] = node
     denoiser = denoiser_of(config)
     generation = generation_of(config, seed, denoiser.schedule)
-    averages = next(
-        (s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None
-    )
-    if weights == "ema" and averages is None:
-        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
-        weights = "raw"
+    averages, name, decay = averages_of(content, config, found, weights)
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     try:
-        denoiser.network.load_state_dict(state | averages if weights == "ema" else state)
+        denoiser.network.load_state_dict(state | averages)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
     denoiser.eval().requires_grad_(False).to(pick_device(device))
-    return LoadedRun(denoiser, generation, config, found, content["global_step"], weights)
+    return LoadedRun(denoiser, generation, config, found, content["global_step"], name, decay)
+
+
+def averages_of(
+    content: dict[str, Any], config: DictConfig, found: FoundRun, weights: str | float
+) -> tuple[dict[str, torch.Tensor], str, float | None]:
+    """The averaged weights that are asked for, what they are called, and their decay; empty for raw weights."""
+    if weights == "raw":
+        return {}, "raw", None
+    if not isinstance(weights, str):
+        made = post_hoc.synthesise(found.folder / post_hoc.FOLDER, weights, content["global_step"])
+        return made, f"ema std={weights:g}, made from snapshots", None
+    stored = next((s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None)
+    if stored is None:
+        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
+        return {}, "raw", None
+    ema = build(config.ema, EMA, "ema")
+    return stored, ema.name, ema.decay
 
 
 def score_of(loaded: LoadedRun, cache: str) -> FidelityScore:

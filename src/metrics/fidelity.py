@@ -420,8 +420,8 @@ class Recipe:
 
     Attributes:
         training_steps: optimiser steps that the weights have seen.
-        weights: "ema" or "raw".
-        ema_decay: decay of the averaged weights, None for raw ones.
+        weights: "ema", "raw" or the length of a power-function average, "ema std=0.1".
+        ema_decay: final decay of averaged weights that have one, else None.
         sampler, spacing, guidance, clipping: the choices, in words.
         steps: sampler steps.
         network_evaluations: calls of the network per image, guidance included.

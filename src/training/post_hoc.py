@@ -1,0 +1,122 @@
+"""Averages of any length, made after training from stored snapshots (Karras et al. 2024, arXiv:2312.02696, sec. 3.2).
+
+The power-function average at step n has the profile p(t) = (gamma + 1) t^gamma / n^(gamma + 1) over the steps t in
+[0, n]. A wanted profile is approximated, in the sense of least squares, by a linear combination of the stored
+ones; the same combination of the stored weights is the wanted average.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.errors import UserError
+
+# Under the run folder.
+FOLDER = "ema"
+# The relative standard deviation of gamma = 0, the plain mean of all steps.
+LARGEST_STD = 12**-0.5
+
+
+def exponent(std: float) -> float:
+    """gamma of the profile with this relative standard deviation (app. C).
+
+    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic with one root gamma >= 0.
+
+    Raises:
+        ValueError: std is not in (0, 0.288].
+    """
+    if not 0 < std <= LARGEST_STD:
+        raise ValueError(f"stds must be in (0, {LARGEST_STD:.3f}], got {std}")
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    return max(roots.real.max().item(), 0.0)
+
+
+def coefficients(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> np.ndarray:
+    """The combination of stored averages that comes closest to the wanted one (app. C).
+
+    Args:
+        stored: (step, gamma) of each.
+        wanted: (step, gamma); no stored one should be later.
+
+    Returns:
+        float64, one number for each stored average.
+    """
+    steps, gammas = np.array(stored, dtype=np.float64).T
+    among = _inner_product(steps[:, None], gammas[:, None], steps, gammas)
+    with_wanted = _inner_product(steps, gammas, *wanted)
+    # profiles of neighbouring snapshots are nearly parallel: the smallest solution
+    return np.linalg.lstsq(among, with_wanted, rcond=1e-12)[0]
+
+
+def save(folder: Path, step: int, stds: Sequence[float], averages: Sequence[dict[str, Tensor]]) -> None:
+    """Writes the averages at a step to <folder>/step_<k>.safetensors, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.safetensors"
+    tensors = {
+        f"{i}/{name}": weight.contiguous()
+        for i, average in enumerate(averages)
+        for name, weight in average.items()
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"step": str(step), "stds": json.dumps(list(stds))})
+    os.replace(temporary, path)
+
+
+def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
+    """The average of length `std` at a step, from the snapshots up to it.
+
+    Args:
+        folder: of the snapshots.
+        std: relative standard deviation of its profile.
+        step: optimiser step at which the average ends.
+
+    Returns:
+        Weights by parameter name, in the snapshots' dtype.
+
+    Raises:
+        UserError: there are no snapshots, none of that step, or std is out of range.
+    """
+    paths = [path for path in sorted(folder.glob("step_*.safetensors")) if int(path.stem[5:]) <= step]
+    if not paths or int(paths[-1].stem[5:]) != step:
+        raise UserError(
+            f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, whose snapshots are made"
+            " every ema.snapshot_every steps and at the end"
+        )
+    try:
+        gamma = exponent(std)
+    except ValueError:
+        raise UserError(f"weights={std:g} must be ema, raw or a length in (0, {LARGEST_STD:.3f}]") from None
+    stored = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            stds = json.loads(file.metadata()["stds"])
+        stored += [(int(path.stem[5:]), exponent(each)) for each in stds]
+    combination = coefficients(stored, (step, gamma))
+    total: dict[str, Tensor] = {}
+    position = 0
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            count = len(json.loads(file.metadata()["stds"]))
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                i, name = key.split("/", 1)
+                share = file.get_tensor(key).double() * combination[position + int(i)]
+                total[name] = total[name] + share if name in total else share
+            dtype = file.get_tensor(key).dtype
+        position += count
+    return {name: weight.to(dtype) for name, weight in total.items()}
+
+
+def _inner_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
+    """Of two profiles, the integral of p_a p_b, broadcast."""
+    step_a, gamma_a, step_b, gamma_b = np.broadcast_arrays(step_a, gamma_a, step_b, gamma_b)
+    # t^(gamma_a + gamma_b) integrated up to the earlier end, written so that no power overflows
+    earlier, later = np.minimum(step_a, step_b), np.maximum(step_a, step_b)
+    gamma_of_later = np.where(step_a < step_b, gamma_b, gamma_a)
+    shape = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return shape * (earlier / later) ** gamma_of_later / later

@@ -1,0 +1,177 @@
+"""Averages of weights against their definitions, written out in numpy."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from torch import nn
+
+from src.errors import UserError
+from src.training import post_hoc
+from src.training.ema import EMA, HalfLifeEMA, PowerEMA
+
+
+def _run(ema, path, folder=None, accumulate=1, start=0):
+    """Trains a network of one parameter along a path of weights, by the callback's hooks alone."""
+    network = nn.Linear(1, 1, bias=False).double()
+    module = SimpleNamespace(denoiser=SimpleNamespace(network=network))
+    trainer = SimpleNamespace(
+        global_step=start, default_root_dir=str(folder), max_steps=len(path) - 1, is_global_zero=True
+    )
+    nn.init.constant_(network.weight, path[start])
+    ema.on_train_start(trainer, module)
+    for step in range(start + 1, len(path)):
+        for micro in range(accumulate):
+            if micro == accumulate - 1:
+                nn.init.constant_(network.weight, path[step])
+                trainer.global_step = step
+            ema.on_train_batch_end(trainer, module, None, None, 0)
+    return network
+
+
+def _path(steps, seed=0):
+    return np.cumsum(np.random.default_rng(seed).standard_normal(steps + 1)) / 10
+
+
+def _averages(ema):
+    return [average["weight"].item() for average in ema.averages]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_constant_decay(warmup, accumulate):
+    path = _path(200)
+    ema = EMA(0.97, warmup)
+    _run(ema, path, accumulate=accumulate)
+    expected = path[0]
+    for n, weight in enumerate(path[1:]):
+        decay = min(0.97, (1 + n) / (10 + n)) if warmup else 0.97
+        expected = decay * expected + (1 - decay) * weight
+    assert _averages(ema) == pytest.approx([expected], rel=1e-12)
+    assert ema.updates == 200
+
+
+def test_share_of_the_start_without_warmup():
+    # 0.9999^5000 = 61 %: why the default forgets the start
+    path = np.concatenate([[1.0], np.zeros(5000)])
+    ema = EMA(0.9999, warmup=False)
+    _run(ema, path)
+    assert _averages(ema)[0] == pytest.approx(0.6065, abs=1e-4)
+
+
+def test_half_life_of_edm():
+    # 2^(-batch/h) with h = min(half_life, ramp * images seen); nothing of the start is left
+    path = _path(300)
+    ema = HalfLifeEMA(half_life=1000, ramp=0.05, batch_size=128)
+    _run(ema, path)
+    expected = 0.0
+    for n, weight in enumerate(path[1:]):
+        h = min(1000, 0.05 * 128 * n)
+        decay = 0.5 ** (128 / h) if h else 0.0
+        expected = decay * expected + (1 - decay) * weight
+    assert _averages(ema) == pytest.approx([expected], rel=1e-12)
+    assert ema.decay == pytest.approx(0.5**0.128)
+
+
+def test_exponents_of_edm2():
+    # as published: sigma_rel = 0.05 and 0.10 have gamma = 16.97 and 6.94
+    assert post_hoc.exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert post_hoc.exponent(0.10) == pytest.approx(6.94, abs=0.005)
+    assert post_hoc.exponent(12**-0.5) == pytest.approx(0, abs=1e-6)
+    for gamma in (0.5, 3.0, 40.0):
+        std = ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+        assert post_hoc.exponent(std) == pytest.approx(gamma, rel=1e-9)
+
+
+def test_power_function_weighs_steps_by_their_power():
+    path, stds = _path(2000), (0.05, 0.15)
+    ema = PowerEMA(stds, snapshot_every=0)
+    _run(ema, path)
+    t = np.arange(1, 2001)
+    for average, std in zip(_averages(ema), stds, strict=True):
+        gamma = post_hoc.exponent(std)
+        profile = t**gamma / (t**gamma).sum()
+        # the recursion's profile is t^gamma up to gamma/n
+        assert average == pytest.approx((profile * path[1:]).sum(), rel=0.02)
+        relative = np.sqrt((profile * t**2).sum() - (profile * t).sum() ** 2) / 2000
+        assert relative == pytest.approx(std, rel=0.01)
+    assert ema.name == "ema std=0.05"
+
+
+@pytest.mark.parametrize("std", [0.05, 0.07, 0.1, 0.13, 0.2])
+def test_any_length_is_made_from_snapshots(std, tmp_path):
+    path = _path(4000)
+    stored = PowerEMA((0.05, 0.10), snapshot_every=500)
+    _run(stored, path, tmp_path)
+    assert len(list((tmp_path / "ema").iterdir())) == 8
+    wanted = PowerEMA((std,), snapshot_every=0)
+    _run(wanted, path)
+    made = post_hoc.synthesise(tmp_path / "ema", std, 4000)["weight"].item()
+    # the path's own spread is 2; lengths within the stored range are met to a thousandth of it
+    assert made == pytest.approx(_averages(wanted)[0], abs=0.02 if std <= 0.13 else 0.1)
+    assert abs(_averages(stored)[0] - _averages(stored)[1]) > 0.05
+
+
+def test_stored_profiles_are_their_own_best_combination():
+    stored = [(1000, 6.94), (2000, 6.94), (2000, 16.97)]
+    np.testing.assert_allclose(post_hoc.coefficients(stored, (2000, 16.97)), [0, 0, 1], atol=1e-8)
+
+
+def test_inner_product_is_the_integral_of_the_profiles():
+    t = (np.arange(200_000) + 0.5) / 200_000 * 900  # the midpoints up to the earlier end
+    for (a, ga), (b, gb) in [((900, 3.0), (1500, 8.0)), ((1500, 2.0), (900, 5.0))]:
+        integrand = (ga + 1) * t**ga / a ** (ga + 1) * (gb + 1) * t**gb / b ** (gb + 1)
+        ours = post_hoc._inner_product(a, ga, b, gb)
+        assert ours == pytest.approx(integrand.sum() * 900 / 200_000, rel=1e-6)
+
+
+def test_a_missing_snapshot_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"^weights=0.07: .* has no snapshot of step 10"):
+        post_hoc.synthesise(tmp_path, 0.07, 10)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: EMA(0.9), lambda: HalfLifeEMA(batch_size=8), lambda: PowerEMA((0.05, 0.1), 0)]
+)
+def test_a_resumed_average_is_that_of_one_run(make):
+    path = _path(100)
+    once, first, second = make(), make(), make()
+    _run(once, path)
+    _run(first, path[:51])
+    second.load_state_dict(first.state_dict())
+    _run(second, path, start=50)
+    assert _averages(second) == _averages(once)
+    assert all(ema.state_key == "EMA" for ema in (once, first, second))
+
+
+def test_applied_puts_the_weights_back():
+    ema = EMA(0.9)
+    network = _run(ema, _path(20))
+    own = network.weight.item()
+    seen = []
+
+    def fail():
+        with ema.applied(network):
+            seen.append(network.weight.item())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert seen == _averages(ema) != [own]
+    assert network.weight.item() == own
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: EMA(1.0), "decay"),
+        (lambda: HalfLifeEMA(half_life=0), "half_life"),
+        (lambda: HalfLifeEMA(ramp=0), "ramp"),
+        (lambda: PowerEMA(()), "stds"),
+        (lambda: PowerEMA((0.5,)), "stds"),
+        (lambda: PowerEMA(snapshot_every=-1), "snapshot_every"),
+    ],
+)
+def test_impossible_numbers_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        make()
