@@ -128,6 +128,7 @@ def documented_examples(weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m src.fetch_inception", description=__doc__)
     parser.add_argument("--output", type=Path, default=POOL3_FILE, help="default: %(default)s")
     output: Path = parser.parse_args().output.expanduser()

@@ -72,6 +72,7 @@ def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> flo
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m src.train_classifier", description=__doc__)
     parser.add_argument(
         "data", metavar="data=NAME", help=" or ".join(f"data={name}" for name in ARCHITECTURES)

@@ -1,0 +1,1 @@
+"""Weights and layouts of other libraries, in and out."""
