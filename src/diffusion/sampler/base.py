@@ -1,5 +1,6 @@
 """The only sampling loop. A sampler is one `step` from x_t to x_s."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from src.errors import UserError
 
-from ..denoiser import BaseDenoiser, Conditioned
+from ..denoiser import BaseDenoiser, Gaussian
 from ..noise_level import NoiseLevel, as_times, conditional_variance
 from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
+
+CHECKS = 16  # how often a trajectory is checked for NaN
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class Sampler(ABC):
 
         Raises:
             ValueError: the times do not fall.
-            UserError: an image is not finite; names the step. Found at the end, so that no step waits for the device.
+            UserError: an image is not finite; names the step, or the few steps between two of 16 checks. Told at
+                the end, so that no step waits for the device.
         """
         times = as_times(times)
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
@@ -128,17 +132,20 @@ class Sampler(ABC):
         levels = denoiser.schedule(times).scalars()
         asked = _Asked(denoiser, condition)
         times, past = times.tolist(), deque(maxlen=self.memory)
-        x_t, sums = x_T, []
+        x_t, sums = x_T, {}
+        every = math.ceil((len(times) - 1) / CHECKS)
         yield State(x_T)
         for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
                 state = self.step(asked, x_t, t, s, noise, Path(times, levels, index, past))
-                sums.append(state.x.sum())  # not finite if a pixel is not; read at the end
-            past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
+                if (index + 1) % every == 0 or s is levels[-1]:
+                    sums[index] = state.x.sum()  # not finite if a pixel is not; read at the end
+            if self.memory:
+                past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
             x_t = state.x
             yield State(x_t, state.prediction, state.origin, asked.evaluations)
             del state  # whoever wants it has it; the memory of earlier images can serve the next step
-        _check_finite(torch.stack(sums).isfinite().tolist(), times)
+        _check_finite(sums, times)
 
     def __call__(
         self,
@@ -213,22 +220,30 @@ def check_memoryless(sampler: Sampler, name: str) -> Sampler:
     return sampler
 
 
-class _Asked(Conditioned):
+class _Asked:
     """A denoiser with its condition filled in, which counts how often it is asked."""
 
-    def __init__(self, inner: BaseDenoiser, condition: Tensor | None):
-        super().__init__(inner, condition)
+    def __init__(self, denoiser: BaseDenoiser, condition: Tensor | None):
+        self.denoiser, self.condition = denoiser, condition
+        self.schedule, self.variance = denoiser.schedule, denoiser.variance
         self.evaluations = 0
 
-    def forward(self, x_t, level, condition=None):
+    def __call__(self, x_t: Tensor, level: NoiseLevel) -> Prediction:
         self.evaluations += 1
-        return self.inner(x_t, level, self.condition)
+        return self.denoiser(x_t, level, self.condition)
+
+    def reverse(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
+        self.evaluations += 1
+        return self.denoiser.reverse(x_t, t, s, self.condition)
 
 
-def _check_finite(finite: list[bool], times: list[float]) -> None:
+def _check_finite(sums: dict[int, Tensor], times: list[float]) -> None:
+    finite = torch.stack([*sums.values()]).isfinite().tolist()
     if not all(finite):
-        step = finite.index(False)
+        checked = [-1, *sums]
+        first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
+        steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
         raise UserError(
-            f"sampling: the images are not finite (NaN or infinite) after step {step + 1} of {len(finite)}, where the"
-            f" network was asked at t = {times[step]:g}: its weights have diverged or the step is too large"
+            f"sampling: the images are not finite (NaN or infinite) after {steps} of {len(times) - 1}, where the"
+            f" network was asked from t = {times[first]:g}: its weights have diverged or the step is too large"
         )

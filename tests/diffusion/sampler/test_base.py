@@ -130,6 +130,13 @@ def test_nan_is_named_with_its_step(sampler):
         sampler(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 5))
 
 
+@pytest.mark.parametrize(("call", "steps"), [(1, "1 to 4"), (23, "21 to 24"), (50, "49 to 50")])
+def test_nan_of_long_trajectories_is_named_with_its_neighbours(call, steps):
+    denoiser = Denoiser(Failing(call), Linear(), Eps())
+    with pytest.raises(UserError, match=f"after one of the steps {steps} of 50"):
+        DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
+
+
 @pytest.mark.parametrize("times", [[1.0], [1.0, 2.0], [5.0, 5.0, 0.0], [[3.0, 0.0]]])
 def test_times_must_fall(times):
     with pytest.raises(ValueError, match=r"^times must be at least two falling values"):

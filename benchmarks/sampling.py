@@ -1,0 +1,117 @@
+"""Microseconds a sampling step costs outside the network: the two-pass floor, ours and diffusers, in turns.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.sampling [--device cuda]
+
+The network returns a stored tensor, so that what is measured is the sampler. Floor: x.mul_(a).add_(eps, alpha=b).
+Wants an idle machine; the median of each row is given, and the ratio of the medians.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from src.diffusion.clipping import StaticClipping
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.parameterization import Eps
+from src.diffusion.sampler import DDIM, Heun, MultistepDPMSolver, Sampler, UniPC
+from src.diffusion.schedule import Linear
+from src.diffusion.spacing import Leading
+
+STEPS = 50
+ROUNDS = {(64, 3, 32, 32): 15, (256, 3, 64, 64): 5}
+
+
+class Stored(torch.nn.Module):
+    """A network that costs nothing."""
+
+    def __init__(self, output: torch.Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, label, condition=None):
+        return self.output
+
+
+def rows(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What is measured: each makes all the steps."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    network = Stored(torch.randn_like(x))
+    denoiser = Denoiser(network, Linear(), Eps())
+    times = Leading()(denoiser.schedule, STEPS)
+
+    def floor():
+        y = x.clone()
+        for _ in range(STEPS):
+            y.mul_(0.99).add_(network.output, alpha=0.01)
+
+    def ours(sampler: Sampler, denoiser=denoiser) -> Callable[[], object]:
+        return lambda: sampler(denoiser, x, times)
+
+    def theirs(scheduler) -> Callable[[], object]:
+        def sample():
+            scheduler.set_timesteps(STEPS)
+            y = x
+            for t in scheduler.timesteps:
+                y = scheduler.step(network.output, t, y).prev_sample
+
+        return sample
+
+    return {
+        "floor": floor,
+        "DDIM": ours(DDIM()),
+        "DDIM, x0 clipped": ours(DDIM(), StaticClipping(denoiser)),
+        "DPM-Solver++(2M)": ours(MultistepDPMSolver(2)),
+        "UniPC-3": ours(UniPC(3)),
+        "Heun (two evaluations)": ours(Heun()),
+        "diffusers DDIMScheduler": theirs(DDIMScheduler(clip_sample=False)),
+        "diffusers DDIMScheduler, x0 clipped": theirs(DDIMScheduler()),
+        "diffusers DPMSolverMultistep (2M)": theirs(DPMSolverMultistepScheduler()),
+    }
+
+
+def measure(
+    rows: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Microseconds a step, `rounds` times each, in turns, so that whatever else the machine does meets all alike."""
+    costs = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, sample in rows.items():
+            synchronize()
+            start = time.perf_counter()
+            sample()
+            synchronize()
+            costs[name].append((time.perf_counter() - start) / STEPS * 1e6)
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    device = torch.device(parser.parse_args().device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    console = Console(width=120)
+    console.print(
+        f"{device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores,"
+        f" torch {torch.__version__}"
+    )
+    for shape, rounds in ROUNDS.items():
+        with console.status("x".join(map(str, shape))):
+            costs = measure(rows(torch.randn(shape, device=device)), rounds, synchronize)
+        base = median(costs["floor"])
+        table = Table("", "us/step", "lowest", "of the floor", title="x".join(map(str, shape)))
+        for name, values in costs.items():
+            table.add_row(
+                name, f"{median(values):,.0f}", f"{min(values):,.0f}", f"{median(values) / base:.2f}"
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
