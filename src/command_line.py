@@ -59,7 +59,9 @@ def run(
 
 
 def _complain(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    from src.configuration import redacted
+
+    print(f"error: {redacted(line)}", file=sys.stderr)
     return USER_ERROR
 
 
@@ -68,6 +70,7 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from src.configuration import redacted
     from src.sweep import SweepTable, register_resolvers
 
     register_resolvers()
@@ -90,8 +93,8 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
                 raised.append(error)  # raised again below: Hydra would print a line of its own first
                 return None
             known = isinstance(error, UserError)
-            logging.getLogger(__name__).error("job failed: %s", error, exc_info=not known)
-            outcome["error"] = str(error) or type(error).__name__
+            outcome["error"] = redacted(str(error)) or type(error).__name__
+            logging.getLogger(__name__).error("job failed: %s", outcome["error"], exc_info=not known)
         if sweeping:
             (folder / OUTCOME_FILE).write_text(json.dumps(outcome, indent=2))
         return next(iter((outcome.get("scores") or {}).values()), None)

@@ -5,7 +5,9 @@ an object of their kind belongs: a configuration may come from a stranger.
 """
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
@@ -20,6 +22,57 @@ T = TypeVar("T")
 # Where classes may come from. The name under which an object is asked for is not enough: through
 # torch.nn.modules.module.torch one reaches all of torch, so the resolved object's own module is checked too.
 ALLOWED_PACKAGES = ("src.", "torch.optim.", "lightning.pytorch.")
+
+
+class Environment:
+    """The resolver `${oc.env:NAME}`, by which a secret may come into a configuration.
+
+    What is written down (config.yaml, checkpoints, dashboards, folder names) keeps the text as it stands; only the
+    constructors of the objects see the variable's value. The project's own DIFFUSION_LAB_* are no secrets.
+    """
+
+    OWN = "DIFFUSION_LAB_"
+
+    def __init__(self) -> None:
+        self._revealing = False
+        self._used: dict[str, str] = {}
+
+    def __call__(self, name: str, *default: Any) -> Any:
+        if not self._revealing and not name.startswith(self.OWN):
+            return self._text(name, *default)
+        value = os.environ.get(name)
+        if value is None:
+            if not default:
+                raise KeyError(f"environment variable {name} is not set")
+            return default[0]
+        if value and not name.startswith(self.OWN):
+            self._used[value] = name
+        return value
+
+    @contextmanager
+    def revealed(self) -> Iterator[None]:
+        """Within it, variables are replaced by their values."""
+        self._revealing = True
+        try:
+            yield
+        finally:
+            self._revealing = False
+
+    def redacted(self, text: str) -> str:
+        """The text with the names of variables in the place of the values that were looked up."""
+        for value, name in self._used.items():
+            text = text.replace(value, self._text(name))
+        return text
+
+    @staticmethod
+    def _text(name: str, *default: Any) -> str:
+        quoted = ",".join(f"'{value}'" for value in default)
+        return f"${{oc.env:{name}{',' if quoted else ''}{quoted}}}"
+
+
+_environment = Environment()
+redacted = _environment.redacted
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) -> T | Any:
@@ -37,7 +90,8 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
     """
     if not node:
         return None
-    numbers = resolve(node, option)
+    with _environment.revealed():
+        numbers = resolve(node, option)
     _check(numbers, kind, option)
     return _construct(numbers, option, joined)
 
@@ -62,7 +116,7 @@ def _is_node(value: Any) -> bool:
 
 
 def resolve(node: DictConfig, option: str) -> dict[str, Any]:
-    """The node as plain dictionaries, interpolations filled in.
+    """The node as plain dictionaries, interpolations filled in; `${oc.env:...}` stays text (see `Environment`).
 
     Raises:
         UserError: an interpolation leads nowhere, or a value is missing.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
@@ -42,10 +42,12 @@ from src.randomness import key
 from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
-from src.training.dashboard import wandb_settings
+from src.training.dashboard import CurveFiles, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
+from src.training.resume import ResumeCheck
+from src.training.signals import StopOnSignal
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +134,7 @@ TRAINING_SCALARS = {
     "compile": bool,
     "validate_every": PositiveInt,
     "ckpt": str | None,
+    "allow_changes": bool,
     "name": str | None,
 }
 
@@ -214,9 +217,10 @@ def callbacks_of(
     ema: EMA | None,
 ) -> list[Callback]:
     """The callbacks in the order in which they act: the average first, for the others see it up to date."""
+    stored = resolve(config, "config")
     joined: dict[str, dict[str, Any]] = {
         "sample_images": {"generation": generation, "folder": folder / "samples"},
-        "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
+        "checkpoints": {"folder": folder / CHECKPOINTS, "config": stored},
         "track_fidelity": {
             "score": score,
             "generation": generation,
@@ -235,7 +239,8 @@ def callbacks_of(
             continue
         option = f"callbacks.{name}"
         callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))
-    return callbacks
+    # after all others: they save and leave what the others have brought to its end
+    return [*callbacks, ResumeCheck(stored, config.allow_changes), StopOnSignal()]
 
 
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:
@@ -263,7 +268,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
 
 def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
     """CSV always, and the chosen ones."""
-    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    loggers: list[Logger] = [CurveFiles(folder)]
     for name, node in (config.logger or {}).items():
         joined = wandb_settings(folder, config.name) if name == "wandb" else {}
         loggers.append(build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined))

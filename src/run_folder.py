@@ -4,14 +4,20 @@ config.yaml        the composed configuration, interpolations filled in
 environment.json   versions, hardware, git revision
 checkpoints/       step_<k>.ckpt (the newest two), best.ckpt and best.json
 samples/           previews and drawn images
+lock               held while a process trains in this folder
 csv/               the curves
 scores.json        the last scores and their protocol
 """
 
+import fcntl
 import json
+import logging
+import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,11 +28,16 @@ import yaml
 
 from src.command_line import quoted
 from src.errors import UserError
+from src.sidecar import damage
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 BEST_FILE = "best.ckpt"
 STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = "lock"
 
 
 def checkpoints_by_step(folder: Path) -> list[Path]:
@@ -47,15 +58,17 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
     """The run and the checkpoint that a run folder or a checkpoint file means.
 
     Args:
-        run: a run folder, or a .ckpt file in its checkpoints folder or anywhere else.
+        run: a run folder, or a .ckpt file in its checkpoints folder or anywhere else. Of a folder's checkpoints
+            the damaged ones are passed over, with a warning.
         which: the checkpoint of a run folder, "last" or "best".
         option: what to call `run` in messages.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: there is no such thing, or it is damaged.
     """
     path = Path(run).expanduser()
     if path.is_file():
+        _refuse_damaged(path, option)
         folder = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
         return FoundRun(folder, path)
     if not path.is_dir():
@@ -64,6 +77,7 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
         best = path / CHECKPOINTS / BEST_FILE
         if not best.is_file():
             raise UserError(f"checkpoint=best: {path} has no {BEST_FILE}; choose checkpoint=last")
+        _refuse_damaged(best, option)
         return FoundRun(path, best)
     if which != "last":
         raise UserError(f"checkpoint={which}: choose last or best")
@@ -72,7 +86,18 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
         raise UserError(
             f"{option}={run}: no checkpoint in {path / CHECKPOINTS}; was the run stopped before its first?"
         )
-    return FoundRun(path, steps[-1])
+    for checkpoint in reversed(steps):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return FoundRun(path, checkpoint)
+        log.warning("%s is damaged (%s): the one before is used", checkpoint, wrong)
+    raise UserError(f"{option}={run}: all checkpoints in {path / CHECKPOINTS} are damaged")
+
+
+def _refuse_damaged(checkpoint: Path, option: str) -> None:
+    wrong = damage(checkpoint)
+    if wrong is not None:
+        raise UserError(f"{option}={checkpoint} is damaged or not a checkpoint: {wrong}; choose another")
 
 
 def newest_run(runs: Path) -> Path:
@@ -87,25 +112,78 @@ def newest_run(runs: Path) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def requeued_run(runs: Path) -> Path | None:
+    """The run with a checkpoint that this SLURM job trained before it was put back into the queue, if any."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    for path in sorted(runs.glob(f"*/{ENVIRONMENT_FILE}"), reverse=True):
+        same = json.loads(path.read_text()).get("slurm_job") == slurm_job()
+        if same and checkpoints_by_step(path.parent / CHECKPOINTS):
+            return path.parent
+    return None
+
+
+def slurm_job() -> str | None:
+    """The number of the SLURM job that this process belongs to; None outside one."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, or is about to start the others."""
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder; the lock dies with this process, however it ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as file:
+        try:
+            # of the record kind: unlike flock's, it is not inherited by forked workers that outlive a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def resume_overrides(arguments: list[str]) -> list[str]:
     """The command line of a run that goes on: that of the run itself, and what is said anew.
 
-    With `ckpt=` among the arguments, the stored overrides of that run come first, its folder is used again,
-    and `ckpt` becomes the checkpoint file. Without it, the arguments as they are.
+    With `ckpt=` among the arguments, or in a SLURM job that was put back into the queue, the stored overrides of
+    that run come first, its folder is used again, and `ckpt` becomes the checkpoint file. Otherwise the
+    arguments as they are.
 
     Args:
         arguments: the command line without the program's name.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or another process trains in its folder.
     """
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if given.get("ckpt", "null") == "null":
-        return arguments
-    if given["ckpt"] == "last":
-        run = find_run(newest_run(Path(given.get("runs", "runs"))), option="ckpt")
+    runs = Path(given.get("runs", "runs"))
+    if given.get("ckpt", "null") != "null":
+        run = find_run(newest_run(runs) if given["ckpt"] == "last" else given["ckpt"], option="ckpt")
+    elif (requeued := requeued_run(runs)) is not None:
+        run = find_run(requeued, option="ckpt")
     else:
-        run = find_run(given["ckpt"], option="ckpt")
+        return arguments
+    if is_first_process():
+        with locked(run.folder):  # Hydra writes into it before the training asks for the lock
+            pass
     stored_file = run.folder / ".hydra" / "overrides.yaml"
     stored = yaml.safe_load(stored_file.read_text()) if stored_file.is_file() else []
     kept = [override for override in stored if override.split("=", 1)[0] not in given]
@@ -120,6 +198,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "lightning", "hydra-core", "torchmetrics", "torch-fidelity", "wandb", "numpy")
     return {
         "git": git_revision(),
+        "slurm_job": slurm_job(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
@@ -156,4 +235,31 @@ def recipe_folder(parent: Path, recipe: dict[str, Any]) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON, the folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that a kill leaves either as it was or complete, and flushes it and its folder to disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renames themselves
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def forgiving(what: str) -> Iterator[None]:
+    """What cannot be written within it (a full disk) is told in the log and does not end the training."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s: %s; the training goes on", what, error.strerror or error)

@@ -1,11 +1,19 @@
 """Train a diffusion model: python -m src.train schedule=cosine model=unet_small (see --help)."""
 
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from src.command_line import run
-from src.run_folder import environment, find_run, resume_overrides, write_json
+from src.run_folder import (
+    ENVIRONMENT_FILE,
+    environment,
+    find_run,
+    is_first_process,
+    locked,
+    resume_overrides,
+    write_json,
+)
 
 
 def train(config: Any) -> dict[str, float]:
@@ -17,16 +25,23 @@ def train(config: Any) -> dict[str, float]:
     Returns:
         The last scores and validation losses by name.
     """
-    import logging
-
     from hydra.core.hydra_config import HydraConfig
-
-    from src import experiment
-    from src.training.distributed import leave
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
         folder = folder.relative_to(Path.cwd())
+    with locked(folder) if is_first_process() else nullcontext():
+        return train_in(folder, config)
+
+
+def train_in(folder: Path, config: Any) -> dict[str, float]:
+    """Trains one run in this folder; see `train`."""
+    import logging
+
+    from src import experiment
+    from src.training.dashboard import finish_dashboards
+    from src.training.distributed import leave
+
     parts = experiment.assemble(config, folder)
     log = logging.getLogger(__name__)
     log.info("run         %s\n%s", folder, parts.summary)
@@ -34,7 +49,7 @@ def train(config: Any) -> dict[str, float]:
     is_main = parts.trainer.is_global_zero
     if is_main:
         experiment.write_config(config, folder)
-        write_json(folder / "environment.json", record)
+        write_json(folder / ENVIRONMENT_FILE, record)
     for logger in parts.trainer.loggers:
         logger.log_hyperparams({**experiment.resolve(config, "config"), "environment": record})
     checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
@@ -48,12 +63,6 @@ def train(config: Any) -> dict[str, float]:
         write_json(folder / "scores.json", scores)
         log.info("%s", closing_summary(folder, scores))
     return scores
-
-
-def finish_dashboards() -> None:
-    """Ends the wandb run, so that the next job of a sweep opens its own."""
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
 
 
 def closing_summary(folder: Path, scores: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """Where a source of images meets Lightning."""
 
+import signal
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -136,7 +137,14 @@ class ImageDataModule(LightningDataModule):
             collate_fn=_already_a_batch,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.workers > 0,
+            worker_init_fn=_ignore_signals,
         )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group is the training's to answer; workers end when it does."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _already_a_batch(batch: Batch) -> Batch:

@@ -1,67 +1,166 @@
 """Checkpoints: written so that a killed process never harms a good one, and found again by step."""
 
+import errno
+import logging
 import os
+from collections.abc import Iterator
+from hashlib import sha256
+from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
-from src.run_folder import checkpoints_by_step
+from src.errors import UserError
+from src.run_folder import checkpoints_by_step, write_atomically
+from src.sidecar import Sidecar, sidecar_path
+from src.training.signals import Stopped
+
+log = logging.getLogger(__name__)
+
+# Appended to the names of checkpoints of a future that a run has turned away from.
+SET_ASIDE = ".set_aside"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Streams to a file beside the target, flushes it to the disk and renames it.
+    """Streams to a file beside the target, flushes it to the disk, renames it, and records its checksum.
 
     Lightning's own way goes through a copy in memory and one in $TMPDIR; where that is another filesystem,
     a kill during the move leaves the good checkpoint truncated.
+
+    Weights that are not finite are never written, and a disk that cannot be written to does not end the
+    training: both are told in the log, and the file of that name is left as it was.
+
+    Attributes:
+        failures: how many writes have failed or were refused since the last good one.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 0
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        broken = [name for name, tensor in tensors_of(checkpoint) if not bool(tensor.isfinite().all())]
+        if broken:
+            self.failures += 1
+            log.error("%s is not written: %s is not finite", path, broken[0])
+            return
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
+            _write(checkpoint, path)
+            self.failures = 0
+        except OSError as error:
+            self.failures += 1
+            log.error("%s; %s is not written, the training goes on", reason(error, checkpoint), path)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Tensors and primitives only, whatever the caller asks for: nothing in the file is executed."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def tensors_of(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries and lists, with their dotted names."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in pairs:
+            yield from tensors_of(value, f"{name}.{key}" if name else str(key))
+
+
+def reason(error: OSError, checkpoint: dict[str, Any]) -> str:
+    """Why a checkpoint could not be written, for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        needed = sum(tensor.nbytes for _, tensor in tensors_of(checkpoint))
+        return f"disk full, {needed / 1e6:.1f} MB needed"
+    return error.strerror or str(error)
+
+
+class _Hashing(RawIOBase):
+    """Passes bytes on to a file, hashing and counting them; keeps the error that torch's writer hides."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+            self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            stream = _Hashing(file)
+            try:
+                torch.save(checkpoint, stream)
+            except Exception as error:
+                raise stream.error or error from None
+            file.flush()
+            os.fsync(file.fileno())
+        record = Sidecar(
+            stream.size,
+            stream.digest.hexdigest(),
+            checkpoint["global_step"],
+            checkpoint["ImageDataModule"]["samples"],
+            checkpoint["origin"]["world_size"],
+            checkpoint["origin"]["data"],
+        )
+        # A kill between these lines leaves a good checkpoint without a record, never one with a wrong record.
+        sidecar_path(path).unlink(missing_ok=True)
+        temporary.replace(path)
+        write_atomically(sidecar_path(path), record.as_json().encode())
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` optimiser steps and at the end of training; keeps the newest `keep` files.
+    """Saves every `every` optimiser steps, at the end of training and when it is stopped by a signal.
+
+    Keeps the newest `keep` files. Resumed from an earlier step, the checkpoints of later ones are set aside
+    (renamed), so that the newest is always of the history that led to it.
 
     Args:
         folder: where to write step_<k>.ckpt.
-        every: optimiser steps between two checkpoints.
-        keep: how many to keep, at least 1 (2 survive a bad disk block).
         config: the composed configuration, primitives only, stored in each file so that it explains itself.
+        every: optimiser steps between two checkpoints.
+        keep: how many to keep, at least 2: the newest may be lost to a bad disk.
+        stop_after: writes that may fail in a row before the training is stopped.
 
     Raises:
-        ValueError: every or keep below 1.
+        ValueError: a number is too small.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], every: int = 1000, keep: int = 2):
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step, got {every}")
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 file, got {keep}")
+    def __init__(
+        self, folder: Path, config: dict[str, Any], every: int = 1000, keep: int = 2, stop_after: int = 3
+    ):
+        for name, number, least in (("every", every, 1), ("keep", keep, 2), ("stop_after", stop_after, 1)):
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
         self.folder = Path(folder)
         self.config = config
         self.every = every
         self.keep = keep
+        self.stop_after = stop_after
         self._saved = -1
 
     def on_save_checkpoint(
@@ -71,6 +170,14 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
+            for path in checkpoints_by_step(self.folder):
+                if path > self._path(trainer.global_step):
+                    log.warning("%s is set aside: the training goes on from an earlier step", path)
+                    sidecar_path(path).unlink(missing_ok=True)
+                    path.rename(path.with_name(path.name + SET_ASIDE))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,14 +186,32 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        if self._save(trainer):
+            raise UserError(f"the last checkpoint could not be written to {self.folder}: see above")
 
-    def _save(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped) and self._saved >= 0:
+            self._save(trainer)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.ckpt"
+
+    def _save(self, trainer: Trainer) -> int:
+        """Saves, unless this step is saved already; how many writes have failed in a row, on all ranks."""
         step = trainer.global_step
         if step == self._saved:
-            return
-        trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt", weights_only=False)
+            return 0
+        trainer.save_checkpoint(self._path(step), weights_only=False)
         self._saved = step
-        if trainer.is_global_zero:
+        # only rank 0 writes; the others must stop with it, or they would wait for it in a collective
+        failures = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures)
+        if failures >= self.stop_after:
+            raise UserError(
+                f"{failures} checkpoints in a row could not be written to {self.folder}, see above: mend it, or "
+                "allow more with callbacks.checkpoints.stop_after"
+            )
+        if trainer.is_global_zero and not failures:
             for old in checkpoints_by_step(self.folder)[: -self.keep]:
                 old.unlink()
+                sidecar_path(old).unlink(missing_ok=True)
+        return failures

@@ -1,18 +1,96 @@
-"""Weights & Biases without surprises: never a prompt, never a crash for want of a key."""
+"""Weights & Biases without surprises: never a prompt, never the end of a training, never a long wait."""
 
 import logging
 import os
 import secrets
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyExperiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from src.run_folder import forgiving
 
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
+PATIENCE = 15.0
+"""Seconds that a server which does not answer is waited for, at the start and again at the end."""
+
+
+class CurveFiles(CSVLogger):
+    """The curves as CSV files, each row on the disk at once: what a killed process held back would be lost."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, name="csv", flush_logs_every_n_steps=1)
+
+    def save(self) -> None:
+        with forgiving("curves"):  # the rows are kept, and written with the next
+            super().save()
+
+
+class Dashboard(WandbLogger):
+    """Lightning's logger for Weights & Biases; what goes wrong with it is told once and then left alone.
+
+    If the server cannot be reached at the start, the run is logged offline; if wandb's own process dies, the
+    curves go on in the CSV files only.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._lost = False
+
+    @property
+    def experiment(self) -> Any:
+        if self._lost:
+            return DummyExperiment()
+        import wandb
+
+        try:
+            return super().experiment
+        except wandb.Error as error:
+            first = str(error).splitlines()[0]
+            log.warning("wandb       offline (%s); later: wandb sync %s", first, self.save_dir)
+            self._wandb_init |= {"mode": "offline", "resume": None}
+            return super().experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(super().log_hyperparams, params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._try(super().log_metrics, metrics, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self._try(super().log_image, key, images, step, **kwargs)
+
+    def _try(self, action: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        if self._lost:
+            return
+        try:
+            action(*arguments, **named)
+        except Exception as error:  # of whatever class: the training is worth more than its picture
+            self._lost = True
+            log.warning("wandb       lost (%s); the curves go on in csv/", str(error) or type(error).__name__)
+
+
+def finish_dashboards() -> None:
+    """Ends the wandb run, so that the next job of a sweep opens its own."""
+    if "wandb" not in sys.modules:
+        return
+    try:
+        sys.modules["wandb"].finish()
+    except Exception as error:
+        log.warning("wandb       not finished (%s)", str(error) or type(error).__name__)
 
 
 def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
-    """What the WandbLogger of a run folder is given.
+    """What the logger of a run folder is given.
 
     The run's id is kept in the folder, so that a resumed run continues its curves. Offline unless a key is
     configured or WANDB_MODE says otherwise.
@@ -40,7 +118,9 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
         "group": folder.parent.name if in_sweep else None,
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
-        "settings": wandb.Settings(silent=True, console="off"),
+        "settings": wandb.Settings(
+            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE
+        ),
     }
 
 

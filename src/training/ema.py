@@ -73,9 +73,10 @@ class EMA(Callback):
     ) -> None:
         if trainer.global_step == self.updates:  # a micro-batch that has only accumulated gradients
             return
-        weights = list(pl_module.denoiser.network.parameters())
-        for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
-            torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
+        if not pl_module.skipped:
+            weights = list(pl_module.denoiser.network.parameters())
+            for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
+                torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
         self.updates = trainer.global_step
 
     @contextmanager

@@ -42,6 +42,9 @@ class StepOutput:
 class DiffusionModule(LightningModule):
     """Trains the network of a `DenoisingLoss`.
 
+    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks; `skipped`
+    says whether the latest step was one.
+
     Args:
         loss: joins the denoiser, the weighting and the time sampling; all its parameters are trained.
         optimizer: parameters -> optimiser.
@@ -71,6 +74,7 @@ class DiffusionModule(LightningModule):
         self.batch_size = batch_size
         self.conditional = conditional
         self.gradient_norm = torch.zeros(())
+        self.skipped = False
         self.step_output: StepOutput | None = None
         self._told: list[Tensor] = []
         # means over images, which Lightning's own reduction misses where ranks have unequal shares
@@ -94,7 +98,10 @@ class DiffusionModule(LightningModule):
         self._tell(positions, t, losses.detach())
         losses = losses * self.loss.time_sampling.weights(t, schedule).to(losses, non_blocking=True)
         self.step_output = StepOutput(losses.detach(), schedule.quantile(t))
-        return losses.mean()
+        loss = losses.mean()
+        # The factor is 1, or NaN if the loss is not finite: then the gradients are not either, and the sum of
+        # gradients over the ranks tells all of them without a further collective.
+        return loss * (1 + 0 * loss.detach())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
@@ -132,6 +139,8 @@ class DiffusionModule(LightningModule):
             return
         told = self.all_gather(torch.cat(self._told)).reshape(-1, 3).cpu().double()
         self._told = []
+        if not bool(told.isfinite().all()):
+            return
         _, t, losses = told[told[:, 0].argsort()].unbind(dim=1)
         self.loss.time_sampling.update(t, losses, self.denoiser.schedule)
 
@@ -146,9 +155,14 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and keeps it, so that logging it costs nothing more."""
+        """Clips the global norm and keeps it, so that logging it costs nothing more; drops what is not finite."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         self.gradient_norm = nn.utils.clip_grad_norm_(self.loss.parameters(), limit, foreach=True)
+        self.skipped = not bool(self.gradient_norm.isfinite())
+        if self.skipped:
+            optimizer.zero_grad(
+                set_to_none=True
+            )  # without a gradient an optimiser leaves weight and state alone
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())

@@ -110,9 +110,12 @@ def test_what_is_written(door, only_run):
     run = only_run()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "best.ckpt",
+        "best.ckpt.json",
         "best.json",
         "step_00000015.ckpt",
+        "step_00000015.ckpt.json",
         "step_00000020.ckpt",
+        "step_00000020.ckpt.json",
     ]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image_size"] == 8
     assert set(json.loads((run / "environment.json").read_text())) >= {"git", "versions", "platform"}

@@ -45,8 +45,9 @@ class TrainingCurves(EverySteps):
         output = pl_module.step_output
         quarters = (output.times * QUARTERS).long().clamp(0, QUARTERS - 1)
         quarters = quarters.to(output.losses.device, non_blocking=True)
-        self.sums.index_add_(0, quarters, output.losses.float())
-        self.counts.index_add_(0, quarters, torch.ones_like(output.losses, dtype=torch.float32))
+        finite = output.losses.isfinite()  # a step that was skipped must not hide the others of the mean
+        self.sums.index_add_(0, quarters, output.losses.float().nan_to_num(0, 0, 0))
+        self.counts.index_add_(0, quarters, finite.float())
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from src.data.transforms import to_uint8
 from src.generation import Generation
 from src.pictures import image_grid
+from src.run_folder import forgiving
 from src.training.callbacks.every import EverySteps
 
 
@@ -38,8 +39,9 @@ class SampleImages(EverySteps):
             for state in self.generation.trajectory(denoiser, range(self.n)):
                 last = state
         grid = image_grid(to_uint8(last.x).cpu())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
+        with forgiving("preview"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [grid], step=trainer.global_step)

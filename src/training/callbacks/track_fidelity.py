@@ -1,6 +1,5 @@
 """Scores during training, and the best checkpoint by them."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from src.generation import Generation
 from src.metrics.fidelity import FidelityScore, Protocol, Recipe
+from src.run_folder import forgiving, write_json
 from src.training.callbacks.every import EverySteps
 
 
@@ -74,7 +74,8 @@ class TrackFidelity(EverySteps):
             if trainer.is_global_zero:
                 protocol = Protocol.of(score, self.recipe(trainer.global_step))
                 record = {"scores": scores, "protocol": protocol.as_dict()}
-                self.best.with_suffix(".json").write_text(json.dumps(record, indent=2))
+                with forgiving("record of the best score"):
+                    write_json(self.best.with_suffix(".json"), record)
 
     def _is_best(self, value: float) -> bool:
         if not math.isfinite(value):
