@@ -1,10 +1,13 @@
 """Images as pictures: grids and animations."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -30,11 +33,34 @@ def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) 
 
 
 def save_images(images: Tensor, folder: Path, first: int) -> None:
-    """Writes images as <folder>/000000.png, ..., numbered from `first`; uint8, shape (B, C, H, W)."""
+    """Writes images as <folder>/000000.png, ..., numbered from `first`; uint8, shape (B, C, H, W).
+
+    A kill leaves no half image: each gets its name when it is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images.cpu(), start=first):
         pixels = image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number:06d}.png")
+        unfinished = folder / f".{number:06d}.{os.getpid()}.tmp"
+        Image.fromarray(pixels.numpy()).save(unfinished, "PNG")
+        unfinished.replace(image_path(folder, number))
+
+
+def read_images(folder: Path, numbers: range) -> Tensor | None:
+    """The images that `save_images` wrote under these numbers, uint8 (B, C, H, W); None if one is missing or broken."""
+    images = []
+    for number in numbers:
+        try:
+            with Image.open(image_path(folder, number)) as image:
+                pixels = torch.from_numpy(np.array(image))
+        except OSError:
+            return None
+        images.append(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """Where the image of this number lies."""
+    return folder / f"{number:06d}.png"
 
 
 @dataclass(frozen=True)

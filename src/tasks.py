@@ -1,5 +1,6 @@
 """What the door for sampling can make of a trained run: new images, paths between them, and edits of given ones."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from src.diffusion.sampler import PerImageNoise, encode, renoise, slerp
 from src.errors import UserError
 from src.experiment import source_of
 from src.loading import LoadedRun
-from src.pictures import animation, image_grid, save_images
+from src.pictures import animation, image_grid, image_path, read_images, save_images
+from src.run_folder import write_json
+from src.sidecar import file_sha256
 
 
 class Task(ABC):
@@ -41,8 +44,15 @@ class Task(ABC):
         """
 
 
+GRID = 1024
+"""Most images of a grid."""
+
+
 class Draw(Task):
     """New images: a grid, the single images and, on request, an animation of the denoising.
+
+    A drawing that was killed is finished with the bytes that it would have had: batches of which all images are there
+    are not made again, if they are of the same weights and recipe.
 
     Args:
         gif: also the animation, of the first 64 images.
@@ -52,12 +62,18 @@ class Draw(Task):
         self.gif = gif
 
     def run(self, loaded, n, batch_size, folder):
-        batches = loaded.generation.images(loaded.denoiser, range(n), batch_size)
-        drawn: list[Tensor] = []
-        for images in track(batches, description="sampling", total=-(-n // batch_size), transient=True):
-            save_images(images, folder / "images", first=len(drawn))
-            drawn.extend(images.cpu())
-        lines = _save_grid(image_grid(torch.stack(drawn[:1024])), folder)
+        batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
+        continued = _same_origin(loaded, n, batch_size, folder)
+        shown: list[Tensor] = []
+        for numbers in track(batches, description="sampling", transient=True):
+            # the last is always made: it counts the network's evaluations
+            redo = not continued or numbers == batches[-1]
+            images = None if redo else read_images(folder / "images", numbers)
+            if images is None:
+                (images,) = loaded.generation.images(loaded.denoiser, numbers, batch_size)
+                save_images(images, folder / "images", first=numbers.start)
+            shown.extend(images[: GRID - len(shown)].cpu())
+        lines = _save_grid(image_grid(torch.stack(shown)), folder)
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:
             states = loaded.generation.trajectory(loaded.denoiser, range(min(n, 64)))
@@ -181,6 +197,27 @@ class ImageToImage(Task):
         columns = min(n, 16)
         rows = [half for pair in zip(x0.split(columns), x.split(columns), strict=True) for half in pair]
         return _save_grid(image_grid(to_uint8(torch.cat(rows)).cpu(), columns=columns), folder)
+
+
+def _same_origin(loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> bool:
+    """Whether the images in the folder are of these weights, recipe and batches; if not, they make room for those."""
+    path = folder / "origin.json"
+    recipe = {name: value for name, value in loaded.recipe().items() if name != "network_evaluations"}
+    origin = {
+        "checkpoint": file_sha256(loaded.found.checkpoint),
+        "batch_size": batch_size,
+        "device": next(loaded.denoiser.parameters()).device.type,
+        **recipe,
+    }
+    try:
+        if json.loads(path.read_text()) == origin:
+            return True
+    except (OSError, ValueError):
+        pass
+    for number in range(n):  # or they would pass for ours after a kill
+        image_path(folder / "images", number).unlink(missing_ok=True)
+    write_json(path, origin)
+    return False
 
 
 def _data(loaded: LoadedRun, split: str, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
