@@ -111,6 +111,13 @@ def quoted(path: Path) -> str:
     return f"'{escaped}'"
 
 
+def unquoted(value: str) -> str:
+    """What `quoted` was made of; a value that is not quoted is left as it is."""
+    if len(value) < 2 or value[0] != "'" or value[-1] != "'":
+        return value
+    return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
+
+
 def hydra_error(error: Exception, config_name: str) -> str | None:
     """One line for what Hydra or OmegaConf say of a wrong override; None if it is no such error."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from src.command_line import quoted
+from src.command_line import quoted, unquoted
 from src.errors import UserError
 from src.sidecar import damage
 
@@ -173,7 +173,8 @@ def resume_overrides(arguments: list[str]) -> list[str]:
     Raises:
         UserError: there is no such run, or another process trains in its folder.
     """
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
+    given = {name: unquoted(value) for name, value in pairs}
     runs = Path(given.get("runs", "runs"))
     if given.get("ckpt", "null") != "null":
         run = find_run(newest_run(runs) if given["ckpt"] == "last" else given["ckpt"], option="ckpt")

@@ -1,0 +1,255 @@
+"""Real processes of the command-line doors, really killed or signalled.
+
+A fork server imports the framework once; each door then runs in a fresh process forked from it, with its own
+session, so that starting one costs a tenth of a second and a kill hits nothing else.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "src.train",
+        "src.loading",
+        "src.tasks",
+        "tests.faults.processes",
+        "hydra.main",
+        "torchvision.utils",
+        "sklearn.datasets",
+    ]
+)
+
+# A training of a second or two that meets everything: checkpoints, validation, previews, scores, dropout, the average.
+STEPS = 12
+TINY = (
+    "data=digits",
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    f"trainer.max_steps={STEPS}",
+    "model.base_channels=8",
+    "model.dropout=0.2",
+    "batch_size=16",
+    "validate_every=5",
+    "sampler.steps=3",
+    "callbacks.curves.every=2",
+    "callbacks.checkpoints.every=3",
+    "callbacks.sample_images.every=4",
+    "callbacks.sample_images.n=4",
+    "callbacks.track_fidelity.every=6",
+    "callbacks.track_fidelity.n=16",
+    "callbacks.track_fidelity.batch_size=8",
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Sends a signal to the process itself when it comes to a place for the n-th time.
+
+    Attributes:
+        place: "module:attribute.path" of a function of the product or of a library; it is entered after the signal.
+        call: which call of it, from 1.
+        signum: the signal.
+        again: how often the signal is sent.
+    """
+
+    place: str
+    call: int = 1
+    signum: int = signal.SIGKILL
+    again: int = 1
+
+    def install(self) -> None:
+        owner, name, original = resolve(self.place)
+        calls = 0
+
+        def hit(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                for _ in range(self.again):
+                    os.kill(os.getpid(), self.signum)
+            return original(*arguments, **named)
+
+        setattr(owner, name, hit)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Puts a function in the place of another: replacement(original) is what is called instead."""
+
+    place: str
+    replacement: Callable[[Callable], Callable]
+
+    def install(self) -> None:
+        owner, name, original = resolve(self.place)
+        setattr(owner, name, self.replacement(original))
+
+
+def resolve(place: str) -> tuple[Any, str, Any]:
+    """The object that has the attribute, the attribute's name and its value."""
+    module, _, path = place.partition(":")
+    *parents, name = path.split(".")
+    owner = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name, getattr(owner, name)
+
+
+@dataclass
+class Door:
+    """A door running in a process of its own.
+
+    Attributes:
+        folder: its working directory; runs go to folder/runs.
+        arguments: the name of the door and its overrides.
+        faults: what is done to it from within.
+        environment: variables besides the inherited ones.
+    """
+
+    folder: Path
+    arguments: Sequence[str]
+    faults: Sequence[Fault | Replacement] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> "Door":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder / f"output_{time.monotonic_ns()}.txt"
+        self.process = SERVER.Process(
+            target=_main, args=(self.folder, self.log, tuple(self.arguments), self.faults, self.environment)
+        )
+        self.process.start()
+        return self
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit status, as a shell would say it; raises TimeoutError, having killed the process, if it hangs."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode if self.process.exitcode >= 0 else 128 - self.process.exitcode
+
+    def signal(self, signum: int) -> None:
+        os.kill(self.process.pid, signum)
+
+    def kill(self) -> None:
+        """SIGKILL to the process and all that it has started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.join()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _main(
+    folder: Path,
+    log: Path,
+    arguments: tuple[str, ...],
+    faults: Sequence[Fault | Replacement],
+    environment: dict[str, str],
+) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(DIFFUSION_LAB_CACHE=str(folder / "cache"), HYDRA_FULL_ERROR="1", **environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    for fault in faults:
+        fault.install()
+    name, *overrides = arguments
+    sys.argv = [f"src.{name}", *overrides]
+    importlib.import_module(f"src.{name}").main()
+
+
+def run(
+    folder: Path, *arguments: str, faults: Sequence[Fault | Replacement] = (), **environment: str
+) -> Door:
+    """Runs a door to its end; its exit status is in `door.status`."""
+    door = Door(folder, arguments, faults, environment).start()
+    door.status = door.wait()
+    return door
+
+
+def train(
+    folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = (), **environment: str
+) -> Door:
+    """Trains the tiny experiment to its end."""
+    return run(folder, "train", *TINY, *overrides, faults=faults, **environment)
+
+
+def resume(folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = ()) -> Door:
+    """Continues the newest run, or starts it if it was killed before its first checkpoint."""
+    if list(folder.glob("runs/*/checkpoints/step_*.ckpt")):
+        return run(folder, "train", "ckpt=last", *overrides, faults=faults)
+    return train(folder, *overrides, faults=faults)
+
+
+def run_folder(folder: Path) -> Path:
+    """The run folder that holds the newest checkpoint."""
+    return max(folder.glob("runs/*/checkpoints/step_*.ckpt")).parent.parent
+
+
+def start_ddp(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """python -m src.train on two gloo processes; in its own session, output in folder/ddp.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "src.train", f"runs={folder / 'runs'}", *arguments]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    with (folder / "ddp.txt").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**inherited, **cache, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+DDP = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.precision=32-true", "trainer.strategy=ddp")
+
+
+def ranks(leader: subprocess.Popen) -> list[int]:
+    """Process numbers of rank 0 and, once it has been started, rank 1."""
+    children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children").read_text().split()
+    own = [
+        int(child)
+        for child in children
+        if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    ]
+    return [leader.pid, *own]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Polls until the condition holds; its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise TimeoutError("the condition did not come to hold")
+
+
+def leave_nothing(leader: subprocess.Popen) -> None:
+    """Kills what is left of a session."""
+    try:
+        os.killpg(leader.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    leader.wait()
