@@ -39,7 +39,7 @@ from src.memory import keep_freed_memory
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Reference
 from src.randomness import key
-from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE
+from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
 from src.training.dashboard import CurveFiles, wandb_settings
@@ -61,6 +61,7 @@ class Experiment:
     trainer: Trainer
     score: FidelityScore | None
     generation: Generation
+    checkpoint: Path | None
     summary: str
 
     def scores(self) -> dict[str, float]:
@@ -110,7 +111,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     )
     generation = generation_of(config, config.generation.seed, denoiser.schedule)
     score = fidelity_of(config)
-    callbacks = callbacks_of(config, folder, source, generation, score, denoiser, ema)
+    checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
+    callbacks = callbacks_of(config, folder, source, generation, score, checkpoint, ema)
     trainer = trainer_of(config, folder, callbacks)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
@@ -122,7 +124,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if config.compile:
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = summary_of(config, denoiser, trainer, accumulation)
-    return Experiment(module, data, trainer, score, generation, summary)
+    return Experiment(module, data, trainer, score, generation, checkpoint, summary)
 
 
 TRAINING_SCALARS = {
@@ -213,7 +215,7 @@ def callbacks_of(
     source: ImageSource,
     generation: Generation,
     score: FidelityScore | None,
-    denoiser: Denoiser,
+    checkpoint: Path | None,
     ema: EMA | None,
 ) -> list[Callback]:
     """The callbacks in the order in which they act: the average first, for the others see it up to date."""
@@ -240,7 +242,7 @@ def callbacks_of(
         option = f"callbacks.{name}"
         callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))
     # after all others: they save and leave what the others have brought to its end
-    return [*callbacks, ResumeCheck(stored, config.allow_changes), StopOnSignal()]
+    return [*callbacks, ResumeCheck(stored, checkpoint, config.allow_changes), StopOnSignal()]
 
 
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:

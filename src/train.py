@@ -52,9 +52,8 @@ def train_in(folder: Path, config: Any) -> dict[str, float]:
         write_json(folder / ENVIRONMENT_FILE, record)
     for logger in parts.trainer.loggers:
         logger.log_hyperparams({**experiment.resolve(config, "config"), "environment": record})
-    checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
     try:
-        parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        parts.trainer.fit(parts.module, parts.data, ckpt_path=parts.checkpoint, weights_only=True)
     finally:
         finish_dashboards()
         leave()

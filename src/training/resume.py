@@ -146,14 +146,16 @@ class ResumeCheck(Callback):
 
     Args:
         config: the composed configuration, primitives only.
+        checkpoint: the file to continue from; None for a new run.
         allow_changes: go on even if data, code or the experiment have changed.
 
     Raises:
         UserError: they have changed, and it is not allowed; names what differs. Raised when training is set up.
     """
 
-    def __init__(self, config: dict[str, Any], allow_changes: bool):
+    def __init__(self, config: dict[str, Any], checkpoint: Path | None, allow_changes: bool):
         self.config = config
+        self.checkpoint = checkpoint
         self.allow_changes = allow_changes
         self._origin: Origin | None = None
 
@@ -165,12 +167,12 @@ class ResumeCheck(Callback):
             trainer.accumulate_grad_batches,
             machine(trainer),
         )
-        if trainer.ckpt_path is None:
+        if self.checkpoint is None:
             return
         # mapped, not read: the weights are of no interest here
-        stored = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if "origin" not in stored:
-            raise UserError(f"ckpt={trainer.ckpt_path}: not a checkpoint of this project's trainings")
+            raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project's trainings")
         deterministic = trainer.strategy.root_device.type == "cpu" or bool(
             torch.are_deterministic_algorithms_enabled()
         )
@@ -180,7 +182,7 @@ class ResumeCheck(Callback):
         if name == "approximate" and not self.allow_changes:
             more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
             raise UserError(
-                f"ckpt={trainer.ckpt_path} is of another experiment ({'; '.join(differences[:LISTED])}{more}): "
+                f"ckpt={self.checkpoint} is of another experiment ({'; '.join(differences[:LISTED])}{more}): "
                 "undo the changes, or go on with allow_changes=true"
             )
         log.info(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,8 @@ class Door:
 
     def kill(self) -> None:
         """SIGKILL to the process and all that it has started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.join()
 
     @property
@@ -248,8 +247,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
 
 def leave_nothing(leader: subprocess.Popen) -> None:
     """Kills what is left of a session."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     leader.wait()

@@ -22,14 +22,6 @@ KILLS = {
 }
 
 
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    door = train(folder)
-    assert door.status == 0, door.output
-    return training_state(run_folder(folder), STEPS)
-
-
 @pytest.mark.parametrize("place", KILLS)
 def test_killed_and_resumed(tmp_path, uninterrupted, place):
     killed = train(tmp_path, faults=[KILLS[place]])

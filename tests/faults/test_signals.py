@@ -1,0 +1,100 @@
+"""Signals: saved at the next step boundary, left with 128 + signal, nothing hangs, nothing is exchanged."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from src.run_folder import find_run
+from src.sidecar import sidecar_path
+from tests.faults import processes
+from tests.faults.processes import DDP, STEPS, TINY, Door, Fault, resume, run, run_folder, train
+from tests.faults.states import differences, training_state
+
+STEP = "src.training.module:DiffusionModule.training_step"
+VALIDATION = "src.training.module:DiffusionModule.validation_step"
+WRITING = "src.training.checkpoint:_Hashing.write"
+
+# the fault, and the step at whose end it must be saved
+SIGNALS = {
+    "SIGTERM in a step": (Fault(STEP, 5, signal.SIGTERM), 5),
+    "SIGUSR1 in a step": (Fault(STEP, 5, signal.SIGUSR1), 5),
+    "SIGINT in validation, the averages in place": (Fault(VALIDATION, 2, signal.SIGINT), 6),
+    "SIGTERM while a checkpoint is written": (Fault(WRITING, 100, signal.SIGTERM), 3),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_saved_and_left(tmp_path, uninterrupted, case):
+    fault, step = SIGNALS[case]
+    stopped = train(tmp_path, faults=[fault])
+    assert stopped.status == 128 + fault.signum, stopped.output
+    assert "Traceback" not in stopped.output
+    assert find_run(run_folder(tmp_path)).checkpoint.name == f"step_{step:08d}.ckpt"
+    done = resume(tmp_path)
+    assert done.status == 0, done.output
+    assert "bit-exact" in done.output
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+
+
+def test_second_interrupt_leaves_at_once(tmp_path):
+    stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGINT, again=2)])
+    assert stopped.status == 128 + signal.SIGINT
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt", "step 5 was not waited for"
+
+
+def test_slurm_job_is_requeued_and_goes_on(tmp_path, uninterrupted):
+    binary = tmp_path / "bin" / "scontrol"
+    binary.parent.mkdir()
+    binary.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    binary.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4711", "PATH": f"{binary.parent}:{os.environ['PATH']}"}
+    stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGUSR1)], **slurm)
+    assert stopped.status == 128 + signal.SIGUSR1, stopped.output
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    # SLURM starts the same command line once more
+    again = train(tmp_path, SLURM_RESTART_COUNT="1", **slurm)
+    assert again.status == 0, again.output
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "it goes on in its own folder"
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+
+
+def test_sigterm_to_one_of_two_processes(tmp_path):
+    """To rank 1 alone: rank 0 learns of it, both save the same step and leave."""
+    leader = processes.start_ddp(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
+    try:
+        processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
+        pids = processes.ranks(leader)
+        assert len(pids) == 2
+        began = time.monotonic()
+        os.kill(pids[1], signal.SIGTERM)
+        assert leader.wait(60) == 128 + signal.SIGTERM, (tmp_path / "ddp.txt").read_text()
+        assert time.monotonic() - began < 30
+        processes.wait_for(lambda: not Path(f"/proc/{pids[1]}").exists(), 10)
+    finally:
+        processes.leave_nothing(leader)
+    saved = find_run(run_folder(tmp_path)).checkpoint
+    record = json.loads(sidecar_path(saved).read_text())
+    assert record["world_size"] == 2
+    assert record["samples"] == record["step"] * 16
+    assert f"saving at step {record['step']}" in (tmp_path / "ddp.txt").read_text()
+
+
+def test_second_job_in_a_run_folder_refuses(tmp_path):
+    first = Door(tmp_path, ["train", *TINY, "trainer.max_steps=100000"]).start()
+    try:
+        processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
+        folder = run_folder(tmp_path)
+        for arguments in ([f"ckpt={folder}"], [*TINY, f"hydra.run.dir={folder}"]):
+            second = run(tmp_path, "train", *arguments)
+            assert second.status == 2, second.output
+            assert f"in use by process {first.process.pid}" in second.output
+            assert len(second.output.strip().splitlines()) == 1
+    finally:
+        first.kill()
+    assert run(tmp_path, "train", f"ckpt={folder}", "trainer.max_steps=1").status == 0, (
+        "the lock died with it"
+    )
