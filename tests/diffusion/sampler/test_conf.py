@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -84,3 +85,32 @@ def test_the_adaptive_solver_reports_its_evaluations():
     assert isinstance(sampler, Dopri5)
     *_, state = sampler.trajectory(Denoiser(Wavy(), Linear(), V()), torch.randn(1, 1, 2, 2), [1000.0, 0.0])
     assert state.evaluations > 6
+
+
+ROOT = "preset" if "- preset:" in (CONF / "train.yaml").read_text() else "+preset"
+
+
+@pytest.mark.parametrize("path", _files("preset"), ids=lambda p: p.stem)
+def test_presets(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")  # where it is from
+    schedule = "edm" if "schedule=edm" in lines[1] else "linear"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"{ROOT}={path.stem}", f"schedule={schedule}"])
+    spacing = instantiate(config.spacing)
+    numbers = OmegaConf.to_container(config.sampler, resolve=True)
+    steps = numbers.pop("steps")
+    assert isinstance(instantiate(numbers), Sampler)
+    times = spacing(instantiate(config.schedule), steps)
+    assert len(times) in (steps + 1, steps)  # quadratic spacing visits 49 of 50
+    assert times[-1] == 0
+
+
+def test_edm_preset_is_the_paper_s():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"{ROOT}=edm_paper", "schedule=edm"])
+    times = instantiate(config.spacing)(instantiate(config.schedule), config.sampler.steps)
+    sigma = (80 ** (1 / 7) + torch.arange(18).double() / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close(times[:-1], sigma, rtol=1e-9, atol=0)
+    assert config.clipping is None or dict(config.clipping) == {}
