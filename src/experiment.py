@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,8 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.configuration import build, check_scalars, check_value, resolve
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.data.source import ImageSource
-from src.diffusion.clipping import StaticClipping
-from src.diffusion.denoiser import Denoiser
+from src.diffusion.denoiser import Denoiser, WrappedDenoiser
 from src.diffusion.distance import Distance
 from src.diffusion.loss import DenoisingLoss
 from src.diffusion.parameterization import Parameterization
@@ -41,7 +40,7 @@ from src.metrics.fidelity import FidelityScore, Reference
 from src.randomness import key
 from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.training.callbacks import SampleImages, TrackFidelity
-from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from src.training.dashboard import CurveFiles, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
@@ -89,21 +88,13 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     source = source_of(config)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, source)
-    weighting = build(config.weighting, Weighting, "weighting")
-    loss = build(
-        config.loss,
-        DenoisingLoss,
-        "loss",
-        denoiser=denoiser,
-        weighting=weighting,
-        time_sampling=build(config.time_sampling, TimeSampling, "time_sampling"),
-        distance=build(config.distance, Distance, "distance"),
-    )
+    loss = loss_of(config, denoiser)
     ema = build(config.ema, EMA, "ema")
+    optimizer, lr_schedule = optimizer_of(config)
     module = DiffusionModule(
         loss,
-        optimizer=build(config.optimizer, Optimizer, "optimizer"),
-        lr_schedule=build(config.lr_schedule, LRScheduler, "lr_schedule"),
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
         ema=ema,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -111,7 +102,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     )
     generation = generation_of(config, config.generation.seed, denoiser.schedule)
     score = fidelity_of(config)
-    checkpoint = find_run(config.ckpt, option="ckpt").checkpoint if config.ckpt else None
+    checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, generation, score, checkpoint, ema)
     trainer = trainer_of(config, folder, callbacks)
     accumulation = accumulation_of(config, trainer.world_size)
@@ -127,6 +118,38 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     return Experiment(module, data, trainer, score, generation, checkpoint, summary)
 
 
+def checkpoint_of(config: DictConfig) -> Path | None:
+    """The checkpoint from which the training goes on, if it does.
+
+    Raises:
+        UserError: there is none, it is no checkpoint, or nothing is left to train.
+    """
+    if not config.ckpt:
+        return None
+    checkpoint = find_run(config.ckpt, option="ckpt").checkpoint
+    step = read_checkpoint(checkpoint)["global_step"]
+    if step >= config.trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps={config.trainer.max_steps}: {checkpoint} is at step {step} already; choose more"
+        )
+    return checkpoint
+
+
+def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
+    """What makes the optimiser and its learning-rate schedule, both tried out on one parameter."""
+    optimizer = build(config.optimizer, Optimizer, "optimizer")
+    lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
+    option = "optimizer"
+    try:
+        tried = optimizer([nn.Parameter(torch.zeros(1))])
+        option = "lr_schedule"
+        if lr_schedule is not None:
+            lr_schedule(tried)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
+    return optimizer, lr_schedule
+
+
 TRAINING_SCALARS = {
     "seed": NonNegativeInt,
     "batch_size": PositiveInt,
@@ -137,6 +160,8 @@ TRAINING_SCALARS = {
     "validate_every": PositiveInt,
     "ckpt": str | None,
     "allow_changes": bool,
+    "trainer.max_steps": PositiveInt,
+    "trainer.gradient_clip_val": PositiveFloat | None,
     "name": str | None,
 }
 
@@ -173,6 +198,19 @@ def denoiser_of(config: DictConfig, source: ImageSource | None = None) -> Denois
         raise UserError(str(error)) from None
 
 
+def loss_of(config: DictConfig, denoiser: Denoiser) -> DenoisingLoss:
+    """What is minimised."""
+    return build(
+        config.loss,
+        DenoisingLoss,
+        "loss",
+        denoiser=denoiser,
+        weighting=build(config.weighting, Weighting, "weighting"),
+        time_sampling=build(config.time_sampling, TimeSampling, "time_sampling"),
+        distance=build(config.distance, Distance, "distance"),
+    )
+
+
 def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generation:
     """The recipe by which images are made; its times are tried on the schedule at once."""
     numbers = resolve(config.sampler, "sampler")
@@ -183,7 +221,7 @@ def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generati
         sampler=build(OmegaConf.create(numbers), Sampler, "sampler"),
         spacing=build(config.spacing, Spacing, "spacing"),
         steps=steps,
-        clipping=build(config.clipping, StaticClipping, "clipping"),
+        clipping=build(config.clipping, WrappedDenoiser, "clipping"),
         image_shape=(config.data.channels, config.data.image_size, config.data.image_size),
         num_classes=config.data.num_classes if config.class_conditional else 0,
         seed=seed,
@@ -312,7 +350,9 @@ def set_reference(score: FidelityScore, rank: int, world_size: int, source: Imag
     score.set_reference(fidelity.shares(images, 512, rank, world_size), reference, cache)
 
 
-def recipe(generation: Generation, step: int, weights: str, ema_decay: float | None) -> fidelity.Recipe:
+def recipe(
+    generation: Generation, variance: Variance, step: int, weights: str, ema_decay: float | None
+) -> fidelity.Recipe:
     """How images were made, in words and numbers."""
     return fidelity.Recipe(
         training_steps=step,
@@ -320,8 +360,10 @@ def recipe(generation: Generation, step: int, weights: str, ema_decay: float | N
         ema_decay=ema_decay if weights == "ema" else None,
         sampler=describe(generation.sampler),
         spacing=describe(generation.spacing),
+        variance=describe(variance),
         guidance="none",
         clipping=describe(generation.clipping),
+        labels=f"image i has label i mod {generation.num_classes}" if generation.num_classes else "none",
         steps=generation.steps,
         network_evaluations=generation.network_evaluations,
         seed=generation.seed,
@@ -337,6 +379,7 @@ def silence_lightning() -> None:
     """Drops hints that do not apply to a stream without epochs, or that only advertise."""
     for message in (
         ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*`max_epochs` was not set.*",
         ".*Checkpoint directory .* exists and is not empty.*",

@@ -1,0 +1,154 @@
+"""Every schedule x parameterisation x weighting x time sampling: trains two steps, or is refused in one line."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from src.errors import UserError
+from src.experiment import denoiser_of, loss_of
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def _choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+SCHEDULES, PARAMETERIZATIONS = _choices("schedule"), _choices("parameterization")
+WEIGHTINGS, TIME_SAMPLINGS = _choices("weighting"), _choices("time_sampling")
+LOSSES, VARIANCES, DISTANCES = _choices("loss"), _choices("variance"), _choices("distance")
+# eps and the score say nothing of the image in pure noise, in which these end
+REFUSED = set(itertools.product(("jsd", "rectified_flow", "zero_terminal_snr"), ("eps", "score")))
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """The command line's composition; schedules of few steps, and each choice composed once."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        groups = {
+            name: {choice: compose("train", [f"{name}={choice}"])[name] for choice in _choices(name)}
+            for name in (
+                "schedule",
+                "parameterization",
+                "weighting",
+                "time_sampling",
+                "loss",
+                "variance",
+                "distance",
+            )
+        }
+        overrides = ["model.base_channels=8", "model.channel_multipliers=[1]", "model.attention_factors=[]"]
+
+        def make(**chosen):
+            config = compose("train", overrides) if "base" not in cache else cache["base"].copy()
+            cache.setdefault("base", config.copy())
+            for name, choice in chosen.items():
+                config[name] = groups[name][choice]
+            return config
+
+        cache = {}
+        yield make
+
+
+class Pixelwise(nn.Module):
+    """In the network's place, for speed: reads image and label, and gives as many channels as are wanted."""
+
+    def __init__(self, out_channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((out_channels, 1, 1), 0.1))
+        self.of_label = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, label, condition=None):
+        return self.scale * x + self.of_label * torch.tanh(label / 100).view(-1, 1, 1, 1)
+
+
+def _train_two_steps(loss):
+    """Two steps of Adam; every parameter that can must move, and nothing may stop being finite."""
+    generator = torch.Generator().manual_seed(0)
+    before = [parameter.detach().clone() for parameter in loss.parameters()]
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    schedule = loss.denoiser.schedule
+    for _ in range(2):
+        x0 = torch.rand(4, 1, 2, 2, generator=generator) * 2 - 1
+        t = loss.time_sampling(4, schedule, generator)
+        losses = loss(x0, t, torch.randn(x0.shape, generator=generator))
+        assert losses.shape == (4,)
+        assert losses.isfinite().all()
+        optimizer.zero_grad()
+        (losses * loss.time_sampling.weights(t, schedule)).mean().backward()
+        optimizer.step()
+    for old, parameter in zip(before, loss.parameters(), strict=True):
+        assert parameter.isfinite().all()
+        assert not torch.equal(old, parameter)
+
+
+def _is_one_line(error):
+    return "\n" not in str(error.value) and "choose" in str(error.value)
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_matrix(schedule, parameterization, composed):
+    config = composed(schedule=schedule, parameterization=parameterization)
+    if (schedule, parameterization) in REFUSED:
+        with pytest.raises(UserError, match=f"^parameterization={parameterization} ") as error:
+            denoiser_of(config)
+        assert _is_one_line(error)
+        return
+    denoiser = denoiser_of(config)
+    for weighting, time_sampling in itertools.product(WEIGHTINGS, TIME_SAMPLINGS):
+        denoiser.network = Pixelwise(1)
+        chosen = composed(
+            schedule=schedule,
+            parameterization=parameterization,
+            weighting=weighting,
+            time_sampling=time_sampling,
+        )
+        _train_two_steps(loss_of(chosen, denoiser))
+
+
+def test_count():
+    kinds = len(WEIGHTINGS) * len(TIME_SAMPLINGS)
+    pairs = len(SCHEDULES) * len(PARAMETERIZATIONS)
+    print(
+        f"\nmatrix: {(pairs - len(REFUSED)) * kinds} combinations train, {len(REFUSED) * kinds} are refused"
+    )
+    assert set(SCHEDULES) >= {schedule for schedule, _ in REFUSED}
+    assert pairs * kinds >= 14 * 6 * 6 * 5
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_variances(loss, variance, distance, composed):
+    config = composed(loss=loss, variance=variance, distance=distance)
+    learned = variance.startswith("learned")
+    denoiser = denoiser_of(config)
+    assert denoiser.network.out_channels == (2 if learned else 1)
+    denoiser.network = Pixelwise(denoiser.network.out_channels)
+    fits = {"denoising": not learned, "hybrid": learned, "vlb": distance == "squared"}[loss]
+    if fits:
+        _train_two_steps(loss_of(config, denoiser))
+        return
+    with pytest.raises(UserError, match=r"^loss\.") as error:
+        loss_of(config, denoiser)
+    assert _is_one_line(error)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
+def test_a_learned_variance_needs_steps(schedule, composed):
+    config = composed(schedule=schedule, variance="learned_range", parameterization="v", loss="hybrid")
+    with pytest.raises(UserError, match="^variance=learned .*choose variance=small") as error:
+        denoiser_of(config)
+    assert _is_one_line(error)
+
+
+def test_a_learned_variance_needs_channels(composed):
+    config = composed(variance="learned_range", loss="hybrid")
+    config.model = {**config.model, "out_channels": 1}
+    with pytest.raises(UserError, match=r"^model.out_channels=1: .* needs 2$"):
+        denoiser_of(config)
