@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampler_orders [--markdown] [--plot docs/sampler_orders.png]
 
-A path from ln(alpha/sigma) = -3 to 2, evenly spaced, is sampled in 40 to 320 steps of float64 for a mixture of three
+A path from ln(alpha/sigma) = -3 to 1, evenly spaced, is sampled in 40 to 320 steps of float64 for a mixture of three
 Gaussians in the plane. The error is the root mean square distance of the end from that of an adaptive solver at
 tolerance 1e-12; the order is the slope of a line fitted to its logarithm over that of the steps.
 """
@@ -34,7 +34,7 @@ from src.diffusion.sampler import (
 from src.diffusion.schedule import EDM, Cosine, Linear, RectifiedFlow, Schedule
 from tests.diffusion.mixture import MixtureDenoiser, three_modes
 
-LOG_SNR = (-3.0, 2.0)
+LOG_SNR = (-3.0, 1.0)
 STEPS = (40, 80, 160, 320)
 IMAGES = 32
 SCHEDULES = {

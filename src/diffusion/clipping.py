@@ -29,7 +29,8 @@ class StaticClipping(WrappedDenoiser):
 
     def forward(self, x_t, level, condition=None):
         prediction = self.inner(x_t, level, condition)
-        return prediction.with_x0(prediction.x0.clamp(-self.bound, self.bound))
+        # mix makes a new tensor, which may be clipped in place
+        return prediction.with_x0(prediction.mix(1.0, 0.0).clamp_(-self.bound, self.bound))
 
 
 class DynamicThresholding(WrappedDenoiser):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.diffusion.schedule import Linear
+from src.diffusion.schedule import EDM, VP, ContinuousCosine, Linear, RectifiedFlow
 from src.diffusion.spacing import (
     Karras,
     Leading,
@@ -177,3 +177,42 @@ def test_karras_numbers_are_checked(numbers, message):
 def test_karras_range_must_be_the_schedule_s():
     with pytest.raises(ValueError, match=r"^steps need spacing.sigma_min in \[0.01, 157"):
         Karras(sigma_min=0.002)(Linear(1000), 10)
+
+
+@pytest.mark.parametrize("schedule", [VP(), EDM(), ContinuousCosine()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "spacing", [UniformTime(), UniformLogSNR(), Karras()], ids=lambda s: type(s).__name__
+)
+def test_continuous_schedules_are_visited_from_end_to_end(spacing, schedule):
+    times = spacing(schedule, 10)
+    assert len(times) == 11
+    assert (times.diff() < 0).all()
+    assert times[0].item() == pytest.approx(schedule.t_max, rel=1e-6)
+    assert times[-2].item() == pytest.approx(schedule.t_min, rel=1e-3)
+    assert times[-1] == 0
+
+
+def test_trailing_is_the_grid_of_flow_models():
+    assert Trailing()(RectifiedFlow(), 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    with pytest.raises(
+        ValueError, match=r"^steps=2000 of trailing spacing end at 0.0005, below .* t_min 0.001"
+    ):
+        Trailing()(RectifiedFlow(), 2000)
+
+
+@pytest.mark.parametrize(
+    "spacing", [Leading(), Linspace(), Quadratic(), Sections("10")], ids=lambda s: type(s).__name__
+)
+def test_rows_of_a_table_are_not_looked_for_elsewhere(spacing):
+    with pytest.raises(
+        ValueError, match=r"^steps of a continuous schedule cannot be spaced by .*: choose spacing="
+    ):
+        spacing(VP(), 10)
+
+
+@pytest.mark.parametrize("spacing", [UniformLogSNR(), Karras()], ids=lambda s: type(s).__name__)
+def test_pure_noise_has_no_log_snr(spacing):
+    with pytest.raises(ValueError, match=r"^steps cannot be spaced in log-SNR from pure noise"):
+        spacing(RectifiedFlow(), 10)
+    # with an end of its own it can
+    assert len(Karras(sigma_max=100.0)(RectifiedFlow(), 10)) == 11

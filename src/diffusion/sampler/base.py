@@ -184,6 +184,8 @@ def ancestral_split(t: NoiseLevel, s: NoiseLevel, eta: float) -> tuple[NoiseLeve
 
     DDIM's eta (Song et al. 2021, eq. 16), in unscaled coordinates k-diffusion's ancestral step.
     """
+    if eta == 0:
+        return s, 0.0
     std = eta * conditional_variance(t, s) ** 0.5 * s.sigma / t.sigma
     # rounding may fall below 0 where alpha_t is 0
     return replace(s, sigma=max(s.sigma**2 - std**2, 0.0) ** 0.5), std

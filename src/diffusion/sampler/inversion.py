@@ -93,10 +93,10 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     Returns:
         Shape (B, C, H, W); theta is the angle between each pair. Between parallel latents it is a straight line.
     """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    flat_a, flat_b = (x.flatten(1).cpu().double() for x in (a, b))  # not every device has float64
     norms = flat_a.norm(dim=1) * flat_b.norm(dim=1)
     theta = ((flat_a * flat_b).sum(dim=1) / norms).clamp(-1, 1).acos()
-    weight = torch.as_tensor(weight, dtype=torch.float64, device=a.device).expand(len(a))
+    weight = torch.as_tensor(weight, dtype=torch.float64, device="cpu").expand(len(a))
     straight = theta.sin() < 1e-6
     sine = theta.sin().masked_fill(straight, 1.0)
     of_a = torch.where(straight, 1 - weight, ((1 - weight) * theta).sin() / sine)

@@ -22,7 +22,7 @@ from src.diffusion.schedule import Linear, RectifiedFlow
 from tests.diffusion.sampler.networks import Wavy, standard_normal
 
 # diffusers' own calls of numpy
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 SHAPE = (4, 1, 4, 4)
 

@@ -20,8 +20,6 @@ def problems():
 
 
 # The first steps of a multi-step method are of lower order; the path starts where little depends on them.
-# 40 steps are not yet small for the first-order methods (slope 0.8, and 1.02 from 160 to 320), and UniPC-3 is
-# between the 3 of its predictor and the 4 of its corrector.
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
 def test_order_of_convergence(solver, problems):
     measured = problems["VP linear"].measure(solver.sampler)
