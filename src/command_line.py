@@ -118,13 +118,19 @@ def unquoted(value: str) -> str:
     return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
 
 
+def in_override(path: Path) -> str:
+    """A path as it can stand in an override: as it is where Hydra understands it so, else quoted."""
+    return str(path) if re.fullmatch(r"[\w./+:-]+", str(path)) else quoted(path)
+
+
 def hydra_error(error: Exception, config_name: str) -> str | None:
-    """One line for what Hydra or OmegaConf say of a wrong override; None if it is no such error."""
+    """One line for what Hydra, OmegaConf or the file system say; None if it is no such error."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return None
+        # a folder that cannot be made, a full disk: not our bug either
+        return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else None
     text = f"{error} {error.__cause__ or ''}"
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
@@ -132,7 +138,8 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if unknown:
         key = unknown[1]
-        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+        defaults, _ = _defaults_and_options((CONF / f"{config_name}.yaml").read_text().splitlines())
+        groups = list(defaults)
         if "No match in the defaults list" in text:
             return (
                 f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"

@@ -6,6 +6,7 @@ an object of their kind belongs: a configuration may come from a stranger.
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -108,7 +109,8 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
     try:
         return make()
     except ValueError as error:
-        raise UserError(f"{option}.{error}") from None
+        names_it = re.split(r"[=,\s]", str(error), maxsplit=1)[0] in arguments
+        raise UserError(f"{option}.{error}" if names_it else f"{option}: {error}") from None
 
 
 def _is_node(value: Any) -> bool:
@@ -153,7 +155,8 @@ def _check(numbers: Mapping[str, Any], kind: type, option: str) -> None:
 def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None:
     parameters = inspect.signature(target.__init__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = get_type_hints(target.__init__) if target.__module__.startswith("src.") else {}
+    typed = target.__module__.startswith(("src.", "torch.optim."))
+    hints = get_type_hints(target.__init__) if typed else {}
     for name, value in numbers.items():
         if name in ("_target_", "_partial_"):
             continue
@@ -193,4 +196,4 @@ def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:
     for option, kind in kinds.items():
         if OmegaConf.is_missing(config, option):
             raise UserError(f"{option} is missing: say {option}=...")
-        check_value(kind, config[option], option)
+        check_value(kind, OmegaConf.select(config, option), option)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
@@ -103,7 +104,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     generation = generation_of(config, config.generation.seed, denoiser.schedule)
     score = fidelity_of(config)
     checkpoint = checkpoint_of(config)
-    callbacks = callbacks_of(config, folder, source, generation, score, checkpoint, ema)
+    callbacks = callbacks_of(config, folder, source, generation, denoiser.variance, score, checkpoint, ema)
     trainer = trainer_of(config, folder, callbacks)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
@@ -252,6 +253,7 @@ def callbacks_of(
     folder: Path,
     source: ImageSource,
     generation: Generation,
+    variance: Variance,
     score: FidelityScore | None,
     checkpoint: Path | None,
     ema: EMA | None,
@@ -267,7 +269,11 @@ def callbacks_of(
             "set_reference": partial(set_reference, source=source, cache=config.cache),
             "best": folder / CHECKPOINTS / BEST_FILE,
             "recipe": partial(
-                recipe, generation, weights=ema.name if ema else "raw", ema_decay=ema.decay if ema else None
+                recipe,
+                generation,
+                variance,
+                weights=ema.name if ema else "raw",
+                ema_decay=ema.decay if ema else None,
             ),
         },
     }
@@ -287,7 +293,8 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
     launch_by_command_line()
-    return build(
+    make = partial(
+        build,
         config.trainer,
         Trainer,
         "trainer",
@@ -304,6 +311,10 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         # True without one of ours would add Lightning's
         enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
     )
+    try:
+        return make()
+    except (MisconfigurationException, TypeError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
 
 
 def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:

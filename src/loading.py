@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Protocol
 from src.run_folder import FoundRun, find_run
 from src.training import post_hoc
+from src.training.checkpoint import read_checkpoint
 from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class LoadedRun:
         return Protocol.of(score, self._recipe()).as_dict()
 
     def _recipe(self) -> fidelity.Recipe:
-        return recipe(self.generation, self.step, self.weights, self.ema_decay)
+        return recipe(self.generation, self.denoiser.variance, self.step, self.weights, self.ema_decay)
 
 
 # What a door that loads a run may choose anew; None, and for the sampler's room an empty node, keep the run's own.
@@ -156,24 +156,6 @@ def score_of(loaded: LoadedRun, cache: str) -> FidelityScore:
         source.prepare()
         set_reference(score, 0, 1, source, cache)
     return score
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and primitives only, nothing in it is executed.
-
-    Raises:
-        UserError: the file is no checkpoint of this project.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "state_dict", "callbacks", "global_step"} - set(content)
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
-        ) from None
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
-    return content
 
 
 def pick_device(device: str) -> torch.device:

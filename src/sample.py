@@ -20,20 +20,19 @@ def sample(config: Any) -> dict[str, float]:
     import logging
 
     from src.configuration import build
+    from src.generation import describe
     from src.loading import load_with
     from src.tasks import Task
 
     task = build(config.task, Task, "task")
     loaded = load_with(config)
-    name = type(task).__name__.lower()
-    folder = Path(
-        config.out or recipe_folder(loaded.found.folder / "samples", {"task": name, **loaded.recipe()})
-    )
+    asked = {"task": describe(task), "n": config.n}
+    folder = Path(config.out or recipe_folder(loaded.found.folder / "samples", {**asked, **loaded.recipe()}))
     try:
         lines = task.run(loaded, config.n, config.batch_size, folder)
     except ValueError as error:
         raise UserError(f"task.{error}") from None
-    write_json(folder / "recipe.json", {"task": name, **loaded.recipe()})
+    write_json(folder / "recipe.json", {**asked, **loaded.recipe()})
     logging.getLogger(__name__).info("%s", "\n".join(lines))
     return {}
 

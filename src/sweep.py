@@ -16,15 +16,18 @@ def register_resolvers() -> None:
     """Resolvers that conf/hydra uses.
 
     `unique:` four hexadecimal digits, the same throughout a process: two runs of one second differ.
-    `folder_name:` a text with what folders or shells could take amiss replaced, at most 100 characters.
+    `folder_name:` a text with what folders, shells or overrides could take amiss replaced.
     """
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(2), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def folder_name(text: str) -> str:
-    """Letters, digits and "._=,+-" are kept, all else becomes "-"; at most 100 characters."""
-    return re.sub(r"[^\w.=,+-]+", "-", text)[:100]
+    """Letters, digits and "._+-" are kept, a comma becomes "_", all else "-"; at most 100 characters.
+
+    No "=" and no comma: such a folder would have to be quoted in Hydra's overrides.
+    """
+    return re.sub(r"[^\w.+-]+", "-", text.replace(",", "_"))[:100]
 
 
 class SweepTable(Callback):

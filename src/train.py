@@ -1,11 +1,13 @@
 """Train a diffusion model: python -m src.train schedule=cosine model=unet_small (see --help)."""
 
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from src.command_line import run
+from src.command_line import in_override, run
 from src.run_folder import (
+    CHECKPOINTS,
     ENVIRONMENT_FILE,
     environment,
     find_run,
@@ -60,26 +62,31 @@ def train_in(folder: Path, config: Any) -> dict[str, float]:
     scores = parts.scores()
     if is_main:
         write_json(folder / "scores.json", scores)
-        log.info("%s", closing_summary(folder, scores))
+        log.info("%s", closing_summary(folder, parts.trainer.global_step, scores))
     return scores
 
 
-def closing_summary(folder: Path, scores: dict[str, float]) -> str:
+def closing_summary(folder: Path, step: int, scores: dict[str, float]) -> str:
     """What came out of a training, and the exact commands that go on from it."""
     results = {name: f"{value:.4g}" for name, value in scores.items()}
     grids = sorted((folder / "samples").glob("step_*.png"))
     if grids:
         results["pictures"] = str(grids[-1])
-    results["checkpoint"] = str(find_run(folder).checkpoint)
-    return "\n".join(
-        [
-            "\nDone.",
-            *(f"  {name:<14}{value}" for name, value in results.items()),
+    following = []
+    if (folder / CHECKPOINTS).is_dir():
+        results["checkpoint"] = str(find_run(folder).checkpoint)
+        run_option, ckpt_option = (
+            shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt")
+        )
+        following = [
             "Next:",
-            f"  python -m src.sample run={folder} sampler=ddim sampler.steps=50 n=64 seed=0",
-            f"  python -m src.evaluate run={folder}",
-            f"  python -m src.train ckpt={folder} trainer.max_steps=10000",
+            f"  python -m src.sample {run_option} sampler=ddim sampler.steps=50 n=64 seed=0",
+            f"  python -m src.evaluate {run_option}",
+            f"  python -m src.train {ckpt_option} trainer.max_steps={2 * step}",
         ]
+    width = max(map(len, results), default=0) + 2
+    return "\n".join(
+        ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]
     )
 
 

@@ -32,20 +32,20 @@ CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Moments:
     """Mean (d,) and covariance (d, d, divided by n - 1) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
 
     @classmethod
-    def of_sums(cls, count: Tensor, total: Tensor, outer: Tensor) -> "Gaussian":
+    def of_sums(cls, count: Tensor, total: Tensor, outer: Tensor) -> "Moments":
         """From n, sum f and sum f f^T over n >= 2 feature vectors f."""
         mean = total / count
         return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
         |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^(1/2) C_b C_a^(1/2))^(1/2))
@@ -250,7 +250,15 @@ class FrechetDistance(FidelityScore):
         self.outer += features.T @ features
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-        return {self.name: frechet_distance(Gaussian.of_sums(**generated), Gaussian.of_sums(**reference))}
+        fewest = min(int(generated["count"]), int(reference["count"]))
+        if fewest <= self.features.num_features:
+            log.warning(
+                "%s: %d images in a space of %d features leave the covariance singular; the score is far too high",
+                self.name,
+                fewest,
+                self.features.num_features,
+            )
+        return {self.name: frechet_distance(Moments.of_sums(**generated), Moments.of_sums(**reference))}
 
 
 class FeatureSetScore(FidelityScore):
@@ -422,7 +430,8 @@ class Recipe:
         training_steps: optimiser steps that the weights have seen.
         weights: "ema", "raw" or the length of a power-function average, "ema std=0.1".
         ema_decay: final decay of averaged weights that have one, else None.
-        sampler, spacing, guidance, clipping: the choices, in words.
+        sampler, spacing, variance, guidance, clipping: the choices, in words.
+        labels: which label each image has, in words.
         steps: sampler steps.
         network_evaluations: calls of the network per image, guidance included.
         seed: seed of the noise.
@@ -433,8 +442,10 @@ class Recipe:
     ema_decay: float | None
     sampler: str
     spacing: str
+    variance: str
     guidance: str
     clipping: str
+    labels: str
     steps: int
     network_evaluations: int
     seed: int

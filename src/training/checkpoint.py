@@ -215,3 +215,21 @@ class Checkpoints(Checkpoint):
                 old.unlink()
                 sidecar_path(old).unlink(missing_ok=True)
         return failures
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content: tensors and primitives only, nothing in it is executed.
+
+    Raises:
+        UserError: the file is no checkpoint of this project.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "state_dict", "callbacks", "global_step"} - set(content)
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
+        ) from None
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    return content

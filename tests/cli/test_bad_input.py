@@ -53,7 +53,15 @@ BAD = {
         ["sampler._target_=src.diffusion.schedule.Linear"],
         ["sampler._target_", "Sampler"],
     ),
-    "syntax": (["schedule=["], ["="]),
+    "syntax": (["schedule=["], ["schedule=[", "quote"]),
+    "rate that is no number": (["optimizer.lr=hello"], ["optimizer", "hello"]),
+    "negative rate": (["optimizer.lr=-1"], ["optimizer", "-1"]),
+    "negative warm-up": (["lr_schedule.warmup_steps=-1"], ["lr_schedule", "warmup_steps", "-1"]),
+    "no training": (["trainer.max_steps=0"], ["trainer.max_steps", "greater than 0"]),
+    "length that is no number": (["trainer.max_steps=hello"], ["trainer.max_steps", "integer"]),
+    "negative clipping": (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val", "greater than 0"]),
+    "unknown precision": (["trainer.precision=fp7"], ["trainer", "fp7"]),
+    "folder that cannot be made": (["runs=/proc/nowhere"], ["/proc/nowhere"]),
 }
 
 
@@ -88,6 +96,28 @@ def test_batch_not_divisible_by_devices(door, capsys):
     assert_one_line(capsys.readouterr().err, ["batch_size=128", "3 devices", "126 or 129"])
 
 
+def test_no_gpu(door, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    assert door("train", "logger=csv", "trainer=gpu") == 2
+    assert_one_line(capsys.readouterr().err, ["trainer", "gpu"])
+
+
+def test_text_as_checkpoint_to_go_on_from(door, capsys, tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    assert door("train", "logger=csv", "ckpt=text.ckpt") == 2
+    assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
+
+
+def test_nothing_left_to_train(door, only_run, capsys):
+    assert door("train", *QUICK, "callbacks=none") == 0
+    scores = (only_run() / "scores.json").read_text()
+    capsys.readouterr()
+    assert door("train", "ckpt=last", "trainer.max_steps=20") == 2
+    assert_one_line(capsys.readouterr().err, ["trainer.max_steps=20", "step 20 already"])
+    assert (only_run() / "scores.json").read_text() == scores
+
+
 def unreadable_folder(folder):
     folder.mkdir()
     for number in range(40):
@@ -113,7 +143,7 @@ def test_unreadable_images_stop_by_name(door, capsys, tmp_path):
     )
 
 
-def test_unreadable_images_are_skipped_and_counted(door, caplog, tmp_path):
+def test_unreadable_images_are_skipped_and_counted(door, only_run, tmp_path):
     unreadable_folder(tmp_path / "pictures")
     overrides = [
         "data=image_folder",
@@ -123,6 +153,10 @@ def test_unreadable_images_are_skipped_and_counted(door, caplog, tmp_path):
         "metrics=none",
     ]
     assert door("train", *QUICK, *overrides, "data.on_error=skip", "data.holdout=0.2") == 0
+    told = (only_run() / "train.log").read_text()
+    assert "2 of 42" in told
+    assert "text.png" in told
+    assert "torn.jpg" in told
 
 
 def test_empty_folder(door, capsys, tmp_path):

@@ -57,3 +57,5 @@ def test_labels_reach_the_network(door, only_run):
 def test_compiled_network_resumes(door, only_run):
     assert door("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
     assert door("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0
+    names = torch.load(only_run() / "checkpoints" / "step_00000006.ckpt", weights_only=True)["state_dict"]
+    assert not any("_orig_mod" in name for name in names)

@@ -74,8 +74,10 @@ def test_scores_and_protocol(door, run, capsys):
         "ema_decay": 0.9,
         "sampler": "DDIM(eta=0.5)",
         "spacing": "Leading()",
+        "variance": "Small()",
         "guidance": "none",
         "clipping": "StaticClipping(bound=1.0)",
+        "labels": "none",
         "steps": 3,
         "network_evaluations": 3,
         "seed": 0,
@@ -127,3 +129,25 @@ def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
     overrides = [f"run={run}", "task=reconstruct", "n=2", "sampler.steps=8", "task.tolerance=1e-9"]
     assert door("sample", *overrides) == 2
     assert "task.tolerance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "variance=large",
+        "spacing=leading",
+        "clipping=none",
+        "sampler.steps=4",
+        "seed=1",
+        "weights=raw",
+        "n=60",
+    ],
+)
+def test_each_choice_has_its_own_scores(door, run, other):
+    """No choice overwrites another's scores."""
+    scores = run / "scores"
+    base = ["evaluate", f"run={run}", "sampler=ddpm", "sampler.steps=3"]
+    assert door(*base, "n=50") == 0
+    before = set(scores.iterdir())
+    assert door(*base, *([] if other.startswith("n=") else ["n=50"]), other) == 0
+    assert len(set(scores.iterdir()) - before) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -56,14 +57,26 @@ def sweep(tmp_path_factory):
 def test_each_job_has_its_folder(sweep):
     _, _, jobs = sweep
     assert sorted(jobs) == [0, 1, 2, 3]
-    assert "seed=1" in jobs[2].name
+    assert "seed-1" in jobs[2].name
+
+
+def test_the_printed_commands_work(sweep):
+    done, _, jobs = sweep
+    (command,) = [
+        line.strip() for line in done.stdout.splitlines() if "src.sample" in line and str(jobs[2]) in line
+    ]
+    arguments = shlex.split(command)[1:]
+    again = subprocess.run(
+        [sys.executable, *arguments, "n=2"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_failing_job_leaves_the_others_alone(sweep):
     done, _, jobs = sweep
     assert done.returncode == 1
     outcomes = {number: json.loads((job / "outcome.json").read_text()) for number, job in jobs.items()}
-    assert [number for number in outcomes if "error" in outcomes[number]] == [1, 3]
+    assert sorted(number for number in outcomes if "error" in outcomes[number]) == [1, 3]
     assert "distinct" in outcomes[1]["error"]
     assert {"fd_digits", "val/loss"} <= set(outcomes[2]["scores"])
 

@@ -65,13 +65,18 @@ class TestResume:
         assert door("train", f"ckpt={run}/checkpoints/step_00000005.ckpt", "trainer.max_steps=12") == 0
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
-    def test_with_accumulation_and_workers(self, door, only_run, uninterrupted):
-        """Another cut of the batch changes rounding only: same images, times, noise and flips."""
-        overrides = ["max_device_batch=8", "workers=2", "trainer.max_steps=7", "model.dropout=0.0"]
+    def test_with_accumulation_and_workers(self, door, only_run, tmp_path):
+        """Another cut of the batch changes rounding only: same images, times and noise."""
+        assert door("train", *QUICK, "trainer.max_steps=12") == 0
+        only_whole = only_run().rename(tmp_path / "whole")
+        overrides = ["max_device_batch=8", "workers=2", "trainer.max_steps=7"]
         assert door("train", *QUICK, *overrides) == 0
         run = only_run()
         assert door("train", f"ckpt={run}", "trainer.max_steps=12", "max_device_batch=null", "workers=0") == 0
-        assert training_state(run, 12)["/data/samples"] == training_state(uninterrupted, 12)["/data/samples"]
+        mixed, whole = training_state(run, 12), training_state(only_whole, 12)
+        for name, weight in whole.items():
+            if name.startswith("/state_dict"):
+                torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=5e-5)
 
     def test_other_seed_differs(self, door, only_run, uninterrupted):
         """The comparison above can fail."""

@@ -10,9 +10,9 @@ from src.errors import UserError
 from src.metrics.features import ClassifierFeatures, FeatureExtractor
 from src.metrics.fidelity import (
     FrechetDistance,
-    Gaussian,
     InceptionScore,
     KernelDistance,
+    Moments,
     PrecisionRecall,
     Protocol,
     Recipe,
@@ -61,8 +61,8 @@ FAKE = random_images(40, (1, 2, 3), seed=2) // 2
 
 
 def test_distance_in_one_dimension():
-    a = Gaussian(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
-    b = Gaussian(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
+    a = Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
+    b = Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
     assert frechet_distance(a, b) == pytest.approx((4 - 1) ** 2 + (5 - 2) ** 2, rel=1e-12)
 
 
@@ -72,7 +72,7 @@ def test_distance_of_covariances_with_common_axes():
     basis = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))[0]
     means = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     deviations = torch.rand(2, 5, generator=generator, dtype=torch.float64)
-    a, b = (Gaussian(m, basis @ torch.diag(s**2) @ basis.T) for m, s in zip(means, deviations, strict=True))
+    a, b = (Moments(m, basis @ torch.diag(s**2) @ basis.T) for m, s in zip(means, deviations, strict=True))
     expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-12)
 
@@ -84,20 +84,20 @@ def test_distance_of_covariances_that_do_not_commute():
     cross = math.sqrt(torch.trace(a @ b) + 2 * math.sqrt(torch.det(a @ b)))
     expected = (torch.trace(a) + torch.trace(b)).item() - 2 * cross
     mean = torch.zeros(2, dtype=torch.float64)
-    assert frechet_distance(Gaussian(mean, a), Gaussian(mean, b)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(Moments(mean, a), Moments(mean, b)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_singular_covariances_are_no_special_case():
     # s uu^T and t vv^T of rank one: the cross term is sqrt(st) |u.v|
     u, v = torch.tensor([3.0, 4.0]).double() / 5, torch.tensor([1.0, 0.0]).double()
     mean = torch.zeros(2, dtype=torch.float64)
-    a, b = Gaussian(mean, 4 * torch.outer(u, u)), Gaussian(mean, 9 * torch.outer(v, v))
+    a, b = Moments(mean, 4 * torch.outer(u, u)), Moments(mean, 9 * torch.outer(v, v))
     assert frechet_distance(a, b) == pytest.approx(4 + 9 - 2 * 6 * 0.6, rel=1e-7)
 
 
 def test_moments_are_those_of_the_images():
     features = REAL.flatten(1).double()
-    gaussian = Gaussian.of_sums(torch.tensor(50), features.sum(0), features.T @ features)
+    gaussian = Moments.of_sums(torch.tensor(50), features.sum(0), features.T @ features)
     torch.testing.assert_close(gaussian.mean, features.mean(0))
     torch.testing.assert_close(gaussian.covariance, torch.cov(features.T))
 
