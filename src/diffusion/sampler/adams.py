@@ -28,7 +28,10 @@ class AdamsBashforth(Sampler):
 
     def __init__(self, order: int = 3):
         self.order = check_order(order, 4)
-        self.memory = self.order - 1
+
+    @property
+    def memory(self) -> int:
+        return self.order - 1
 
     @abstractmethod
     def weights(self, visited: list[NoiseLevel], s: NoiseLevel) -> list[float]:

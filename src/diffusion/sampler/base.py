@@ -83,6 +83,10 @@ class Sampler(ABC):
 
     memory = 0
 
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({numbers})"
+
     @abstractmethod
     def step(
         self,

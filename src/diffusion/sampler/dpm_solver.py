@@ -112,7 +112,10 @@ class MultistepDPMSolver(Sampler):
         self.order, self.plus_plus, self.eta = check_order(order, 3), plus_plus, eta
         self.midpoint, self.lower_order_final = midpoint, lower_order_final
         self.half_curvature = half_curvature
-        self.memory = self.order - 1
+
+    @property
+    def memory(self) -> int:
+        return self.order - 1
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)

@@ -37,4 +37,4 @@ class PerImageNoise:
         float32 numbers whatever x's dtype, so that a float64 run starts where the float32 run does.
         """
         noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.generators])
-        return noise.to(x.device, x.dtype)
+        return noise.to(x.device, x.dtype, non_blocking=True)

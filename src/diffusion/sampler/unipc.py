@@ -31,7 +31,10 @@ class UniPC(Sampler):
             raise ValueError(f"bh must be 1 or 2, got {bh}")
         self.order, self.bh, self.plus_plus = check_order(order, 3), bh, plus_plus
         self.lower_order_final = lower_order_final
-        self.memory = self.order
+
+    @property
+    def memory(self) -> int:
+        return self.order
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)

@@ -108,6 +108,13 @@ def test_inputs_are_left_alone(sampler):
         assert torch.equal(state.x, repeated.x)  # no state is left in the sampler
 
 
+def test_a_sampler_reads_as_it_is_made():
+    # protocols hold it: no addresses, no derived numbers
+    assert repr(DDIM(0.5)) == "DDIM(eta=0.5)"
+    assert repr(LMS(3)) == "LMS(order=3)"
+    assert repr(PredictorCorrector(DDPM())) == "PredictorCorrector(predictor=DDPM(), corrections=1, snr=0.16)"
+
+
 class Failing(torch.nn.Module):
     """NaN in one pixel of one image at its n-th call."""
 
