@@ -1,5 +1,7 @@
 """Score a trained run: python -m src.evaluate run=<run folder or checkpoint> (see --help)."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from src.command_line import run
@@ -7,7 +9,7 @@ from src.run_folder import recipe_folder, write_json
 
 
 def evaluate(config: Any) -> dict[str, float]:
-    """Generates images, scores them and writes the scores with their protocol.
+    """Generates images and scores them, or tells the likelihood of given ones; writes scores with their protocol.
 
     Args:
         config: conf/evaluate.yaml, composed.
@@ -15,26 +17,33 @@ def evaluate(config: Any) -> dict[str, float]:
     Returns:
         The scores by name.
     """
-    import logging
-
     from rich.progress import track
 
-    from src import loading
+    from src import loading, nll
 
     loaded = loading.load_with(config)
+    likelihood = nll.likelihood_of(loaded.config)
+    if likelihood is not None:
+        record = nll.evaluate(loaded, likelihood, config.n, config.batch_size, config.seed)
+        return publish(record, nll.folder(loaded.found.folder / "scores", record["protocol"]))
     score = loading.score_of(loaded, config.cache)
     generation = loaded.generation
     batches = generation.images(loaded.denoiser, range(config.n), config.batch_size)
     total = -(-config.n // config.batch_size)
     for images in track(batches, description=f"{score.name}: generating", total=total, transient=True):
         score.update(images)
-    scores = score.compute()
-    record = {"scores": scores, "protocol": loaded.protocol(score)}
-    path = recipe_folder(loaded.found.folder / "scores", record["protocol"]) / "scores.json"
+    record = {"scores": score.compute(), "protocol": loaded.protocol(score)}
+    return publish(record, recipe_folder(loaded.found.folder / "scores", record["protocol"]))
+
+
+def publish(record: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Writes scores and protocol as <folder>/scores.json, prints and returns the scores."""
+    path = folder / "scores.json"
     write_json(path, record)
-    lines = [f"{name:<12}{value:.5g}" for name, value in scores.items()]
-    logging.getLogger(__name__).info("%s\nprotocol    %s", "\n".join(lines), path)
-    return scores
+    width = max(map(len, ("protocol", *record["scores"]))) + 4
+    lines = [f"{name:<{width}}{value:.5g}" for name, value in record["scores"].items()]
+    logging.getLogger(__name__).info("%s\n%s%s", "\n".join(lines), "protocol".ljust(width), path)
+    return record["scores"]
 
 
 def main() -> None:
