@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"data", "diffusion", "errors"},
     "pictures": {"data", "diffusion"},
     "configuration": {"errors"},
-    "command_line": {"errors", "sweep"},
+    "command_line": {"configuration", "errors", "sweep"},
     "sweep": {"command_line", "errors"},
-    "run_folder": {"command_line", "errors"},
+    "run_folder": {"command_line", "errors", "sidecar"},
+    "sidecar": {"errors"},
     "training": {
         "data",
         "diffusion",
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pictures",
         "randomness",
         "run_folder",
+        "sidecar",
     },
 }
 JOINING = {"experiment", "loading", "nll", "tasks"}
@@ -50,7 +52,7 @@ JOINING = {"experiment", "loading", "nll", "tasks"}
 
 ONLY_IN = {
     "lightning": {"training", "data", "experiment"},
-    "hydra": {"configuration", "command_line", "sweep", "experiment", "loading", *DOORS, *TOOLS},
+    "hydra": {"configuration", "command_line", "sweep", "experiment", "loading", "nll", *DOORS, *TOOLS},
     "omegaconf": {"configuration", "command_line", "sweep", "experiment", "loading", "nll", *DOORS, *TOOLS},
     "wandb": {"training", "train"},
     "torch_fidelity": {"metrics", "fetch_inception"},

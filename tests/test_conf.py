@@ -1,0 +1,307 @@
+"""Every file of conf/ does what its first line says: it composes, is built and, if it is an experiment, trains."""
+
+import inspect
+import math
+import re
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from src import experiment
+from src.command_line import CONF, help_text
+from src.configuration import build
+from src.errors import UserError
+from src.metrics.fidelity import FidelityScore
+from src.sweep import register_resolvers
+from src.tasks import Task
+from tests.conftest import ROOT
+
+DOORS = ("train", "sample", "evaluate")
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+FILES = sorted(CONF.rglob("*.yaml"))
+# These override others instead of describing an object.
+PRESETS = {"experiment", "debug", "preset"}
+
+# Some choices are impossible beside the default ones: what they need instead.
+NEEDS = {
+    "schedule=jsd": ["parameterization=v"],
+    "schedule=rectified_flow": ["parameterization=velocity"],
+    "schedule=zero_terminal_snr": ["parameterization=v"],
+    "data=image_folder": ["data.root=${oc.env:PICTURES}"],
+    "loss=hybrid": ["variance=learned_range"],
+    "loss=vlb": ["variance=learned"],
+    "variance=learned": ["loss=hybrid"],
+    "variance=learned_range": ["loss=hybrid"],
+    "model=unet_ddpm": ["data=cifar10"],
+    "model=unet_small": ["data=fashion_mnist"],
+}
+# For 8x8 digits in seconds: sizes only, whatever network an experiment has.
+SMALL_NETWORK = [
+    "model.base_channels=8",
+    "model.groups=4",
+    "model.channel_multipliers=[1,1]",
+    "model.blocks_per_level=1",
+    "model.attention_factors=[2]",
+]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def groups_of(door: str) -> list[str]:
+    """The groups in a door's defaults list."""
+    defaults = OmegaConf.load(CONF / f"{door}.yaml").defaults
+    return [
+        key for entry in defaults if entry != "_self_" for key in entry if not key.startswith("override ")
+    ]
+
+
+def composed(door: str, *overrides: str) -> DictConfig:
+    """A door's configuration with these overrides, as the command line composes it."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(door, list(overrides))
+
+
+@pytest.fixture
+def assembled(tmp_path, monkeypatch):
+    """assembled("schedule=linear", ...) -> the training with these overrides, on digits and the CPU."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    monkeypatch.setenv("PICTURES", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def make(*overrides: str) -> tuple[experiment.Experiment, DictConfig]:
+        # the score takes longer than all else: only where it is meant
+        plain = ["logger=csv", "trainer=cpu", "metrics=none"]
+        given = {override.split("=")[0] for override in overrides}
+        plain = [override for override in plain if override.split("=")[0] not in given]
+        config = composed("train", *plain, *overrides)
+        return experiment.assemble(config, tmp_path / "run"), config
+
+    return make
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
+def test_the_first_line_says_what_it_is(path):
+    lines = path.read_text().splitlines()
+    package = [line for line in lines if "@package" in line]
+    assert package == lines[:1] if path.parent.name in PRESETS else not package
+    first = next(line for line in lines if line not in package)
+    assert re.fullmatch(r"# \S.{5,}", first)
+
+
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - PRESETS))
+def test_a_leaf_is_one_class_and_its_numbers(group):
+    """Nothing but `defaults`, `_target_` and options of the class; in groups that collect, of one class a name."""
+    collects = group in {"callbacks", "logger"}
+    for name in choices(group):
+        loaded = OmegaConf.load(CONF / group / f"{name}.yaml")
+        node = OmegaConf.to_container(loaded, resolve=False) or {}
+        leaves = {key: value for key, value in node.items() if key != "defaults"}
+        for leaf in leaves.values() if collects else [leaves] if leaves and "defaults" not in node else []:
+            assert "_target_" in leaf, f"{group}/{name}"
+            assert inspect.isclass(get_class(leaf["_target_"]))
+
+
+def test_a_group_is_named_as_its_module():
+    written = {path.stem for path in (ROOT / "src").rglob("*.py")} | {
+        path.name for path in (ROOT / "src").rglob("*") if path.is_dir()
+    }
+    elsewhere = {"trainer", "logger", "optimizer"}  # classes of Lightning and torch
+    assert {group.removesuffix("s") for group in set(GROUPS) - PRESETS - elsewhere} <= {
+        name.removesuffix("s") for name in written
+    }
+
+
+def test_every_group_belongs_to_a_door():
+    assert {group for door in DOORS for group in groups_of(door)} == set(GROUPS)
+
+
+@pytest.mark.xfail(strict=True, reason="names of 22 characters and more run into their description")
+@pytest.mark.parametrize("door", DOORS)
+def test_help_tells_every_group_choice_and_option(door):
+    lines = help_text(door).splitlines()
+    config = OmegaConf.load(CONF / f"{door}.yaml")
+    for group in groups_of(door):
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{group}="))
+        told = [line.split() for line in lines[start + 1 : start + 1 + len(choices(group))]]
+        assert [words[0] for words in told] == choices(group)
+        assert all(len(words) > 1 for words in told)  # the name and what it is
+    for option, value in OmegaConf.to_container(config, resolve=False).items():
+        if option not in ("defaults", "hydra", *groups_of(door)) and not isinstance(value, dict):
+            assert any(line.strip().startswith(f"{option}=") for line in lines), option
+
+
+# group -> where the object that it describes ends up in a training
+PLACE = {
+    "data": lambda e: e.data.source,
+    "model": lambda e: e.module.denoiser.network,
+    "schedule": lambda e: e.module.denoiser.schedule,
+    "parameterization": lambda e: e.module.denoiser.parameterization,
+    "variance": lambda e: e.module.denoiser.variance,
+    "loss": lambda e: e.module.loss,
+    "weighting": lambda e: e.module.loss.weighting,
+    "distance": lambda e: e.module.loss.distance,
+    "time_sampling": lambda e: e.module.loss.time_sampling,
+    "sampler": lambda e: e.generation.sampler,
+    "spacing": lambda e: e.generation.spacing,
+    "clipping": lambda e: e.generation.clipping,
+    "optimizer": lambda e: e.module.make_optimizer,
+    "lr_schedule": lambda e: e.module.make_lr_schedule,
+    "ema": lambda e: e.module.ema,
+    "trainer": lambda e: e.trainer,
+}
+# built in tests of their own
+ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS}
+
+
+def test_every_group_of_training_is_tried():
+    assert set(groups_of("train")) == set(PLACE) | (ELSEWHERE & set(groups_of("train")))
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in PLACE for choice in choices(group)]
+)
+def test_a_choice_becomes_its_object(group, choice, assembled):
+    override = f"{group}={choice}"
+    if group == "trainer" and choice == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    parts, config = assembled(override, *NEEDS.get(override, []))
+    node = config[group]
+    found = PLACE[group](parts)
+    if not node:
+        assert found is None
+        return
+    target = get_class(node["_target_"])
+    kind = found.func if isinstance(found, partial) else type(found)
+    assert kind is target
+    numbers = found.keywords if isinstance(found, partial) else vars(found)
+    for name, value in node.items():
+        if name in numbers and not name.startswith("_") and isinstance(value, int | float | bool):
+            assert numbers[name] == value, name
+
+
+# Lightning refuses StopOnSignal, a Checkpoint, where checkpointing is off.
+NO_CHECKPOINTS = pytest.mark.xfail(
+    strict=True, raises=UserError, reason="StopOnSignal needs enable_checkpointing"
+)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(name, marks=[] if name in ("checkpoints", "default", "none") else [NO_CHECKPOINTS])
+        for name in choices("callbacks")
+    ],
+)
+def test_callbacks(choice, assembled):
+    parts, config = assembled(f"callbacks={choice}", "metrics=fd_digits")
+    wanted = {get_class(node["_target_"]) for node in config.callbacks.values()}
+    assert wanted
+    assert wanted <= {type(callback) for callback in parts.trainer.callbacks}
+
+
+@pytest.mark.parametrize("choice", choices("logger"))
+def test_loggers(choice, assembled):
+    parts, config = assembled(f"logger={choice}")
+    wanted = {get_class(node["_target_"]) for node in (config.logger or {}).values()}
+    made = {type(logger) for logger in parts.trainer.loggers}
+    assert wanted <= made
+    (always,) = made - wanted
+    assert issubclass(always, CSVLogger)
+
+
+@pytest.mark.parametrize("choice", choices("metrics"))
+def test_metrics(choice, monkeypatch, tmp_path):
+    """The score is built, or, where InceptionV3's weights are neither there nor to be had, says so in one line."""
+
+    def unreachable(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("src.metrics.inception.POOL3_FILE", tmp_path / "pool3.safetensors")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    data = choice if choice in choices("data") else "fashion_mnist" if "fashion" in choice else "digits"
+    config = composed("train", f"data={data}", f"metrics={choice}")
+    if "Inception" in OmegaConf.to_yaml(config.metrics):
+        with pytest.raises(
+            UserError, match=r"^metrics\.features\.weights: no InceptionV3 weights in \S+"
+        ) as told:
+            experiment.fidelity_of(config)
+        assert "\n" not in str(told.value)
+        cure = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
+        assert cure in str(told.value)
+    elif choice == "none":
+        assert experiment.fidelity_of(config) is None
+    elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):
+        # for src.evaluate alone: nothing is generated, so there is nothing to track in training
+        assert build(config.metrics, object, "metrics") is not None
+        with pytest.raises(UserError, match=r"^metrics"):
+            experiment.fidelity_of(config)
+    else:
+        assert type(experiment.fidelity_of(config)) is get_class(config.metrics["_target_"])
+
+
+def test_the_default_score_fits_the_data():
+    for data in choices("data"):
+        (name,) = OmegaConf.load(CONF / "metrics" / f"{data}.yaml").defaults
+        assert composed("train", f"data={data}").metrics == OmegaConf.load(CONF / "metrics" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("door", ["sample", "evaluate"])
+def test_doors_to_runs_share_the_choices_of_training(door):
+    groups = set(groups_of(door)) - PRESETS - {"task"}
+    assert groups <= set(groups_of("train"))
+    config, training = composed(door), composed("train")
+    for group in groups:
+        # none keeps the run's own; what is chosen is what training previews with
+        assert not config.get(group) or config[group]["_target_"] == training[group]["_target_"]
+
+
+@pytest.mark.parametrize("choice", choices("task"))
+def test_tasks(choice):
+    config = composed("sample", f"task={choice}")
+    assert type(build(config.task, Task, "task")) is get_class(config.task["_target_"])
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in ("experiment", "debug") for choice in choices(group)]
+)
+def test_two_steps(group, choice, door, only_run, tmp_path):
+    """Every experiment and debug preset trains, previews and is kept: on digits, with its network made small."""
+    status = door(
+        "train",
+        f"{group}={choice}",
+        "data=digits",
+        *SMALL_NETWORK,
+        "batch_size=8",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "validate_every=2",
+        "sampler.steps=2",
+        "callbacks.curves.every=1",
+        "callbacks.sample_images.n=2",
+        "callbacks.track_fidelity.n=2",
+        "callbacks.track_fidelity.batch_size=2",
+        "logger=csv",
+    )
+    assert status == 0
+    run: Path = only_run()
+    assert (run / "checkpoints" / "step_00000002.ckpt").is_file()
+    assert (run / "samples" / "step_00000002.png").is_file()
+    curves = (run / "csv").rglob("metrics.csv")
+    names, *rows = next(iter(curves)).read_text().splitlines()
+    column = names.split(",").index("train/loss")
+    losses = [float(row.split(",")[column]) for row in rows if row.split(",")[column]]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
