@@ -52,6 +52,10 @@ from src.training.signals import StopOnSignal
 log = logging.getLogger(__name__)
 
 
+# Of c_out: 158 for DDPM's linear schedule and eps, which samples well unclipped, 20,000 for the cosine.
+LARGEST_GAIN = 1000
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A training, ready to run."""
@@ -102,6 +106,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         conditional=config.class_conditional,
     )
     generation = generation_of(config, config.generation.seed, denoiser.schedule)
+    warn_of_amplified_errors(denoiser, generation)
     score = fidelity_of(config)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, generation, denoiser.variance, score, checkpoint, ema)
@@ -232,6 +237,18 @@ def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generati
     except ValueError as error:
         raise UserError(f"sampler.{error}") from None
     return generation
+
+
+def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns of a start of sampling where x0 is the network's error many times over, and nothing bounds it."""
+    start = denoiser.schedule(generation.times(denoiser.schedule)[:1]).scalars()[0]
+    _, _, c_out = denoiser.parameterization.coefficients(start)
+    if generation.clipping is None and abs(c_out) > LARGEST_GAIN:
+        log.warning(
+            "clipping=none: the first step of sampling multiplies the network's errors by %s in x0; choose"
+            " clipping=static, or parameterization=v",
+            f"{abs(c_out):,.0f}",
+        )
 
 
 def fidelity_of(config: DictConfig) -> FidelityScore | None:

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from src.errors import UserError
-from src.experiment import denoiser_of, loss_of
+from src.experiment import denoiser_of, generation_of, loss_of, warn_of_amplified_errors
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -41,17 +41,17 @@ def composed():
                 "distance",
             )
         }
-        overrides = ["model.base_channels=8", "model.channel_multipliers=[1]", "model.attention_factors=[]"]
+        base = compose(
+            "train", ["model.base_channels=8", "model.channel_multipliers=[1]", "model.attention_factors=[]"]
+        )
 
-        def make(**chosen):
-            config = compose("train", overrides) if "base" not in cache else cache["base"].copy()
-            cache.setdefault("base", config.copy())
-            for name, choice in chosen.items():
-                config[name] = groups[name][choice]
-            return config
+    def make(**chosen):
+        config = base.copy()
+        for name, choice in chosen.items():
+            config[name] = groups[name][choice]
+        return config
 
-        cache = {}
-        yield make
+    return make
 
 
 class Pixelwise(nn.Module):
@@ -134,7 +134,7 @@ def test_losses_and_variances(loss, variance, distance, composed):
     if fits:
         _train_two_steps(loss_of(config, denoiser))
         return
-    with pytest.raises(UserError, match=r"^loss\.") as error:
+    with pytest.raises(UserError, match=r"^loss[.:]") as error:
         loss_of(config, denoiser)
     assert _is_one_line(error)
 
@@ -142,7 +142,7 @@ def test_losses_and_variances(loss, variance, distance, composed):
 @pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
 def test_a_learned_variance_needs_steps(schedule, composed):
     config = composed(schedule=schedule, variance="learned_range", parameterization="v", loss="hybrid")
-    with pytest.raises(UserError, match="^variance=learned .*choose variance=small") as error:
+    with pytest.raises(UserError, match=r"^variance=learned .*choose variance=small") as error:
         denoiser_of(config)
     assert _is_one_line(error)
 
@@ -152,3 +152,27 @@ def test_a_learned_variance_needs_channels(composed):
     config.model = {**config.model, "out_channels": 1}
     with pytest.raises(UserError, match=r"^model.out_channels=1: .* needs 2$"):
         denoiser_of(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gain"),
+    [
+        (["schedule=cosine", "clipping=none"], "20,291"),
+        (["schedule=cosine", "clipping=static"], None),
+        (["schedule=linear", "clipping=none"], None),
+        (["schedule=cosine", "parameterization=v", "clipping=none"], None),
+    ],
+)
+def test_cosine_with_eps_and_no_clipping_warns(overrides, gain, caplog):
+    # sqrt((1 - alphabar_T)/alphabar_T) of the cosine schedule, alphabar_T = 2.4288e-9
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", overrides)
+    denoiser = denoiser_of(config)
+    warn_of_amplified_errors(denoiser, generation_of(config, 0, denoiser.schedule))
+    if gain is None:
+        assert caplog.text == ""
+    else:
+        assert (
+            f"clipping=none: the first step of sampling multiplies the network's errors by {gain}"
+            in caplog.text
+        )
