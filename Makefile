@@ -23,7 +23,7 @@ train: .venv/.installed ## train on the embedded digits; ARGS="schedule=linear s
 	$(BIN)/python -m src.train $(ARGS)
 
 test: .venv/.installed ## run the tests (minutes); ARGS="-k ddim" selects
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: .venv/.installed ## run the tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)

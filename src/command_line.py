@@ -197,7 +197,7 @@ def help_text(config_name: str) -> str:
         for path in sorted((CONF / group).glob("*.yaml")):
             comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
             first = next(line.lstrip("# ") for line in comments if "@package" not in line)
-            text.append(f"    {path.stem:<22}{first}")
+            text.append(f"    {path.stem:<26} {first}")
     text += ["", "Single options, with their defaults:"]
     text += [f"    {option:<34}{comment}" for option, comment in options]
     text += [

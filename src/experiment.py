@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -325,8 +326,8 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         max_epochs=-1,
         enable_progress_bar="progress" in (config.callbacks or {}),
         enable_model_summary=False,
-        # True without one of ours would add Lightning's
-        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
+        # StopOnSignal is one too; True without any would add Lightning's
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     try:
         return make()

@@ -14,6 +14,7 @@ from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.experiment import denoiser_of, fidelity_of, generation_of, recipe, set_reference, source_of
 from src.generation import Generation
+from src.memory import keep_freed_memory
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Protocol
 from src.run_folder import FoundRun, find_run
@@ -120,7 +121,10 @@ def load(
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
-    denoiser.eval().requires_grad_(False).to(pick_device(device))
+    on = pick_device(device)
+    if on.type == "cpu":
+        keep_freed_memory()
+    denoiser.eval().requires_grad_(False).to(on)
     return LoadedRun(denoiser, generation, config, found, content["global_step"], name, decay)
 
 

@@ -126,7 +126,6 @@ def test_every_group_belongs_to_a_door():
     assert {group for door in DOORS for group in groups_of(door)} == set(GROUPS)
 
 
-@pytest.mark.xfail(strict=True, reason="names of 22 characters and more run into their description")
 @pytest.mark.parametrize("door", DOORS)
 def test_help_tells_every_group_choice_and_option(door):
     lines = help_text(door).splitlines()
@@ -190,19 +189,7 @@ def test_a_choice_becomes_its_object(group, choice, assembled):
             assert numbers[name] == value, name
 
 
-# Lightning refuses StopOnSignal, a Checkpoint, where checkpointing is off.
-NO_CHECKPOINTS = pytest.mark.xfail(
-    strict=True, raises=UserError, reason="StopOnSignal needs enable_checkpointing"
-)
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        pytest.param(name, marks=[] if name in ("checkpoints", "default", "none") else [NO_CHECKPOINTS])
-        for name in choices("callbacks")
-    ],
-)
+@pytest.mark.parametrize("choice", choices("callbacks"))
 def test_callbacks(choice, assembled):
     parts, config = assembled(f"callbacks={choice}", "metrics=fd_digits")
     wanted = {get_class(node["_target_"]) for node in config.callbacks.values()}
