@@ -4,9 +4,11 @@ A fork server imports the framework once; each door then runs in a fresh process
 session, so that starting one costs a tenth of a second and a kill hits nothing else.
 """
 
+import base64
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -88,14 +90,30 @@ class Fault:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Puts a function in the place of another: replacement(original) is what is called instead."""
+    """Puts a function in the place of another: replacement(original, number of the call, *arguments).
+
+    Attributes:
+        place: as for `Fault`.
+        replacement: what is called instead; a function of a module.
+        rank: only there; None for everywhere.
+    """
 
     place: str
-    replacement: Callable[[Callable], Callable]
+    replacement: Callable
+    rank: int | None = None
 
     def install(self) -> None:
+        if self.rank is not None and int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+            return
         owner, name, original = resolve(self.place)
-        setattr(owner, name, self.replacement(original))
+        calls = 0
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return self.replacement(original, calls, *arguments, **named)
+
+        setattr(owner, name, called)
 
 
 def resolve(place: str) -> tuple[Any, str, Any]:
@@ -204,10 +222,13 @@ def run_folder(folder: Path) -> Path:
     return max(folder.glob("runs/*/checkpoints/step_*.ckpt")).parent.parent
 
 
-def start_ddp(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """python -m src.train on two gloo processes; in its own session, output in folder/ddp.txt."""
+def start_ddp(
+    folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = ()
+) -> subprocess.Popen:
+    """src.train on two gloo processes; in its own session, output in folder/ddp.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "src.train", f"runs={folder / 'runs'}", *arguments]
+    command = [sys.executable, "-m", "tests.faults.door", "train", f"runs={folder / 'runs'}", *arguments]
+    environment = {"FAULTS": base64.b64encode(pickle.dumps(tuple(faults))).decode()}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     with (folder / "ddp.txt").open("ab") as log:

@@ -1,0 +1,273 @@
+"""All faults, many times, with a table of what came of them: python -m tests.faults --help."""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from src.run_folder import find_run
+from tests.faults import processes
+from tests.faults.processes import DDP, ROOT, STEPS, TINY, Door, Fault, resume, run, run_folder, train
+from tests.faults.saving import kill_while_saving
+from tests.faults.states import differences, training_state
+
+VARIANTS = {
+    "no workers": (),
+    "2 workers": ("workers=2",),
+    "accumulation of 2": ("max_device_batch=8",),
+}
+STEP = "src.training.module:DiffusionModule.training_step"
+PLACES = {
+    "a step": (STEP, 5),
+    "validation": ("src.training.module:DiffusionModule.validation_step", 3),
+    "a preview": ("src.generation:Generation.trajectory", 1),
+    "a save": ("src.training.checkpoint:_Hashing.write", 200),
+}
+
+
+class Table:
+    """Counts by fault: how many were injected, how many went well, and what did not."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict] = {}
+
+    def count(self, name: str, problem: str | None) -> None:
+        row = self.rows.setdefault(name, {"injected": 0, "as required": 0, "problems": []})
+        row["injected"] += 1
+        row["as required"] += problem is None
+        row["problems"] += [problem] if problem else []
+        print(
+            f"{time.strftime('%H:%M:%S')}  {name}: {row['as required']}/{row['injected']}  {problem or ''}",
+            flush=True,
+        )
+
+    def markdown(self) -> str:
+        lines = ["| fault | injected | as required |", "|---|---|---|"]
+        lines += [f"| {name} | {row['injected']} | {row['as required']} |" for name, row in self.rows.items()]
+        return "\n".join(lines)
+
+
+def non_finite(folder: Path) -> list[str]:
+    """Kept checkpoints below a folder with a number in their weights that is not finite."""
+    found = []
+    for path in folder.glob("**/*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        found += [path.name] if any(not weight.isfinite().all() for weight in weights) else []
+    return found
+
+
+def kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+    """Trainings that are killed at up to three random instants each, then finished and compared."""
+    baselines, seconds = {}, {}
+    for variant, overrides in VARIANTS.items():
+        began = time.monotonic()
+        door = train(folder / "baseline" / variant.replace(" ", "_"), *overrides)
+        seconds[variant] = time.monotonic() - began
+        assert door.status == 0, door.output
+        baselines[variant] = training_state(run_folder(door.folder), STEPS)
+    done = 0
+    while done < number:
+        variant = chance.choice(list(VARIANTS))
+        place, struck = folder / f"kills_{done}", 0
+        for _ in range(min(3, number - done)):
+            started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
+            arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
+            door = Door(place, ["train", *arguments]).start()
+            door.process.join(chance.uniform(0.3, 0.9) * seconds[variant])
+            alive = door.process.exitcode is None
+            door.kill()
+            struck += alive
+            if not alive:
+                break
+        last = resume(place, *VARIANTS[variant])
+        if last.status != 0:
+            problem = last.output[-300:]
+        else:
+            wrong = differences(baselines[variant], training_state(run_folder(place), STEPS))
+            problem = f"{len(wrong)} leaves differ" if wrong else None
+        for _ in range(struck):
+            table.count(f"SIGKILL of a training at a random instant, {variant}", problem)
+        table.count(
+            "trainings without a number that is not finite in any kept checkpoint",
+            str(bad) if (bad := non_finite(place)) else None,
+        )
+        done += struck
+        shutil.rmtree(place)
+
+
+def sampling_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+    """Drawings that are killed and finished: the bytes of the whole."""
+    trained = run_folder(folder / "baseline" / "no_workers")
+    base = ("sample", f"run={trained}", "n=48", "batch_size=4", "sampler=ddpm", "sampler.steps=10")
+    whole = folder / "drawn"
+    began = time.monotonic()
+    assert run(whole, *base, f"out={whole}/out").status == 0
+    seconds = time.monotonic() - began
+    done = 0
+    while done < number:
+        place = folder / f"draw_{done}"
+        door = Door(place, [*base, f"out={place}/out"]).start()
+        door.process.join(chance.uniform(0.3, 0.95) * seconds)
+        alive = door.process.exitcode is None
+        door.kill()
+        finished = run(place, *base, f"out={place}/out").status == 0
+        same = finished and all(
+            path.read_bytes() == (place / "out" / "images" / path.name).read_bytes()
+            for path in (whole / "out" / "images").iterdir()
+        )
+        if alive:
+            done += 1
+            table.count("SIGKILL of a drawing at a random instant", None if same else "the bytes differ")
+        shutil.rmtree(place)
+
+
+def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+    """SIGKILL to one of two ranks."""
+    baseline = folder / "ddp_baseline"
+    assert processes.start_ddp(baseline, *DDP).wait(300) == 0, (baseline / "ddp.txt").read_text()
+    expected = training_state(run_folder(baseline), STEPS)
+    for i in range(number):
+        place = folder / f"ddp_{i}"
+        leader = processes.start_ddp(place, *DDP)
+        problem = None
+        try:
+            processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
+            time.sleep(chance.uniform(0, 2))
+            if leader.poll() is None:
+                pids = processes.ranks(leader)
+                os.kill(pids[i % len(pids)], signal.SIGKILL)
+            leader.wait(60)
+        except subprocess.TimeoutExpired:
+            problem = "the other rank hangs"
+        finally:
+            processes.leave_nothing(leader)
+        again = processes.start_ddp(place, "ckpt=last")
+        if problem is None and again.wait(300) != 0:
+            problem = (place / "ddp.txt").read_text()[-300:]
+        elif problem is None and (wrong := differences(expected, training_state(run_folder(place), STEPS))):
+            problem = f"{len(wrong)} leaves differ"
+        table.count("SIGKILL of one of two processes (gloo)", problem)
+        shutil.rmtree(place)
+
+
+def save_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+    """SIGKILL in the middle of saves, half of them with TMPDIR on another filesystem."""
+    elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(folder)
+    for i in range(number):
+        temporary = elsewhere if i % 2 else str(folder)
+        wrong = kill_while_saving(folder / f"save_{i}", chance, 20, temporary)
+        where = "TMPDIR on another filesystem" if i % 2 else "TMPDIR on the same filesystem"
+        table.count(f"SIGKILL during a save, {where}", "; ".join(wrong) or None)
+        shutil.rmtree(folder / f"save_{i}")
+
+
+def signal_cases() -> Iterator[tuple[str, Fault]]:
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for name, (place, call) in PLACES.items():
+            yield f"{signum.name} in {name}", Fault(place, call, signum)
+    yield "two SIGTERM in a step", Fault(STEP, 5, signal.SIGTERM, again=2)
+    yield "two SIGINT in a step", Fault(STEP, 5, signal.SIGINT, again=2)
+
+
+def signals(folder: Path, table: Table, ddp: bool) -> None:
+    """One process: 14 cases, resumed and compared; two processes: 6."""
+    expected = training_state(run_folder(folder / "baseline" / "no_workers"), STEPS)
+    for i, (name, fault) in enumerate(signal_cases()):
+        place = folder / f"signal_{i}"
+        stopped = train(place, faults=[fault])
+        problem = None
+        if stopped.status != 128 + fault.signum:
+            problem = f"{name}: exit status {stopped.status}"
+        elif resume(place).status or differences(expected, training_state(run_folder(place), STEPS)):
+            problem = f"{name}: not as uninterrupted"
+        table.count("signals to a training of one process", problem)
+    if not ddp:
+        return
+    who: dict[str, Callable[[list[int]], list[int]]] = {
+        "rank 0": lambda pids: pids[:1],
+        "rank 1": lambda pids: pids[1:],
+        "both": lambda pids: pids,
+    }
+    cases = [(signal.SIGTERM, "rank 0"), (signal.SIGTERM, "rank 1"), (signal.SIGTERM, "both")]
+    cases += [(signal.SIGINT, "both"), (signal.SIGUSR1, "rank 0"), (signal.SIGUSR1, "both")]
+    for i, (signum, whom) in enumerate(cases):
+        place, problem = folder / f"ddp_signal_{i}", None
+        leader = processes.start_ddp(place, *DDP, "trainer.max_steps=100000", "validate_every=100000")
+        try:
+            processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
+            for pid in who[whom](processes.ranks(leader)):
+                os.kill(pid, signum)
+            status = leader.wait(60)
+            saved = find_run(run_folder(place)).checkpoint
+            step = int(saved.stem.removeprefix("step_"))
+            if status != 128 + signum:
+                problem = f"{signum.name} to {whom}: exit status {status}"
+            elif f"saving at step {step}" not in (place / "ddp.txt").read_text():
+                problem = f"{signum.name} to {whom}: not saved"
+        except subprocess.TimeoutExpired:
+            problem = f"{signum.name} to {whom}: hangs"
+        finally:
+            processes.leave_nothing(leader)
+        table.count("signals to a training of two processes (gloo)", problem)
+
+
+# what the tests count: rows of the table by the tests that make them up
+TESTED = {
+    "tests of malformed image files": "tests/data/test_image_folder.py",
+    "bad configurations": "tests/cli/test_bad_input.py::test_train_refuses_in_one_line",
+    "hostile targets and checkpoint entries": "tests/faults/test_hostile.py",
+    "wandb: unreachable, dying server, killed service": "tests/faults/test_dashboard.py",
+    "loss or gradient not finite": "tests/faults/test_numbers.py",
+    "writing: damaged files, full disk": "tests/faults/test_writing.py",
+}
+
+
+def tested(table: Table) -> None:
+    for name, selection in TESTED.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", selection]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        for line in done.stdout.splitlines():
+            outcome, _, test = line.partition(" ")
+            if outcome in ("PASSED", "FAILED", "ERROR"):
+                table.count(name, None if outcome == "PASSED" else test)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=80, help="of trainings of one process")
+    parser.add_argument("--ddp", type=int, default=20, help="of one of two processes")
+    parser.add_argument("--saves", type=int, default=200, help="during a save")
+    parser.add_argument("--drawings", type=int, default=10, help="of a sampler")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--out", type=Path, help="file for the counts, JSON")
+    options = parser.parse_args()
+    table, chance = Table(), random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="faults_") as name:
+        folder = Path(name)
+        try:
+            kills(folder, chance, options.kills, table)
+            save_kills(folder, chance, options.saves, table)
+            sampling_kills(folder, chance, options.drawings, table)
+            signals(folder, table, ddp=options.ddp > 0)
+            if options.ddp:
+                ddp_kills(folder, chance, options.ddp, table)
+            tested(table)
+        finally:
+            print(table.markdown())
+            if options.out:
+                options.out.write_text(json.dumps(table.rows, indent=2))
+    sys.exit(any(row["problems"] for row in table.rows.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""A door with faults in it, as a command that Lightning can start again for each rank.
+
+FAULTS='<base64 of pickled faults>' python -m tests.faults.door train trainer=ddp ...
+"""
+
+import base64
+import importlib
+import os
+import pickle
+import sys
+
+
+def main() -> None:
+    for fault in pickle.loads(base64.b64decode(os.environ["FAULTS"])):
+        fault.install()
+    # the ranks that Lightning starts get the overrides alone
+    name = os.environ.setdefault("DOOR", sys.argv[1])
+    if "LOCAL_RANK" not in os.environ:
+        del sys.argv[1]
+    importlib.import_module(f"src.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
