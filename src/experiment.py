@@ -91,6 +91,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         UserError: a choice that is impossible or does not fit another.
     """
     check_scalars(config, TRAINING_SCALARS)
+    if config.name and (set(config.name) & set("/\\\0") or config.name.startswith(".")):
+        raise UserError(f"name={config.name!r}: a name, not a path: no slashes, no dot in front")
     source = source_of(config)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, source)

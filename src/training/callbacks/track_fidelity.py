@@ -69,9 +69,11 @@ class TrackFidelity(EverySteps):
         value = scores[score.name]
         trainer.progress_bar_metrics[score.name] = value
         if self._is_best(value):
-            self.best_value = value
+            before, self.best_value = self.best_value, value
             trainer.save_checkpoint(self.best, weights_only=False)
-            if trainer.is_global_zero:
+            if trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures):
+                self.best_value = before  # the file is still that of the old one
+            elif trainer.is_global_zero:
                 protocol = Protocol.of(score, self.recipe(trainer.global_step))
                 record = {"scores": scores, "protocol": protocol.as_dict()}
                 with forgiving("record of the best score"):

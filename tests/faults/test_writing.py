@@ -1,0 +1,161 @@
+"""Writing checkpoints: kills in mid-save, damaged files, full disks, numbers that are not finite."""
+
+import errno
+import logging
+import os
+import random
+import resource
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.run_folder import checkpoints_by_step, find_run
+from src.sidecar import damage, sidecar_path
+from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from tests.faults.processes import STEPS, Replacement, resume, run, run_folder, train
+from tests.faults.saving import content, kill_while_saving
+from tests.faults.states import differences, training_state
+
+
+@pytest.mark.parametrize("temporary", ["same", "/dev/shm"])
+def test_kills_in_the_middle_of_saves(tmp_path, temporary):
+    """Lightning's own writer leaves the good file truncated where $TMPDIR is another filesystem."""
+    chance = random.Random(temporary)
+    for i in range(4):
+        place = str(tmp_path) if temporary == "same" else temporary
+        assert not kill_while_saving(tmp_path / str(i), chance, 20, place)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A run folder with checkpoints of steps 1, 2 and 3."""
+    for step in (1, 2, 3):
+        AtomicCheckpointIO().save_checkpoint(
+            content(step, 1), tmp_path / "checkpoints" / f"step_{step:08d}.ckpt"
+        )
+    return tmp_path
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip_a_bit(path):
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def truncate_without_record(path):
+    truncate(path)
+    sidecar_path(path).unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, truncate_without_record])
+def test_the_newest_valid_one_is_the_last(written, caplog, harm):
+    assert find_run(written).checkpoint.name == "step_00000003.ckpt"
+    newest = written / "checkpoints" / "step_00000003.ckpt"
+    harm(newest)
+    assert find_run(written).checkpoint.name == "step_00000002.ckpt"
+    assert "step_00000003.ckpt is damaged" in caplog.text
+    with pytest.raises(UserError, match=r"step_00000003\.ckpt is damaged"):
+        find_run(newest)
+    harm(written / "checkpoints" / "step_00000002.ckpt")
+    harm(written / "checkpoints" / "step_00000001.ckpt")
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+        find_run(written)
+
+
+def test_a_lone_checkpoint_is_judged_by_loading_it(written):
+    path = written / "checkpoints" / "step_00000003.ckpt"
+    sidecar_path(path).unlink()
+    assert damage(path) is None
+
+
+def test_resumed_from_the_one_before_a_damaged_one(tmp_path, uninterrupted):
+    assert train(tmp_path, "trainer.max_steps=9").status == 0
+    flip_a_bit(run_folder(tmp_path) / "checkpoints" / "step_00000009.ckpt")
+    done = resume(tmp_path, f"trainer.max_steps={STEPS}")
+    assert done.status == 0, done.output
+    assert "from step 6" in done.output
+    assert "is set aside" in done.output
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path, caplog):
+    io, path = AtomicCheckpointIO(), tmp_path / "step_00000001.ckpt"
+    io.save_checkpoint(content(1, 1), path)
+    before = path.read_bytes()
+    poisoned = content(2, 1)
+    poisoned["optimizer_states"] = [{"state": {0: {"exp_avg": torch.tensor([0.0, float("nan")])}}}]
+    io.save_checkpoint(poisoned, path)
+    assert path.read_bytes() == before
+    assert "optimizer_states.0.state.0.exp_avg is not finite" in caplog.text
+    assert io.failures == 1
+
+
+def test_fewer_than_two_are_not_kept():
+    with pytest.raises(ValueError, match="keep must be at least 2"):
+        Checkpoints("nowhere", {}, keep=1)
+
+
+def limit_file_size(original, call, *arguments):
+    """From here on the kernel refuses files above 100 kB, as it refuses all growth on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return original(*arguments)
+
+
+def full_once(original, call, *arguments):
+    if call == 2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return original(*arguments)
+
+
+def test_full_disk_stops_after_three_failures(tmp_path):
+    start = Replacement("src.training.checkpoint:Checkpoints.on_train_start", limit_file_size)
+    door = train(tmp_path, faults=[start])
+    assert door.status == 2, door.output
+    assert door.output.count("disk full, 0.") >= 3
+    assert "MB needed" in door.output
+    assert "3 checkpoints in a row could not be written" in door.output.splitlines()[-1]
+    assert not list(tmp_path.glob("runs/*/checkpoints/*")), "nor is half a file left"
+
+
+def test_training_goes_on_after_a_full_disk(tmp_path, uninterrupted):
+    once = Replacement("src.training.checkpoint:_write", full_once)
+    door = train(tmp_path, faults=[once])
+    assert door.status == 0, door.output
+    assert "disk full" in door.output
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+    for path in checkpoints_by_step(run_folder(tmp_path) / "checkpoints"):
+        assert damage(path) is None
+
+
+def test_leftovers_of_a_killed_process_are_swept(tmp_path):
+    assert train(tmp_path, "trainer.max_steps=3").status == 0
+    leftover = run_folder(tmp_path) / "checkpoints" / ".step_00000006.ckpt.1.tmp"
+    leftover.write_bytes(b"half")
+    assert resume(tmp_path, "trainer.max_steps=4").status == 0
+    assert not leftover.exists()
+
+
+def test_a_name_is_no_path(tmp_path):
+    for name in ("../elsewhere", "a/b", ".hidden"):
+        door = run(tmp_path, "train", f"name='{name}'")
+        assert door.status == 2
+        assert "error: name=" in door.output
+        assert not (tmp_path / "elsewhere").exists()
+
+
+def test_warnings_are_heard_before_logging_is_set_up(written, capsys):
+    """Falling back happens while the command line is read."""
+    truncate(written / "checkpoints" / "step_00000003.ckpt")
+    handlers, logging.root.handlers = logging.root.handlers, []
+    try:
+        find_run(written)
+    finally:
+        logging.root.handlers = handlers
+    assert "is damaged" in capsys.readouterr().err
