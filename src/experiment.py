@@ -91,6 +91,12 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         UserError: a choice that is impossible or does not fit another.
     """
     check_scalars(config, TRAINING_SCALARS)
+    for option in ("cache", "runs"):
+        if "${oc.env:" in config[option]:
+            raise UserError(
+                f"{option}={config[option]}: folders do not take variables as possible secrets; let the shell fill it "
+                "in ($NAME), or call the variable DIFFUSION_LAB_..."
+            )
     if config.name and (set(config.name) & set("/\\\0") or config.name.startswith(".")):
         raise UserError(f"name={config.name!r}: a name, not a path: no slashes, no dot in front")
     source = source_of(config)

@@ -1,0 +1,87 @@
+"""A drawing that is killed half-way is finished with the bytes that it would have had."""
+
+import signal
+
+import pytest
+from PIL import Image
+
+from tests.faults.processes import Fault, run, run_folder, train
+
+HALF_WAY = Fault("src.pictures:Image.Image.save", 6)  # in the second batch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(folder, "trainer.max_steps=4").status == 0
+    return run_folder(folder)
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+
+
+def test_finished_with_the_same_bytes(tmp_path, trained):
+    draw = (
+        "sample",
+        f"run={trained}",
+        "n=10",
+        "batch_size=4",
+        "sampler=ddpm",
+        "sampler.steps=4",
+        "device=cpu",
+    )
+    assert run(tmp_path, *draw, f"out={tmp_path}/whole").status == 0
+    whole = bytes_of(tmp_path / "whole")
+    killed = run(tmp_path, *draw, f"out={tmp_path}/parts", faults=[HALF_WAY])
+    assert killed.status == 128 + signal.SIGKILL, killed.output
+    parts = tmp_path / "parts" / "images"
+    first, last = parts / "000000.png", parts / "000004.png"
+    times = {path: path.stat().st_mtime_ns for path in (first, last)}
+    first_batch_done = [parts / f"{i:06d}.png" for i in range(4)]
+    assert all(path.exists() for path in first_batch_done)
+    assert not (parts / "000009.png").exists()
+    assert run(tmp_path, *draw, f"out={tmp_path}/parts").status == 0
+    assert {
+        name: content for name, content in bytes_of(tmp_path / "parts").items() if name[0] != "."
+    } == whole
+    assert first.stat().st_mtime_ns == times[first], "the finished batch is not drawn again"
+    assert last.stat().st_mtime_ns != times[last]
+
+
+def test_a_broken_image_is_drawn_again(tmp_path, trained):
+    draw = (
+        "sample",
+        f"run={trained}",
+        "n=8",
+        "batch_size=4",
+        "sampler.steps=4",
+        "device=cpu",
+        f"out={tmp_path}/out",
+    )
+    assert run(tmp_path, *draw).status == 0
+    whole = bytes_of(tmp_path / "out")
+    broken = tmp_path / "out" / "images" / "000001.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    assert run(tmp_path, *draw).status == 0
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
+    draw = (
+        "sample",
+        f"run={trained}",
+        "n=8",
+        "batch_size=4",
+        "sampler.steps=4",
+        "device=cpu",
+        f"out={tmp_path}/out",
+    )
+    assert run(tmp_path, *draw).status == 0
+    before = bytes_of(tmp_path / "out")
+    killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation:Generation.trajectory", 1)])
+    assert killed.status == 128 + signal.SIGKILL
+    assert run(tmp_path, *draw, "seed=1").status == 0
+    after = bytes_of(tmp_path / "out")
+    assert all(after[name] != before[name] for name in before)
+    Image.open(tmp_path / "out" / "grid.png").verify()

@@ -1,0 +1,82 @@
+"""Checkpoints of strangers: nothing in them is executed, and one line says why they are refused."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from src.sidecar import sidecar_path
+from tests.faults.processes import run, run_folder, train
+
+# What a stored configuration might name; each would leave a file named "marker" in the working directory.
+TARGETS = {
+    "os.system": {"command": "touch marker"},
+    "subprocess.run": {"args": ["touch", "marker"]},
+    "builtins.open": {"file": "marker", "mode": "w"},
+    "builtins.exec": {"object": "open('marker', 'w')"},
+    "os.makedirs": {"name": "marker"},
+    "pathlib.Path.touch": {"self": "marker"},
+    "torch.load": {"f": "evil.pickle", "weights_only": False},
+    "torch.nn.modules.module.torch.load": {"f": "evil.pickle", "weights_only": False},
+    "torch.optim.adam.torch.load": {"f": "evil.pickle", "weights_only": False},
+    "lightning.pytorch.trainer.trainer.os.system": {"command": "touch marker"},
+    "src.run_folder.subprocess.run": {"args": ["touch", "marker"]},
+    "src.run_folder.write_json": {"path": "marker", "content": 1},
+}
+SLOTS = ("model", "schedule")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch marker",)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(folder, "trainer.max_steps=1", "metrics=none").status == 0
+    return run_folder(folder) / "checkpoints" / "step_00000001.ckpt"
+
+
+def refused(tmp_path, content):
+    torch.save(content, tmp_path / "stranger.ckpt")
+    (tmp_path / "evil.pickle").write_bytes(pickle.dumps(Evil()))
+    for door in (["sample", "run=stranger.ckpt"], ["evaluate", "run=stranger.ckpt"]):
+        done = run(tmp_path, *door)
+        assert done.status == 2, done.output
+        lines = [line for line in done.output.splitlines() if line.strip()]
+        assert len(lines) == 1, done.output
+        assert lines[0].startswith("error: ")
+    assert not (tmp_path / "marker").exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_in_a_stored_configuration(tmp_path, trained, target):
+    content = torch.load(trained, weights_only=True)
+    slot = SLOTS[len(target) % 2]
+    content["config"][slot] = {"_target_": target, **TARGETS[target]}
+    line = refused(tmp_path, content)
+    assert f"{slot}._target_={target}" in line
+    assert "not allowed" in line
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "config", "callbacks", "origin"])
+def test_object_in_a_checkpoint(tmp_path, trained, entry):
+    content = torch.load(trained, weights_only=True)
+    content[entry] = Evil()
+    assert "stranger.ckpt" in refused(tmp_path, content)
+
+
+def test_resuming_executes_nothing_either(tmp_path, trained):
+    place = tmp_path / "runs" / "theirs"
+    shutil.copytree(trained.parent.parent, place)
+    checkpoint = place / "checkpoints" / trained.name
+    content = torch.load(checkpoint, weights_only=True)
+    content["origin"] = Evil()
+    torch.save(content, checkpoint)
+    sidecar_path(checkpoint).unlink()
+    assert run(tmp_path, "train", f"ckpt={place}", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0").status == 2
+    assert not (tmp_path / "marker").exists()

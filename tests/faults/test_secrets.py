@@ -1,0 +1,59 @@
+"""A value that comes from the environment by ${oc.env:...} reaches the objects and nothing that is written down."""
+
+from PIL import Image
+
+from tests.faults.processes import run, run_folder, train
+
+SECRET = "s3cr3t-token-of-mine"
+
+
+def test_a_secret_is_written_nowhere(tmp_path):
+    pictures = tmp_path / SECRET
+    pictures.mkdir()
+    for number in range(40):
+        Image.new("L", (8, 8), 5 * number).save(pictures / f"{number:02d}.png")
+    data = (
+        "data=image_folder",
+        "data.root=${oc.env:MY_PICTURES}",
+        "name=${oc.env:MY_PICTURES}",
+        "logger=wandb",
+        "data.image_size=8",
+        "data.channels=1",
+        "metrics=none",
+        f"data.cache={tmp_path}/index",
+    )
+    place = tmp_path / "place"
+    variables = {"MY_PICTURES": str(pictures), "WANDB_MODE": "offline"}
+    # a name with a slash is refused, by its text and not by its value
+    assert train(place, *data, **variables).status == 0
+    for path in (place / "runs").rglob("*"):
+        assert SECRET not in str(path.relative_to(place))
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in "".join(path.read_text() for path in place.glob("output_*"))
+    assert "${oc.env:MY_PICTURES}" in (run_folder(place) / "config.yaml").read_text()
+    # the text in the stored configuration finds the value again
+    assert run(place, "sample", f"run={run_folder(place)}", "n=2", **variables).status == 0
+
+
+def test_nor_is_it_told_in_a_mistake(tmp_path):
+    door = train(tmp_path, "data=image_folder", "metrics=none", "data.root=${oc.env:TOKEN}", TOKEN=SECRET)
+    assert door.status == 2
+    assert SECRET not in door.output
+    assert "${oc.env:TOKEN}" in door.output
+
+
+def test_a_variable_that_is_not_set(tmp_path):
+    door = train(tmp_path, "data=image_folder", "metrics=none", "data.root=${oc.env:NOT_SET_ANYWHERE}")
+    assert door.status == 2
+    assert "NOT_SET_ANYWHERE is not set" in door.output.splitlines()[-1]
+
+
+def test_folders_take_only_variables_that_are_no_secrets(tmp_path):
+    door = train(tmp_path, "cache=${oc.env:TOKEN}/statistics", TOKEN=SECRET)
+    assert door.status == 2
+    assert "DIFFUSION_LAB_" in door.output
+    assert (
+        train(tmp_path, "cache=${oc.env:DIFFUSION_LAB_HERE}", DIFFUSION_LAB_HERE=f"{tmp_path}/here").status
+        == 0
+    )
+    assert list((tmp_path / "here").iterdir())
