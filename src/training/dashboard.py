@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from src.run_folder import forgiving
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
-PATIENCE = 15.0
+PATIENCE = 8.0
 """Seconds that a server which does not answer is waited for, at the start and again at the end."""
 
 
@@ -47,15 +48,17 @@ class Dashboard(WandbLogger):
     def experiment(self) -> Any:
         if self._lost:
             return DummyExperiment()
-        import wandb
-
         try:
             return super().experiment
-        except wandb.Error as error:
-            first = str(error).splitlines()[0]
-            log.warning("wandb       offline (%s); later: wandb sync %s", first, self.save_dir)
-            self._wandb_init |= {"mode": "offline", "resume": None}
+        except Exception as error:
+            log.warning("wandb       offline (%s); later: wandb sync %s", _first_line(error), self.save_dir)
+        _forget_service()  # it would say that the run's id is in use
+        self._wandb_init |= {"mode": "offline", "resume": None}
+        try:
             return super().experiment
+        except Exception as error:
+            self._lose(error)
+            return DummyExperiment()
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -75,8 +78,21 @@ class Dashboard(WandbLogger):
         try:
             action(*arguments, **named)
         except Exception as error:  # of whatever class: the training is worth more than its picture
-            self._lost = True
-            log.warning("wandb       lost (%s); the curves go on in csv/", str(error) or type(error).__name__)
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self._lost = True
+        log.warning("wandb       lost (%s); the curves go on in csv/", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _forget_service() -> None:
+    """Lets go of wandb's own process, in whatever state it is; the next run starts another."""
+    with suppress(Exception):
+        sys.modules["wandb"].teardown()
 
 
 def finish_dashboards() -> None:
@@ -86,7 +102,8 @@ def finish_dashboards() -> None:
     try:
         sys.modules["wandb"].finish()
     except Exception as error:
-        log.warning("wandb       not finished (%s)", str(error) or type(error).__name__)
+        log.warning("wandb       not finished (%s)", _first_line(error))
+        _forget_service()
 
 
 def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:

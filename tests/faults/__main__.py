@@ -134,11 +134,11 @@ def sampling_kills(folder: Path, chance: random.Random, number: int, table: Tabl
 def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
     """SIGKILL to one of two ranks."""
     baseline = folder / "ddp_baseline"
-    assert processes.start_ddp(baseline, *DDP).wait(300) == 0, (baseline / "ddp.txt").read_text()
+    assert processes.start_command(baseline, *DDP).wait(300) == 0, (baseline / "output.txt").read_text()
     expected = training_state(run_folder(baseline), STEPS)
     for i in range(number):
         place = folder / f"ddp_{i}"
-        leader = processes.start_ddp(place, *DDP)
+        leader = processes.start_command(place, *DDP)
         problem = None
         try:
             processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
@@ -151,9 +151,9 @@ def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) ->
             problem = "the other rank hangs"
         finally:
             processes.leave_nothing(leader)
-        again = processes.start_ddp(place, "ckpt=last")
+        again = processes.start_command(place, "ckpt=last")
         if problem is None and again.wait(300) != 0:
-            problem = (place / "ddp.txt").read_text()[-300:]
+            problem = (place / "output.txt").read_text()[-300:]
         elif problem is None and (wrong := differences(expected, training_state(run_folder(place), STEPS))):
             problem = f"{len(wrong)} leaves differ"
         table.count("SIGKILL of one of two processes (gloo)", problem)
@@ -202,7 +202,7 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
     cases += [(signal.SIGINT, "both"), (signal.SIGUSR1, "rank 0"), (signal.SIGUSR1, "both")]
     for i, (signum, whom) in enumerate(cases):
         place, problem = folder / f"ddp_signal_{i}", None
-        leader = processes.start_ddp(place, *DDP, "trainer.max_steps=100000", "validate_every=100000")
+        leader = processes.start_command(place, *DDP, "trainer.max_steps=100000", "validate_every=100000")
         try:
             processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
             for pid in who[whom](processes.ranks(leader)):
@@ -212,7 +212,7 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
             step = int(saved.stem.removeprefix("step_"))
             if status != 128 + signum:
                 problem = f"{signum.name} to {whom}: exit status {status}"
-            elif f"saving at step {step}" not in (place / "ddp.txt").read_text():
+            elif f"saving at step {step}" not in (place / "output.txt").read_text():
                 problem = f"{signum.name} to {whom}: not saved"
         except subprocess.TimeoutExpired:
             problem = f"{signum.name} to {whom}: hangs"

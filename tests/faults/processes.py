@@ -222,16 +222,16 @@ def run_folder(folder: Path) -> Path:
     return max(folder.glob("runs/*/checkpoints/step_*.ckpt")).parent.parent
 
 
-def start_ddp(
-    folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = ()
+def start_command(
+    folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = (), **environment: str
 ) -> subprocess.Popen:
-    """src.train on two gloo processes; in its own session, output in folder/ddp.txt."""
+    """src.train as a command, e.g. on two gloo processes; in its own session, output in folder/output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.faults.door", "train", f"runs={folder / 'runs'}", *arguments]
-    environment = {"FAULTS": base64.b64encode(pickle.dumps(tuple(faults))).decode()}
+    environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    with (folder / "ddp.txt").open("ab") as log:
+    with (folder / "output.txt").open("ab") as log:
         return subprocess.Popen(
             command,
             cwd=ROOT,

@@ -50,14 +50,14 @@ def test_another_seed_is_another_training(tmp_path, uninterrupted):
 @pytest.fixture(scope="session")
 def uninterrupted_ddp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted_ddp")
-    leader = processes.start_ddp(folder, *DDP)
-    assert leader.wait(120) == 0, (folder / "ddp.txt").read_text()
+    leader = processes.start_command(folder, *DDP)
+    assert leader.wait(120) == 0, (folder / "output.txt").read_text()
     return training_state(run_folder(folder), STEPS)
 
 
 @pytest.mark.parametrize("rank", [1])
 def test_one_of_two_processes_killed(tmp_path, uninterrupted_ddp, rank):
-    leader = processes.start_ddp(tmp_path, *DDP)
+    leader = processes.start_command(tmp_path, *DDP)
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
         os.kill(processes.ranks(leader)[rank], signal.SIGKILL)
@@ -66,5 +66,7 @@ def test_one_of_two_processes_killed(tmp_path, uninterrupted_ddp, rank):
         assert time.monotonic() - began < 25, "the other process does not wait for the dead one"
     finally:
         processes.leave_nothing(leader)
-    assert processes.start_ddp(tmp_path, "ckpt=last").wait(120) == 0, (tmp_path / "ddp.txt").read_text()
+    assert processes.start_command(tmp_path, "ckpt=last").wait(120) == 0, (
+        tmp_path / "output.txt"
+    ).read_text()
     assert not differences(uninterrupted_ddp, training_state(run_folder(tmp_path), STEPS))

@@ -86,9 +86,9 @@ def test_stops_after_some_in_a_row(tmp_path):
 
 def test_one_rank_alone_makes_both_skip(tmp_path):
     poison = Replacement(LOSS, nan_at_5, rank=1)
-    leader = processes.start_ddp(tmp_path, *DDP, *EACH_STEP, "trainer.max_steps=6", faults=[poison])
+    leader = processes.start_command(tmp_path, *DDP, *EACH_STEP, "trainer.max_steps=6", faults=[poison])
     try:
-        assert leader.wait(200) == 0, (tmp_path / "ddp.txt").read_text()
+        assert leader.wait(200) == 0, (tmp_path / "output.txt").read_text()
     finally:
         processes.leave_nothing(leader)
     folder = run_folder(tmp_path)

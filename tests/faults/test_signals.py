@@ -64,14 +64,14 @@ def test_slurm_job_is_requeued_and_goes_on(tmp_path, uninterrupted):
 
 def test_sigterm_to_one_of_two_processes(tmp_path):
     """To rank 1 alone: rank 0 learns of it, both save the same step and leave."""
-    leader = processes.start_ddp(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
+    leader = processes.start_command(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
         pids = processes.ranks(leader)
         assert len(pids) == 2
         began = time.monotonic()
         os.kill(pids[1], signal.SIGTERM)
-        assert leader.wait(60) == 128 + signal.SIGTERM, (tmp_path / "ddp.txt").read_text()
+        assert leader.wait(60) == 128 + signal.SIGTERM, (tmp_path / "output.txt").read_text()
         assert time.monotonic() - began < 30
         processes.wait_for(lambda: not Path(f"/proc/{pids[1]}").exists(), 10)
     finally:
@@ -80,7 +80,7 @@ def test_sigterm_to_one_of_two_processes(tmp_path):
     record = json.loads(sidecar_path(saved).read_text())
     assert record["world_size"] == 2
     assert record["samples"] == record["step"] * 16
-    assert f"saving at step {record['step']}" in (tmp_path / "ddp.txt").read_text()
+    assert f"saving at step {record['step']}" in (tmp_path / "output.txt").read_text()
 
 
 def test_second_job_in_a_run_folder_refuses(tmp_path):
