@@ -14,7 +14,7 @@ from src.training.ema import EMA, HalfLifeEMA, PowerEMA
 def _run(ema, path, folder=None, accumulate=1, start=0):
     """Trains a network of one parameter along a path of weights, by the callback's hooks alone."""
     network = nn.Linear(1, 1, bias=False).double()
-    module = SimpleNamespace(denoiser=SimpleNamespace(network=network))
+    module = SimpleNamespace(denoiser=SimpleNamespace(network=network), skipped=False)
     trainer = SimpleNamespace(
         global_step=start, default_root_dir=str(folder), max_steps=len(path) - 1, is_global_zero=True
     )
