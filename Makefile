@@ -6,7 +6,7 @@ ARGS ?=
 # On a shared machine OpenMP's busy waiting costs up to ten times the computation.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help install train test test-all lint inception benchmarks clean
+.PHONY: help install train test test-all faults lint inception benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,9 @@ test: .venv/.installed ## run the tests (minutes); ARGS="-k ddim" selects
 
 test-all: .venv/.installed ## run the tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: .venv/.installed ## kill, signal and starve real trainings, many times; prints a table (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 lint: .venv/.installed ## style and common mistakes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -116,6 +116,8 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
         folder: the run's folder; a sweep's jobs are grouped by the folder above it.
         name: shown in the dashboard; by default the folder's name.
     """
+    # its telemetry waits at the exit, for longer than finish_timeout, for a server that does not answer
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     id_file = folder / RUN_ID_FILE

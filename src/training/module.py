@@ -160,9 +160,8 @@ class DiffusionModule(LightningModule):
         self.gradient_norm = nn.utils.clip_grad_norm_(self.loss.parameters(), limit, foreach=True)
         self.skipped = not bool(self.gradient_norm.isfinite())
         if self.skipped:
-            optimizer.zero_grad(
-                set_to_none=True
-            )  # without a gradient an optimiser leaves weight and state alone
+            # without a gradient an optimiser leaves the weight and its state alone
+            optimizer.zero_grad(set_to_none=True)
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())
