@@ -98,6 +98,7 @@ def online(port):
     return {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online"}
 
 
+@pytest.mark.slow  # the time that is waited for a server; the next test takes the same way
 def test_server_that_is_not_there(tmp_path, uninterrupted, usual, port):
     seconds, output = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", **online(port))
     assert seconds < usual + PATIENCE

@@ -42,7 +42,7 @@ def test_levels(change, expected, word):
 
 def test_another_experiment_is_refused(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
-    refused = resume(tmp_path, "optimizer.lr=0.5")
+    refused = resume(tmp_path, "optimizer.lr=0.5", "trainer.max_steps=4")
     assert refused.status == 2
     assert "optimizer.lr" in refused.output.splitlines()[-1]
     assert "allow_changes=true" in refused.output.splitlines()[-1]
