@@ -19,7 +19,7 @@ install: .venv/.installed ## make .venv with the pinned versions
 	$(BIN)/python -m pip install --disable-pip-version-check -q --constraint constraints.txt -e ".[test]"
 	touch $@
 
-# The default network is so small that a second thread mostly waits: on a busy machine one is 2.8 times as fast.
+# The default network is so small that a second thread mostly waits: on a busy machine one was 2.8 times as fast.
 train: .venv/.installed ## train on the embedded digits; ARGS="schedule=linear seed=1" composes
 	$(if $(ARGS),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(BIN)/python -m src.train $(ARGS)
 

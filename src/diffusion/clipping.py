@@ -36,7 +36,7 @@ class StaticClipping(WrappedDenoiser):
 class DynamicThresholding(WrappedDenoiser):
     """Scales x0 by its own large values (Imagen, Saharia et al. 2022, arXiv:2205.11487, sec. 2.3).
 
-        x0 <- clip(x0, -s, s) / s,    s = max(bound, the image's quantile of |x0|) / bound
+        x0 <- clip(x0, -s bound, s bound) / s,    s = max(bound, the image's quantile of |x0|) / bound
 
     so that pixels are kept from saturating under strong guidance.
 
