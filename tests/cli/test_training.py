@@ -13,6 +13,8 @@ import yaml
 from tests.conftest import QUICK, ROOT
 
 DROPOUT = "model.dropout=0.2"  # makes the global random stream matter
+# a time sampling that learns: of so few times that it has left the uniform distribution after two steps
+IMPORTANCE = ("time_sampling=importance", "time_sampling.history=2", "schedule.T=10", "loss=vlb")
 
 
 def checkpoint(folder, step):
@@ -77,6 +79,15 @@ class TestResume:
         for name, weight in whole.items():
             if name.startswith("/state_dict"):
                 torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=5e-5)
+
+    def test_of_a_time_sampling_that_learns(self, door, only_run, tmp_path):
+        assert door("train", *QUICK, *IMPORTANCE, "trainer.max_steps=12") == 0
+        whole = training_state(only_run().rename(tmp_path / "whole"), 12)
+        assert door("train", *QUICK, *IMPORTANCE, "trainer.max_steps=7") == 0
+        learned = training_state(only_run(), 7)
+        assert learned["/state_dict/loss.time_sampling._extra_state/seen"].min() >= 2, "no longer uniform"
+        assert door("train", "ckpt=last", "trainer.max_steps=12") == 0
+        assert_identical(whole, training_state(only_run(), 12))
 
     def test_other_seed_differs(self, door, only_run, uninterrupted):
         """The comparison above can fail."""
@@ -143,22 +154,28 @@ def test_what_is_written(door, only_run):
     assert list((run / "tensorboard").glob("events.*"))
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Data parallel over two processes (gloo): the same draws, hence the same weights up to rounding."""
+@pytest.mark.parametrize("overrides", [(), IMPORTANCE], ids=["uniform", "importance"])
+def test_two_processes_train_as_one(tmp_path, overrides):
+    """Data parallel over two processes (gloo): the same draws, hence the same weights up to rounding.
 
-    def train(name, *overrides):
+    A time sampling that learns is told the losses of both, in the order of the one.
+    """
+
+    def train(name, *devices):
         command = [
             sys.executable,
             "-m",
             "src.train",
             *QUICK,
+            *overrides,
             f"runs={tmp_path / name}",
             "trainer.max_steps=6",
+            "callbacks.track_fidelity.every=6",
+            "validate_every=3",
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DIFFUSION_LAB_CACHE": str(tmp_path / "cache")}
-        overrides = (*overrides, "callbacks.track_fidelity.every=6", "validate_every=3")
         done = subprocess.run(
-            [*command, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+            [*command, *devices], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stderr
         runs = list((tmp_path / name).iterdir())

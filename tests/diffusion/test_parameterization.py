@@ -2,7 +2,9 @@
 
 import itertools
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from src.diffusion import parameterization as parameterizations
@@ -13,7 +15,7 @@ from src.diffusion.loss import DenoisingLoss
 from src.diffusion.noise_level import NoiseLevel
 from src.diffusion.schedule import VE, VP, ContinuousCosine, RectifiedFlow
 from src.diffusion.time_sampling import Uniform
-from tests.diffusion.mixture import gaussian, three_modes
+from tests.diffusion.mixture import Mixture, gaussian, three_modes
 from tests.diffusion.test_schedule import ALL
 
 PARAMETERIZATIONS = {
@@ -44,18 +46,18 @@ def _times(schedule, n):
 class Best(torch.nn.Module):
     """The network that makes a denoiser exact for a mixture: F = (E[x0 | x_t] - c_skip x_t) / c_out.
 
-    It undoes c_in, so that a wrong c_in shows too. `offset` is added to its output.
+    It undoes c_in, so that a wrong c_in shows too. `change`, a function of x_t, is added to its output.
     """
 
-    def __init__(self, mixture, parameterization, level, offset=0.0):
+    def __init__(self, mixture, parameterization, level, change):
         super().__init__()
-        self.mixture, self.level, self.offset = mixture, level, offset
+        self.mixture, self.level, self.change = mixture, level, change
         self.coefficients = parameterization.coefficients(level)
 
     def forward(self, x, label, condition=None):
         c_in, c_skip, c_out = (torch.as_tensor(c).view(-1, 1, 1, 1) for c in self.coefficients)
         x_t = x / c_in
-        return (self.mixture.posterior_mean(x_t, self.level) - c_skip * x_t) / c_out + self.offset
+        return (self.mixture.posterior_mean(x_t, self.level) - c_skip * x_t) / c_out + self.change(x_t)
 
 
 @pytest.mark.parametrize(
@@ -93,29 +95,84 @@ def test_target_is_what_makes_the_prediction_exact(schedule, name):
     torch.testing.assert_close(prediction.eps, eps, rtol=1e-8, atol=1e-8)
 
 
+def _noise_left(data, level):
+    """E[Var[x0 | x_t]] of images of one pixel at one level: by quadrature over x_t, in numpy, from Bayes' rule.
+
+    E[x0^2] - E[E[x0 | x_t]^2], where p(x_t) = sum_k w_k N(alpha m_k, alpha^2 v_k + sigma^2).
+    """
+    m, v, w = (a.flatten().numpy()[:, None] for a in (data.means, data.variances, data.weights))
+    alpha, sigma = (float(a[0]) for a in (level.alpha, level.sigma))
+    centre, spread = alpha * m, np.sqrt(alpha**2 * v + sigma**2)
+    squares = 0.0
+    for i in range(len(w)):  # each component's share of the integral on a grid that fits it
+        x = centre[i] + spread[i] * np.linspace(-12, 12, 20_001)
+        joint = w * scipy.stats.norm.pdf(x, centre, spread)
+        mean = (joint * (m + alpha * v / spread**2 * (x - centre))).sum(axis=0) / joint.sum(axis=0)
+        squares += np.trapezoid(joint[i] * mean**2, x)
+    return (w * (m**2 + v)).sum() - squares
+
+
+def _one_pixel_mixture():
+    means, variances, weights = torch.tensor(
+        [[0.7, -0.6, -0.1], [0.01, 0.04, 0.0025], [0.5, 0.3, 0.2]], dtype=torch.float64
+    )
+    return Mixture(means.view(3, 1, 1, 1), variances, weights)
+
+
+DATA = {"gaussian": gaussian(0.3, 0.5), "mixture": _one_pixel_mixture()}
+
+
+def test_the_quadrature():
+    # one Gaussian: Var[x0 | x_t] = v sigma^2 / (alpha^2 v + sigma^2)
+    level = NoiseLevel(torch.tensor([0.6]).double(), torch.tensor([0.8]).double(), torch.zeros(1))
+    expected = 0.25 * 0.64 / (0.36 * 0.25 + 0.64)
+    assert _noise_left(DATA["gaussian"], level) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("schedule", ALL)
+def test_the_marginals_of_the_forward_process(schedule, data):
+    # 20,000 noisy pixels against the distribution function of p(x_t); a wrong alpha or sigma shows as p = 0
+    schedule, data = ALL[schedule], DATA[data]
+    x0, _ = data.sample(20_000, torch.Generator().manual_seed(0))
+    m, v, w = (a.flatten().numpy() for a in (data.means, data.variances, data.weights))
+    for t in _times(schedule, 4):
+        level = schedule(t.expand(20_000))
+        alpha, sigma = level.alpha[0].item(), level.sigma[0].item()
+
+        def cdf(x, alpha=alpha, sigma=sigma, inflated=1.0):
+            spread = inflated * np.sqrt(alpha**2 * v + sigma**2)
+            return (w * scipy.stats.norm.cdf(x[:, None], alpha * m, spread)).sum(axis=1)
+
+        x_t = diffuse(x0, _images(20_000, 1, (1, 1, 1)), level).flatten().numpy()
+        assert scipy.stats.kstest(x_t, cdf).pvalue > 1e-4
+        assert scipy.stats.kstest(x_t, lambda x, cdf=cdf: cdf(x, inflated=1.25)).pvalue < 1e-4
+
+
+@pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(("schedule", "name"), ALLOWED)
-def test_the_posterior_mean_gives_the_irreducible_loss_and_nothing_less(schedule, name):
-    # Data N(m, v): Var[x0 | x_t] = v sigma^2 / (alpha^2 v + sigma^2), so that the expected loss of the best F is
-    # that over c_out^2. 4,000 x 16 pixels: mean of squares of Gaussians, relative deviation sqrt(2/64,000) = 0.6 %.
-    parameterization, schedule = PARAMETERIZATIONS[name], ALL[schedule]
-    v, n = 0.25, 4000
-    data = gaussian(0.3, v**0.5, (1, 4, 4))
-    for t in _times(schedule, 3):
+def test_the_posterior_mean_gives_the_irreducible_loss_and_nothing_less(schedule, name, data):
+    # The expected loss of the best F is E[Var[x0 | x_t]] / c_out^2. Any other adds the square of its difference, up
+    # to the difference's chance correlation with the error, a 70th of the product of their roots.
+    parameterization, schedule, data = PARAMETERIZATIONS[name], ALL[schedule], DATA[data]
+    n = 20_000
+    x0, _ = data.sample(n, torch.Generator().manual_seed(0))
+    eps = _images(n, 1, (1, 1, 1))
+    for t in _times(schedule, 4):
         level = schedule(t.expand(n))
-        x0, _ = data.sample(n, torch.Generator().manual_seed(0))
-        losses = []
-        for offset in (0.0, 0.1, -0.1):
-            network = Best(data, parameterization, level, offset)
-            loss = DenoisingLoss(
-                Denoiser(network, schedule, parameterization), weightings.Simple(), Uniform()
-            )
-            losses.append(loss(x0, t.expand(n), _images(n, 1)).mean().item())
-        alpha, sigma = level.alpha[0], level.sigma[0]
-        c_out = torch.as_tensor(parameterization.coefficients(level)[2]).view(-1)[0]
-        irreducible = (v * sigma**2 / (alpha**2 * v + sigma**2) / c_out**2).item()
-        assert losses[0] == pytest.approx(irreducible, rel=0.03)
-        # an offset of the output adds its square, up to its chance correlation with the error
-        assert losses[1] + losses[2] - 2 * losses[0] == pytest.approx(0.02, rel=1e-6)
+        c_out = torch.as_tensor(parameterization.coefficients(level)[2]).view(-1)[0].item()
+        irreducible = _noise_left(data, level) / c_out**2
+
+        def losses(change, level=level, t=t):
+            denoiser = Denoiser(Best(data, parameterization, level, change), schedule, parameterization)
+            return DenoisingLoss(denoiser, weightings.Simple(), Uniform())(x0, t.expand(n), eps)
+
+        best = losses(lambda x_t: 0.0)
+        assert best.mean().item() == pytest.approx(irreducible, abs=5 * best.std().item() / n**0.5)
+        for change in (torch.ones_like, torch.sin, lambda x_t: x_t / x_t.std()):
+            for size in (-0.2 * irreducible**0.5, 0.2 * irreducible**0.5):
+                other = losses(lambda x_t, change=change, size=size: size * change(x_t))
+                assert other.mean() > best.mean()
 
 
 WEIGHTINGS = {
@@ -138,18 +195,13 @@ def test_every_weighting_has_the_same_optimum(name, weighting):
     level = schedule(t.expand(n))
     x0, _ = data.sample(n, torch.Generator().manual_seed(0))
     eps = _images(n, 1, x0.shape[1:])
-    loss = DenoisingLoss(
-        Denoiser(Best(data, parameterization, level), schedule, parameterization),
-        WEIGHTINGS[weighting],
-        Uniform(),
-    )
 
     def slopes(offset):
-        loss.denoiser.network.offset = torch.full(
-            (n, 1, 1, 1), offset, dtype=torch.float64, requires_grad=True
-        )
-        losses = loss(x0, t.expand(n), eps)
-        (each,) = torch.autograd.grad(losses.sum(), loss.denoiser.network.offset)
+        added = torch.full((n, 1, 1, 1), offset, dtype=torch.float64, requires_grad=True)
+        network = Best(data, parameterization, level, lambda x_t: added)
+        denoiser = Denoiser(network, schedule, parameterization)
+        losses = DenoisingLoss(denoiser, WEIGHTINGS[weighting], Uniform())(x0, t.expand(n), eps)
+        (each,) = torch.autograd.grad(losses.sum(), added)
         return each.flatten()
 
     at_best, away = slopes(0.0), slopes(0.1)
