@@ -25,7 +25,7 @@ from src.diffusion.spacing import Leading
 from src.memory import keep_freed_memory
 
 STEPS = 50
-ROUNDS = {(64, 3, 32, 32): 15, (256, 3, 64, 64): 5}
+ROUNDS = {(64, 3, 32, 32): 60, (256, 3, 64, 64): 12}
 
 
 class Stored(torch.nn.Module):

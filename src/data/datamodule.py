@@ -1,6 +1,9 @@
 """Where a source of images meets Lightning."""
 
+import os
 import signal
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -137,14 +140,24 @@ class ImageDataModule(LightningDataModule):
             collate_fn=_already_a_batch,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.workers > 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_end_with_the_training,
         )
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the training's to answer; workers end when it does."""
+def _end_with_the_training(worker: int) -> None:
+    """A signal to the whole process group is the training's to answer; a worker ends when that does, killed or not.
+
+    PyTorch's own watch is for the death of the process that forked the worker, which is a fork server where that
+    is the start method (the default from Python 3.14 on), and the server waits for its workers.
+    """
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _already_a_batch(batch: Batch) -> Batch:

@@ -126,7 +126,8 @@ class Denoiser(BaseDenoiser):
 
     def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
         output, variance = self.output(x_t, level, condition)
-        return self.parameterization.predict(x_t, output, level).with_variance(variance)
+        prediction = self.parameterization.predict(x_t, output, level)
+        return prediction if variance is None else prediction.with_variance(variance)
 
 
 class WrappedDenoiser(BaseDenoiser):

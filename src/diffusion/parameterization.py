@@ -54,7 +54,7 @@ class Prediction:
         """Estimate of the noise, shape (B, C, H, W)."""
         return self.mix(0.0, 1.0)
 
-    def with_variance(self, variance: Tensor | None) -> "Prediction":
+    def with_variance(self, variance: Tensor) -> "Prediction":
         """The same estimate, with what the network says about the variance."""
         return Prediction(self.x_t, self.level, self._output, self._c_skip, self._c_out, variance)
 

@@ -1,6 +1,7 @@
 """All faults, many times, with a table of what came of them: python -m tests.faults --help."""
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,13 @@ PLACES = {
     "validation": ("src.training.module:DiffusionModule.validation_step", 3),
     "a preview": ("src.generation:Generation.trajectory", 1),
     "a save": ("src.training.checkpoint:_Hashing.write", 200),
+}
+# where a training is killed, and how often it comes there at least
+KILLED = {
+    "a step": (STEP, STEPS),
+    "validation": ("src.training.module:DiffusionModule.validation_step", 20),
+    "a preview or score": ("src.generation:Generation.trajectory", 5),
+    "a save": ("src.training.checkpoint:_Hashing.write", 4000),
 }
 
 
@@ -67,7 +75,7 @@ def non_finite(folder: Path) -> list[str]:
 
 
 def kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """Trainings that are killed at up to three random instants each, then finished and compared."""
+    """Trainings that are killed in a place, then at two random instants, then finished and compared."""
     baselines, seconds = {}, {}
     for variant, overrides in VARIANTS.items():
         began = time.monotonic()
@@ -76,32 +84,38 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
         assert door.status == 0, door.output
         baselines[variant] = training_state(run_folder(door.folder), STEPS)
     done = 0
-    while done < number:
-        variant = chance.choice(list(VARIANTS))
-        place, struck = folder / f"kills_{done}", 0
-        for _ in range(min(3, number - done)):
+    # 3 variants and 4 places: all pairs in turn
+    for i, variant, (where, (function, calls)) in zip(
+        itertools.count(), itertools.cycle(VARIANTS), itertools.cycle(KILLED.items())
+    ):
+        if done >= number:
+            break
+        place = folder / f"kills_{i}"
+        aimed = train(place, *VARIANTS[variant], faults=[Fault(function, chance.randint(1, calls))])
+        struck = [f"in {where}"] if aimed.status == 128 + signal.SIGKILL else []
+        while struck and len(struck) < min(3, number - done):
             started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
             arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
             door = Door(place, ["train", *arguments]).start()
             door.process.join(chance.uniform(0.3, 0.9) * seconds[variant])
             alive = door.process.exitcode is None
             door.kill()
-            struck += alive
             if not alive:
                 break
+            struck.append("at a random instant")
         last = resume(place, *VARIANTS[variant])
         if last.status != 0:
             problem = last.output[-300:]
         else:
             wrong = differences(baselines[variant], training_state(run_folder(place), STEPS))
             problem = f"{len(wrong)} leaves differ" if wrong else None
-        for _ in range(struck):
-            table.count(f"SIGKILL of a training at a random instant, {variant}", problem)
+        for how in struck:
+            table.count(f"SIGKILL of a training {how}, {variant}", problem)
         table.count(
             "trainings without a number that is not finite in any kept checkpoint",
             str(bad) if (bad := non_finite(place)) else None,
         )
-        done += struck
+        done += len(struck)
         shutil.rmtree(place)
 
 
@@ -205,15 +219,19 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
         leader = processes.start_command(place, *DDP, "trainer.max_steps=100000", "validate_every=100000")
         try:
             processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
-            for pid in who[whom](processes.ranks(leader)):
+            pids, began = processes.ranks(leader), time.monotonic()
+            for pid in who[whom](pids):
                 os.kill(pid, signum)
             status = leader.wait(60)
+            waited = time.monotonic() - began
             saved = find_run(run_folder(place)).checkpoint
             step = int(saved.stem.removeprefix("step_"))
             if status != 128 + signum:
                 problem = f"{signum.name} to {whom}: exit status {status}"
             elif f"saving at step {step}" not in (place / "output.txt").read_text():
                 problem = f"{signum.name} to {whom}: not saved"
+            elif waited > 10:
+                problem = f"{signum.name} to {whom}: gone after {waited:.0f} s only"
         except subprocess.TimeoutExpired:
             problem = f"{signum.name} to {whom}: hangs"
         finally:

@@ -256,6 +256,17 @@ def ranks(leader: subprocess.Popen) -> list[int]:
     return [leader.pid, *own]
 
 
+def members(session: int) -> list[int]:
+    """The living processes of a session, which has the number of its first process."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if os.getsid(int(entry.name)) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """Polls until the condition holds; its value."""
     end = time.monotonic() + seconds

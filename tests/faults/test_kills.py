@@ -37,6 +37,7 @@ def test_killed_again_and_again_with_workers(tmp_path, uninterrupted):
         fault = Fault("src.training.module:DiffusionModule.training_step", step)
         killed = resume(tmp_path, "workers=2", faults=[fault])
         assert killed.status == 128 + signal.SIGKILL, killed.output
+        processes.wait_for(lambda killed=killed: not processes.members(killed.process.pid), 20)
     assert resume(tmp_path, "workers=2").status == 0
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
