@@ -93,17 +93,20 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
         place = folder / f"kills_{i}"
         aimed = train(place, *VARIANTS[variant], faults=[Fault(function, chance.randint(1, calls))])
         struck = [f"in {where}"] if aimed.status == 128 + signal.SIGKILL else []
-        while struck and len(struck) < min(3, number - done):
+        last, finished = aimed, not struck
+        while not finished and len(struck) < min(3, number - done):
             started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
             arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
-            door = Door(place, ["train", *arguments]).start()
-            door.process.join(chance.uniform(0.3, 0.9) * seconds[variant])
-            alive = door.process.exitcode is None
-            door.kill()
-            if not alive:
-                break
-            struck.append("at a random instant")
-        last = resume(place, *VARIANTS[variant])
+            last = Door(place, ["train", *arguments]).start()
+            last.process.join(chance.uniform(0.3, 0.9) * seconds[variant])
+            finished = last.process.exitcode is not None
+            if finished:
+                last.status = last.wait()
+            else:
+                last.kill()
+                struck.append("at a random instant")
+        if not finished:
+            last = resume(place, *VARIANTS[variant])
         if last.status != 0:
             problem = last.output[-300:]
         else:
