@@ -126,6 +126,10 @@ def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
 
 
+def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+
+
 def _below(key: str, options: tuple[str, ...]) -> bool:
     return any(key == option or key.startswith(f"{option}.") for option in options)
 
@@ -150,7 +154,8 @@ class ResumeCheck(Callback):
         allow_changes: go on even if data, code or the experiment have changed.
 
     Raises:
-        UserError: they have changed, and it is not allowed; names what differs. Raised when training is set up.
+        UserError: they have changed, and it is not allowed; names what differs. Or the weights are of other shapes.
+            Raised when training is set up.
     """
 
     def __init__(self, config: dict[str, Any], checkpoint: Path | None, allow_changes: bool):
@@ -184,6 +189,12 @@ class ResumeCheck(Callback):
             raise UserError(
                 f"ckpt={self.checkpoint} is of another experiment ({'; '.join(differences[:LISTED])}{more}): "
                 "undo the changes, or go on with allow_changes=true"
+            )
+        unfit = _different(_shapes(stored["state_dict"]), _shapes(pl_module.state_dict()))
+        if unfit:
+            raise UserError(
+                f"ckpt={self.checkpoint}: {len(unfit)} of its weights do not fit ({unfit[0]} is the first), which"
+                " allow_changes=true cannot mend: choose model, data, variance and weighting as they were"
             )
         log.info(
             "resume      %s from step %d%s",

@@ -49,6 +49,9 @@ def test_another_experiment_is_refused(tmp_path):
     allowed = resume(tmp_path, "optimizer.lr=0.5", "allow_changes=true", "trainer.max_steps=4")
     assert allowed.status == 0, allowed.output
     assert "approximate from step 3 (optimizer.lr" in allowed.output
+    unfit = resume(tmp_path, "model.base_channels=16", "allow_changes=true", "trainer.max_steps=6")
+    assert unfit.status == 2
+    assert "weights do not fit" in unfit.output.splitlines()[-1]
 
 
 def test_other_images_are_refused(tmp_path):
