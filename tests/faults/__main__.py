@@ -105,9 +105,11 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
             else:
                 last.kill()
                 struck.append("at a random instant")
-        if not finished:
+        # killed after its last save it has nothing left to do, and is compared as it is
+        if not finished and not list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")):
             last = resume(place, *VARIANTS[variant])
-        if last.status != 0:
+            finished = True
+        if finished and last.status != 0:
             problem = last.output[-300:]
         else:
             wrong = differences(baselines[variant], training_state(run_folder(place), STEPS))
