@@ -14,7 +14,7 @@ from src.diffusion.parameterization import X0, Eps, V
 from src.diffusion.schedule import VP, Cosine, Linear
 from src.diffusion.time_sampling import Uniform
 from src.diffusion.variance import Large, Learned, LearnedRange, Small
-from src.diffusion.weighting import SNR, MinSNR, Simple
+from src.diffusion.weighting import EDM, P2, SNR, LearnedUncertainty, MinSNR, Simple
 from tests.diffusion import reference_numpy as reference
 
 T = 1000
@@ -214,6 +214,22 @@ def test_parts_that_do_not_belong_together_are_refused(make, message):
     learned = Denoiser(Doubled(), Linear(), Eps(), LearnedRange())
     with pytest.raises(ValueError, match=f"^{message}"):
         make(learned, Denoiser(Wavy(), Linear(), Eps()))
+
+
+@pytest.mark.parametrize("weighting", [Simple(), SNR(), MinSNR(), P2(), EDM(), LearnedUncertainty(EDM())])
+@pytest.mark.parametrize("parameterization", [Eps(), X0(), V()])
+def test_no_training_step_waits_for_the_device(parameterization, weighting):
+    # a meta tensor has no values: to ask for one raises here, where a GPU would be waited for
+    loss = losses.DenoisingLoss(Denoiser(Wavy(), Linear(), parameterization), weighting, Uniform()).to("meta")
+    x0, eps = torch.empty(2, 4, 3, 4, 4, device="meta").unbind()
+    assert loss(x0, torch.tensor(TIMES, dtype=torch.float64), eps).is_meta
+
+
+@pytest.mark.parametrize("make", [losses.HybridLoss, losses.VariationalLoss])
+def test_no_bound_waits_for_the_device(make):
+    loss = make(Denoiser(Doubled(), Linear(), Eps(), LearnedRange()), Simple(), Uniform()).to("meta")
+    x0, eps = torch.empty(2, 4, 3, 4, 4, device="meta").unbind()
+    assert loss(x0, torch.tensor(TIMES, dtype=torch.float64), eps).is_meta
 
 
 def test_delta_is_checked():

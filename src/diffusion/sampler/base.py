@@ -18,7 +18,7 @@ from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
 
-CHECKS = 16  # how often a trajectory is checked for NaN
+CHECKS = 16  # how often all pixels of a trajectory are looked at for NaN; one of each image is at every step
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ class Sampler(ABC):
 
         Raises:
             ValueError: the times do not fall.
-            UserError: an image is not finite; names the step, or the few steps between two of 16 checks. Told at
-                the end, so that no step waits for the device.
+            UserError: an image is not finite; names the step. Told at the end, so that no step waits for the device.
         """
         times = as_times(times)
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
@@ -136,20 +135,22 @@ class Sampler(ABC):
         levels = denoiser.schedule(times).scalars()
         asked = _Asked(denoiser, condition)
         times, past = times.tolist(), deque(maxlen=self.memory)
-        x_t, sums = x_T, {}
+        x_t = x_T
+        pixels, images = [], {}  # sums of the states, not finite if a summand is not; read at the end
         every = math.ceil((len(times) - 1) / CHECKS)
         yield State(x_T)
         for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
                 state = self.step(asked, x_t, t, s, noise, Path(times, levels, index, past))
+                pixels.append(state.x[:, 0, 0, 0].sum())
                 if (index + 1) % every == 0 or s is levels[-1]:
-                    sums[index] = state.x.sum()  # not finite if a pixel is not; read at the end
+                    images[index] = state.x.sum()
             if self.memory:
                 past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
             x_t = state.x
             yield State(x_t, state.prediction, state.origin, asked.evaluations)
             del state  # whoever wants it has it; the memory of earlier images can serve the next step
-        _check_finite(sums, times)
+        _check_finite(pixels, images, times)
 
     def __call__(
         self,
@@ -243,13 +244,18 @@ class _Asked:
         return self.denoiser.reverse(x_t, t, s, self.condition)
 
 
-def _check_finite(sums: dict[int, Tensor], times: list[float]) -> None:
-    finite = torch.stack([*sums.values()]).isfinite().tolist()
-    if not all(finite):
-        checked = [-1, *sums]
-        first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
-        steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
-        raise UserError(
-            f"sampling: the images are not finite (NaN or infinite) after {steps} of {len(times) - 1}, where the"
-            f" network was asked from t = {times[first]:g}: its weights have diverged or the step is too large"
-        )
+def _check_finite(pixels: list[Tensor], images: dict[int, Tensor], times: list[float]) -> None:
+    """Told by the sums of the states: over one pixel of each image after every step, over all after some."""
+    finite = torch.stack([*images.values()]).isfinite().tolist()
+    if all(finite):
+        return
+    checked = [-1, *images]
+    first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
+    # where the one pixel was lost with the others, it knows the step
+    lost = [index for index in range(first, last + 1) if not pixels[index].isfinite()]
+    first, last = (lost[0], lost[0]) if lost else (first, last)
+    steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
+    raise UserError(
+        f"sampling: the images are not finite (NaN or infinite) after {steps} of {len(times) - 1}, where the"
+        f" network was asked from t = {times[first]:g}: its weights have diverged or the step is too large"
+    )

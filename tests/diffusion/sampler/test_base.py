@@ -116,17 +116,17 @@ def test_a_sampler_reads_as_it_is_made():
 
 
 class Failing(torch.nn.Module):
-    """NaN in one pixel of one image at its n-th call."""
+    """NaN in one pixel of one image, or in all, at its n-th call."""
 
-    def __init__(self, call):
+    def __init__(self, call, where=(1, 0, 2, 3)):
         super().__init__()
-        self.call, self.calls = call, 0
+        self.call, self.where, self.calls = call, where, 0
 
     def forward(self, x, label, condition=None):
         self.calls += 1
         output = 0.1 * x
         if self.calls == self.call:
-            output[1, 0, 2, 3] = torch.nan
+            output[self.where] = torch.nan
         return output
 
 
@@ -137,8 +137,15 @@ def test_nan_is_named_with_its_step(sampler):
         sampler(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 5))
 
 
+@pytest.mark.parametrize("call", [1, 4, 5, 23, 24, 48, 49, 50])
+def test_nan_of_an_image_is_named_with_its_step_in_long_trajectories_too(call):
+    denoiser = Denoiser(Failing(call, where=1), Linear(), Eps())
+    with pytest.raises(UserError, match=f"after step {call} of 50"):
+        DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
+
+
 @pytest.mark.parametrize(("call", "steps"), [(1, "1 to 4"), (23, "21 to 24"), (50, "49 to 50")])
-def test_nan_of_long_trajectories_is_named_with_its_neighbours(call, steps):
+def test_nan_of_a_pixel_is_named_with_its_neighbours_in_long_trajectories(call, steps):
     denoiser = Denoiser(Failing(call), Linear(), Eps())
     with pytest.raises(UserError, match=f"after one of the steps {steps} of 50"):
         DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
