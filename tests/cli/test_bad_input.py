@@ -118,6 +118,15 @@ def test_nothing_left_to_train(door, only_run, capsys):
     assert (only_run() / "scores.json").read_text() == scores
 
 
+PICTURES = (
+    "data=image_folder",
+    "data.root=pictures",
+    "data.image_size=8",
+    "data.channels=1",
+    "metrics=none",
+)
+
+
 def unreadable_folder(folder):
     folder.mkdir()
     for number in range(40):
@@ -130,14 +139,7 @@ def unreadable_folder(folder):
 
 def test_unreadable_images_stop_by_name(door, capsys, tmp_path):
     unreadable_folder(tmp_path / "pictures")
-    overrides = [
-        "data=image_folder",
-        "data.root=pictures",
-        "data.image_size=8",
-        "data.channels=1",
-        "metrics=none",
-    ]
-    assert door("train", *QUICK, *overrides) == 2
+    assert door("train", *QUICK, *PICTURES) == 2
     assert_one_line(
         capsys.readouterr().err.split("\n")[-2], ["2 ", "text.png", "torn.jpg", "data.on_error=skip"]
     )
@@ -145,14 +147,7 @@ def test_unreadable_images_stop_by_name(door, capsys, tmp_path):
 
 def test_unreadable_images_are_skipped_and_counted(door, only_run, tmp_path):
     unreadable_folder(tmp_path / "pictures")
-    overrides = [
-        "data=image_folder",
-        "data.root=pictures",
-        "data.image_size=8",
-        "data.channels=1",
-        "metrics=none",
-    ]
-    assert door("train", *QUICK, *overrides, "data.on_error=skip", "data.holdout=0.2") == 0
+    assert door("train", *QUICK, *PICTURES, "data.on_error=skip", "data.holdout=0.2") == 0
     told = (only_run() / "train.log").read_text()
     assert "2 of 42" in told
     assert "text.png" in told
@@ -168,7 +163,7 @@ def test_empty_folder(door, capsys, tmp_path):
 def test_weights_file_that_is_not_what_it_says(door, capsys, tmp_path):
     (tmp_path / "weights.pth").write_text("hello")
     overrides = ["data=fashion_mnist", "metrics=fid", "metrics.features.weights=weights.pth"]
-    code = door("train", *QUICK, *overrides)
+    code = door("train", *QUICK, *PICTURES)
     err = capsys.readouterr().err
     assert code == 2
     assert_one_line(err, ["weights.pth"])

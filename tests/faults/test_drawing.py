@@ -49,16 +49,14 @@ def test_finished_with_the_same_bytes(tmp_path, trained):
     assert last.stat().st_mtime_ns != times[last]
 
 
+def drawing(trained, out):
+    """The command of a drawing of two batches."""
+    numbers = ("n=8", "batch_size=4", "sampler.steps=4", "device=cpu")
+    return ("sample", f"run={trained}", *numbers, f"out={out}")
+
+
 def test_a_broken_image_is_drawn_again(tmp_path, trained):
-    draw = (
-        "sample",
-        f"run={trained}",
-        "n=8",
-        "batch_size=4",
-        "sampler.steps=4",
-        "device=cpu",
-        f"out={tmp_path}/out",
-    )
+    draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     whole = bytes_of(tmp_path / "out")
     broken = tmp_path / "out" / "images" / "000001.png"
@@ -68,15 +66,7 @@ def test_a_broken_image_is_drawn_again(tmp_path, trained):
 
 
 def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
-    draw = (
-        "sample",
-        f"run={trained}",
-        "n=8",
-        "batch_size=4",
-        "sampler.steps=4",
-        "device=cpu",
-        f"out={tmp_path}/out",
-    )
+    draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     before = bytes_of(tmp_path / "out")
     killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation:Generation.trajectory", 1)])
