@@ -163,7 +163,7 @@ def test_empty_folder(door, capsys, tmp_path):
 def test_weights_file_that_is_not_what_it_says(door, capsys, tmp_path):
     (tmp_path / "weights.pth").write_text("hello")
     overrides = ["data=fashion_mnist", "metrics=fid", "metrics.features.weights=weights.pth"]
-    code = door("train", *QUICK, *PICTURES)
+    code = door("train", *QUICK, *overrides)
     err = capsys.readouterr().err
     assert code == 2
     assert_one_line(err, ["weights.pth"])
