@@ -1,5 +1,6 @@
 """The progress bar of a training without epochs."""
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,10 +9,10 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Counts optimiser steps towards max_steps; redrawn a few times a second at most.
+    """Counts optimiser steps towards max_steps.
 
     Args:
-        every: optimiser steps between two updates.
+        every: optimiser steps between two updates; more where they go to a file, which sees 200 at the most.
     """
 
     def __init__(self, every: int = 10):
@@ -36,7 +37,8 @@ class StepProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every == 0 or step == trainer.max_steps:
+        every = self.every if sys.stderr.isatty() else max(self.every, trainer.max_steps // 200)
+        if step % every == 0 or step == trainer.max_steps:
             bar = self.train_progress_bar
             bar.set_postfix(
                 {name: f"{value:.4g}" for name, value in self.get_metrics(trainer, pl_module).items()}
