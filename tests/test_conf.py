@@ -245,6 +245,14 @@ def test_the_default_score_fits_the_data():
 
 
 @pytest.mark.parametrize("door", ["sample", "evaluate"])
+def test_what_is_added_to_an_experiment_wins():
+    config = composed("train", "experiment=edm_digits", "preset=ddim_paper_cifar10", "debug=quick")
+    assert config.schedule._target_.endswith(".EDM")
+    assert config.sampler._target_.endswith(".DDIM")
+    assert config.spacing._target_.endswith(".Quadratic")
+    assert (config.trainer.max_steps, config.sampler.steps) == (20, 5)
+
+
 def test_doors_to_runs_share_the_choices_of_training(door):
     groups = set(groups_of(door)) - PRESETS - {"task"}
     assert groups <= set(groups_of("train"))
