@@ -244,7 +244,6 @@ def test_the_default_score_fits_the_data():
         assert composed("train", f"data={data}").metrics == OmegaConf.load(CONF / "metrics" / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("door", ["sample", "evaluate"])
 def test_what_is_added_to_an_experiment_wins():
     config = composed("train", "experiment=edm_digits", "preset=ddim_paper_cifar10", "debug=quick")
     assert config.schedule._target_.endswith(".EDM")
@@ -253,6 +252,7 @@ def test_what_is_added_to_an_experiment_wins():
     assert (config.trainer.max_steps, config.sampler.steps) == (20, 5)
 
 
+@pytest.mark.parametrize("door", ["sample", "evaluate"])
 def test_doors_to_runs_share_the_choices_of_training(door):
     groups = set(groups_of(door)) - PRESETS - {"task"}
     assert groups <= set(groups_of("train"))
