@@ -90,7 +90,10 @@ class Leading(IndexSpacing):
 
 
 class Linspace(IndexSpacing):
-    """round(linspace(0, T - 1, S)): both the first and the last step (improved DDPM with one section)."""
+    """round(linspace(0, T - 1, S)): both the first and the last step (diffusers' "linspace").
+
+    Improved DDPM with one section, but for some S in which a half is rounded another way (`Sections`).
+    """
 
     def indices(self, T, steps):
         return [round(v) for v in _linspace(T - 1, steps)]

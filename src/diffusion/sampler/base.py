@@ -56,12 +56,14 @@ class Path:
         levels: their levels, of Python floats.
         index: number of the step, from 0: it goes from levels[index] to levels[index + 1].
         past: the visits before it, the newest last, as many as the sampler's `memory` at most.
+        detour: whether a sampler has left the trajectory asked for and comes back to it.
     """
 
     times: Sequence[float]
     levels: Sequence[NoiseLevel]
     index: int = 0
     past: Sequence[Visit] = ()
+    detour: bool = False
 
     @property
     def steps(self) -> int:

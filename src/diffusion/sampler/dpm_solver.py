@@ -119,6 +119,9 @@ class MultistepDPMSolver(Sampler):
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
+        if self.eta > 0 and t.alpha == 0 and s.sigma > 0:
+            # the limit of the infinite step: nothing of x_t is left
+            return State(weighted_sum((s.alpha, prediction.x0), (s.sigma, noise(x_t))), prediction)
         if is_endless(t, s):
             return State(prediction.mix(s.alpha, s.sigma), prediction)
         f = form(self.plus_plus)

@@ -66,8 +66,9 @@ class Heun(Churned):
 
         x_s = x_t + (x0_t + x0_s)/2 (alpha_s - alpha_t) + (eps_t + eps_s)/2 (sigma_s - sigma_t)
 
-    in unscaled coordinates (x, alpha and sigma over alpha), where only eps counts. A path that starts at pure
-    noise (alpha 0) has none and is solved in the schedule's own: for rectified flow Heun's method in t.
+    in unscaled coordinates (x, alpha and sigma over alpha), where only eps counts. On a flow's straight lines it is
+    Heun's method in t, as flows are published, and from pure noise (alpha 0), which has no unscaled coordinates,
+    the schedule's own are taken too.
     """
 
     def deterministic_step(self, denoiser, x_t, t, s, path):
@@ -76,7 +77,8 @@ class Heun(Churned):
         if s.sigma == 0:
             return State(euler, prediction)
         corrected = denoiser(euler, s)
-        t_scale, s_scale = (t.alpha, s.alpha) if path.levels[0].alpha > 0 else (1.0, 1.0)
+        own = denoiser.schedule.straight or path.levels[0].alpha == 0
+        t_scale, s_scale = (1.0, 1.0) if own else (t.alpha, s.alpha)
         of_x0 = (s.alpha - t.alpha * s_scale / t_scale) / 2
         of_eps = (s.sigma - t.sigma * s_scale / t_scale) / 2
         x_s = (

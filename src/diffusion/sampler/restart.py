@@ -16,7 +16,7 @@ class Restart(Sampler):
 
     After the step that arrives at the level nearest to sigma_min, forward noise leads to sigma_max, and
     `restart_steps` steps of the solver on a Karras grid lead back; this is repeated. Several intervals: a Restart
-    as the solver of another.
+    as the solver of another; each is gone through on the way down once, and not within the other.
 
     Args:
         solver: a single-step sampler, Heun in the paper.
@@ -50,7 +50,7 @@ class Restart(Sampler):
 
     def step(self, denoiser, x_t, t, s, noise, path):
         state = self.solver.step(denoiser, x_t, t, s, noise, path)
-        if path.index + 1 != self._bottom(path):
+        if path.detour or path.index + 1 != self._bottom(path):
             return state
         if s.sigma / s.alpha >= self.sigma_max:
             raise UserError(
@@ -64,7 +64,7 @@ class Restart(Sampler):
             std = conditional_variance(top, s) ** 0.5
             x = weighted_sum((top.alpha / s.alpha, x), (std, noise(x)))
             for index, (high, low) in enumerate(pairwise(interval.levels)):
-                place = Path(interval.times, interval.levels, index)
+                place = Path(interval.times, interval.levels, index, detour=True)
                 state = self.solver.step(denoiser, x, high, low, noise, place)
                 x = state.x
         return state

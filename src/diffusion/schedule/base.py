@@ -1,5 +1,6 @@
 """What every schedule offers, and the table that all discrete ones share."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -14,10 +15,12 @@ class Schedule(ABC):
     Attributes:
         t_min: the smallest time at which a network is trained or asked.
         t_max: the largest.
+        straight: whether alpha and sigma are both linear in t, so that noise is added along straight lines.
     """
 
     t_min: float
     t_max: float
+    straight = False
 
     @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -26,6 +29,15 @@ class Schedule(ABC):
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """The time at which ln(alpha / sigma) has this value, clamped to [t_min, t_max]; float64."""
+
+    @abstractmethod
+    def drift_and_diffusion(self, t: float) -> tuple[float, float]:
+        """f and g^2 of the forward process dx = f x dt + g dw at a time with alpha > 0.
+
+            f = d ln(alpha)/dt,    g^2 = d sigma^2/dt - 2 f sigma^2
+
+        Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 5); for any alpha and sigma.
+        """
 
     @abstractmethod
     def time_at(self, u: Tensor) -> Tensor:
@@ -93,6 +105,13 @@ class DiscreteSchedule(Schedule):
         above = torch.searchsorted(rising, wanted).clamp(1, self.T - 1)
         low, high = rising[above - 1], rising[above]
         return above + ((wanted - low) / (high - low)).clamp(0, 1)
+
+    def drift_and_diffusion(self, t: float) -> tuple[float, float]:
+        # the differences of a table: of its two neighbours for a row, of the two rows around a time between
+        low, high = max(math.ceil(t) - 1, 0), min(math.floor(t) + 1, self.T)
+        below, level, above = self([low, t, high]).scalars()
+        f = (above.alpha - below.alpha) / (high - low) / level.alpha
+        return f, (above.sigma**2 - below.sigma**2) / (high - low) - 2 * f * level.sigma**2
 
     def time_at(self, u: Tensor) -> Tensor:
         return (u * self.T).floor() + 1

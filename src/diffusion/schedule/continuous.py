@@ -46,6 +46,14 @@ class ContinuousSchedule(Schedule):
         clean = t == 0
         return NoiseLevel(alpha.masked_fill(clean, 1.0), sigma.masked_fill(clean, 0.0), self.label(t))
 
+    def drift_and_diffusion(self, t: float) -> tuple[float, float]:
+        time = as_times(t)
+        (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(
+            self.alpha_sigma, (time,), (torch.ones_like(time),)
+        )
+        f = d_alpha / alpha
+        return f.item(), (2 * sigma * (d_sigma - f * sigma)).item()
+
     def time_at(self, u: Tensor) -> Tensor:
         return self.t_min + u * (self.t_max - self.t_min)
 
@@ -209,6 +217,8 @@ class RectifiedFlow(ContinuousSchedule):
     Raises:
         ValueError: a number is out of range.
     """
+
+    straight = True
 
     def __init__(self, t_min: float = 1e-3, t_max: float = 1.0):
         _upper_bound_of_one(t_max)

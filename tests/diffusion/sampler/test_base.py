@@ -112,7 +112,10 @@ def test_a_sampler_reads_as_it_is_made():
     # protocols hold it: no addresses, no derived numbers
     assert repr(DDIM(0.5)) == "DDIM(eta=0.5)"
     assert repr(LMS(3)) == "LMS(order=3)"
-    assert repr(PredictorCorrector(DDPM())) == "PredictorCorrector(predictor=DDPM(), corrections=1, snr=0.16)"
+    assert (
+        repr(PredictorCorrector(DDPM()))
+        == "PredictorCorrector(predictor=DDPM(), corrections=1, snr=0.16, batch_norms=False)"
+    )
 
 
 class Failing(torch.nn.Module):

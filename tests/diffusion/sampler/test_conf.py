@@ -107,6 +107,37 @@ def test_presets(path):
     assert times[-1] == 0
 
 
+# preset -> what its origin has, besides the sampler's own defaults
+PUBLISHED = {
+    # ermongroup/ddim, functions/denoising.py: generalized_steps does not clip, ddpm_steps does
+    "ddim_paper_cifar10": ("DDIM", "Quadratic", None, None),
+    "ddim_paper_celeba": ("DDIM", "Leading", None, None),
+    "ddim_paper_sigma_hat": ("DDPM", "Quadratic", "StaticClipping", "Large"),
+    # openai/improved-diffusion: respace.py with one section; p_mean_variance clips, ddim_sample derives eps anew
+    "ddim_openai": ("DDIM", "Sections", "StaticClipping", None),
+    "ddim_openai_strided": ("DDIM", "Sections", "StaticClipping", None),
+    "ddim_diffusers": ("DDIM", "Leading", None, None),
+    # yang-song/score_sde: vpsde_update_fn of the ancestral predictor adds noise of variance beta
+    "score_sde_pc": ("PredictorCorrector", "UniformTime", None, "Large"),
+    "edm_paper": ("Heun", "Karras", None, None),
+    "ddpm_paper": ("DDPM", None, "StaticClipping", None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_what_was_published(name):
+    def kind(node):
+        return node._target_.split(".")[-1] if node else None
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain, config = (compose("train", more) for more in ([], [f"{ROOT}={name}"]))
+    sampler, spacing, clipping, variance = PUBLISHED[name]
+    assert kind(config.sampler) == sampler
+    assert spacing is None or kind(config.spacing) == spacing
+    assert kind(config.clipping) == clipping
+    assert kind(config.variance) == (variance or kind(plain.variance))
+
+
 def test_edm_preset_is_the_paper_s():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"{ROOT}=edm_paper", "schedule=edm"])

@@ -30,8 +30,16 @@ def test_order_of_convergence(solver, problems):
 OTHERS = [name for name in SCHEDULES if name != "VP linear"]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.sampler != PNDM], ids=lambda s: s.name)
+# of the others PNDM's Runge-Kutta steps, and Heun's on a flow, are steps in t, which is another on each schedule
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        pytest.param(solver, name, id=f"{solver.name}-{name}")
+        for solver in SOLVERS
+        for name in OTHERS
+        if solver.sampler != PNDM and (solver.name, name) != ("Heun", "rectified flow")
+    ],
+)
 def test_every_schedule_gives_the_same_error(solver, name, problems):
     # so the order is the same, too; the full table is `python -m benchmarks.sampler_orders`
     steps = 24
@@ -42,10 +50,29 @@ def test_every_schedule_gives_the_same_error(solver, name, problems):
     assert error_there / alpha_there == pytest.approx(error / alpha, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_order_of_pndm_on_other_schedules(name, problems):
-    # its Runge-Kutta steps lie at the middle of the time step, which is another level on each schedule
-    assert problems[name].measure(PNDM).order == pytest.approx(2, abs=0.35)
+@pytest.mark.parametrize(
+    ("sampler", "name"), [*((PNDM, name) for name in OTHERS), (Heun(), "rectified flow")]
+)
+def test_order_of_steps_in_time_on_other_schedules(sampler, name, problems):
+    assert problems[name].measure(sampler).order == pytest.approx(2, abs=0.35)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.999, 0.7])
+def test_heun_on_a_flow_is_heun_in_t(start):
+    # dx/dt = eps - x0, from pure noise and from anywhere else
+    denoiser = MixtureDenoiser(three_modes(), RectifiedFlow())
+    x = torch.randn(4, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.linspace(start, 0.1, 6, dtype=torch.float64)
+
+    def velocity(x, t):
+        prediction = denoiser(x, denoiser.schedule([t]).scalars()[0])
+        return prediction.eps - prediction.x0
+
+    expected = x
+    for t, s in pairwise(times.tolist()):
+        slope = velocity(expected, t)
+        expected = expected + (s - t) / 2 * (slope + velocity(expected + (s - t) * slope, s))
+    torch.testing.assert_close(Heun()(denoiser, x, times), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (Heun(), 2)])
