@@ -116,11 +116,11 @@ PUBLISHED = {
     # openai/improved-diffusion: respace.py with one section; p_mean_variance clips, ddim_sample derives eps anew
     "ddim_openai": ("DDIM", "Sections", "StaticClipping", None),
     "ddim_openai_strided": ("DDIM", "Sections", "StaticClipping", None),
-    "ddim_diffusers": ("DDIM", "Leading", None, None),
+    "ddim_diffusers": ("DDIM", "Leading", "StaticClipping", None),
     # yang-song/score_sde: vpsde_update_fn of the ancestral predictor adds noise of variance beta
     "score_sde_pc": ("PredictorCorrector", "UniformTime", None, "Large"),
     "edm_paper": ("Heun", "Karras", None, None),
-    "ddpm_paper": ("DDPM", None, "StaticClipping", None),
+    "ddpm_paper": ("DDPM", None, "StaticClipping", "Large"),
 }
 
 
