@@ -74,6 +74,11 @@ def non_finite(folder: Path) -> list[str]:
     return found
 
 
+def ended(place: Path) -> bool:
+    """Whether the last checkpoint is there: one killed after that has nothing left to do, and is compared as it is."""
+    return bool(list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")))
+
+
 def kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
     """Trainings that are killed in a place, then at two random instants, then finished and compared."""
     baselines, seconds = {}, {}
@@ -98,15 +103,14 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
             started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
             arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
             last = Door(place, ["train", *arguments]).start()
-            last.process.join(chance.uniform(0.3, 0.9) * seconds[variant])
+            last.process.join(chance.uniform(0.1, 0.7) * seconds[variant])
             finished = last.process.exitcode is not None
             if finished:
                 last.status = last.wait()
             else:
                 last.kill()
                 struck.append("at a random instant")
-        # killed after its last save it has nothing left to do, and is compared as it is
-        if not finished and not list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")):
+        if not finished and not ended(place):
             last = resume(place, *VARIANTS[variant])
             finished = True
         if finished and last.status != 0:
@@ -155,14 +159,18 @@ def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) ->
     baseline = folder / "ddp_baseline"
     assert processes.start_command(baseline, *DDP).wait(300) == 0, (baseline / "output.txt").read_text()
     expected = training_state(run_folder(baseline), STEPS)
-    for i in range(number):
+    done = 0
+    for i in itertools.count():
+        if done == number:
+            break
         place = folder / f"ddp_{i}"
         leader = processes.start_command(place, *DDP)
-        problem = None
+        problem, alive = None, False
         try:
             processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
             time.sleep(chance.uniform(0, 2))
-            if leader.poll() is None:
+            alive = leader.poll() is None
+            if alive:
                 pids = processes.ranks(leader)
                 os.kill(pids[i % len(pids)], signal.SIGKILL)
             leader.wait(60)
@@ -170,12 +178,17 @@ def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) ->
             problem = "the other rank hangs"
         finally:
             processes.leave_nothing(leader)
-        again = processes.start_command(place, "ckpt=last")
-        if problem is None and again.wait(300) != 0:
+        if (
+            problem is None
+            and not ended(place)
+            and processes.start_command(place, "ckpt=last").wait(300) != 0
+        ):
             problem = (place / "output.txt").read_text()[-300:]
         elif problem is None and (wrong := differences(expected, training_state(run_folder(place), STEPS))):
             problem = f"{len(wrong)} leaves differ"
-        table.count("SIGKILL of one of two processes (gloo)", problem)
+        if alive:  # it had not ended before the kill
+            done += 1
+            table.count("SIGKILL of one of two processes (gloo)", problem)
         shutil.rmtree(place)
 
 
