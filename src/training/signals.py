@@ -67,7 +67,11 @@ class StopOnSignal(Checkpoint):
     ) -> None:
         if trainer.global_step != self._step:  # not after a micro-batch that has only accumulated gradients
             self._step = trainer.global_step
-            self._stop_if_asked(trainer)
+            if not _validation_is_due(trainer):
+                self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Stopped):
@@ -103,6 +107,12 @@ class StopOnSignal(Checkpoint):
                 name = signal.Signals(signum).name
                 log.warning("%s: saving at step %d and leaving", name, trainer.global_step)
             raise Stopped(signum, trainer.global_rank)
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates between this step and the next: once stopped here, it would never make it up."""
+    batches = trainer.global_step * trainer.accumulate_grad_batches
+    return sum(trainer.num_val_batches) > 0 and batches % trainer.val_check_interval == 0
 
 
 def requeue() -> None:

@@ -1,5 +1,6 @@
 """Signals: saved at the next step boundary, left with 128 + signal, nothing hangs, nothing is exchanged."""
 
+import csv
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ WRITING = "src.training.checkpoint:_Hashing.write"
 SIGNALS = {
     "SIGTERM in a step": (Fault(STEP, 5, signal.SIGTERM), 5),
     "SIGUSR1 in a step": (Fault(STEP, 5, signal.SIGUSR1), 5),
-    "SIGINT in validation, the averages in place": (Fault(VALIDATION, 2, signal.SIGINT), 6),
+    "SIGINT in validation, the averages in place": (Fault(VALIDATION, 2, signal.SIGINT), 5),
     "SIGTERM while a checkpoint is written": (Fault(WRITING, 100, signal.SIGTERM), 3),
 }
 
@@ -59,6 +60,26 @@ def test_slurm_job_is_requeued_and_goes_on(tmp_path, uninterrupted):
     again = train(tmp_path, SLURM_RESTART_COUNT="1", **slurm)
     assert again.status == 0, again.output
     assert len(list((tmp_path / "runs").iterdir())) == 1, "it goes on in its own folder"
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+
+
+def validations(folder):
+    """The steps at which val/loss was logged, over all starts of the run."""
+    rows = [
+        row for file in run_folder(folder).glob("csv/*/metrics.csv") for row in csv.DictReader(file.open())
+    ]
+    return sorted(int(row["step"]) for row in rows if row.get("val/loss"))
+
+
+@pytest.mark.parametrize("place", [STEP, VALIDATION])
+def test_no_validation_is_lost_to_a_signal(tmp_path, uninterrupted, place):
+    # in step 5, after which a validation is due, or in that validation: it is finished, once
+    stopped = train(tmp_path, faults=[Fault(place, 5, signal.SIGTERM)])
+    assert stopped.status == 128 + signal.SIGTERM, stopped.output
+    assert "saving at step 5 " in stopped.output
+    assert validations(tmp_path) == [5]
+    assert resume(tmp_path).status == 0
+    assert validations(tmp_path) == [5, 10]
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
