@@ -99,7 +99,7 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
         aimed = train(place, *VARIANTS[variant], faults=[Fault(function, chance.randint(1, calls))])
         struck = [f"in {where}"] if aimed.status == 128 + signal.SIGKILL else []
         last, finished = aimed, not struck
-        while not finished and len(struck) < min(3, number - done):
+        while not finished and not ended(place) and len(struck) < min(3, number - done):
             started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
             arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
             last = Door(place, ["train", *arguments]).start()
