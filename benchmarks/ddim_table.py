@@ -1,0 +1,75 @@
+"""The scores that one checkpoint has with DDIM of several eta and numbers of steps: DDIM's table 1, and a plot of it.
+
+    python -m src.evaluate -m run=<run> sampler.eta=0,0.2,0.5,1 sampler.steps=10,20,50,100 ...
+    python -m benchmarks.ddim_table <run> [--plot docs/images/eta.png]
+
+Reads the scores that src.evaluate has left in <run>/scores.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+
+def read(run: Path) -> tuple[str, dict[float, dict[int, float]]]:
+    """The score's name, and its values by eta and steps.
+
+    Raises:
+        SystemExit: the scores are not of one protocol, eta and steps aside.
+    """
+    table: dict[float, dict[int, float]] = defaultdict(dict)
+    names, protocols = set(), set()
+    for path in sorted(run.glob("scores/*/scores.json")):
+        record = json.loads(path.read_text())
+        recipe = record["protocol"]["recipe"]
+        if eta := re.fullmatch(r"DDIM\(eta=(.*)\)", recipe.pop("sampler")):
+            ((name, value),) = record["scores"].items()
+            names.add(name)
+            table[float(eta[1])][recipe.pop("steps")] = value
+            del recipe["network_evaluations"]
+            protocols.add(json.dumps(record["protocol"], sort_keys=True))
+    if len(names) != 1 or len(protocols) != 1:
+        raise SystemExit(f"{run}: scores of {len(names)} kinds and {len(protocols)} protocols; one is needed")
+    return names.pop(), {eta: dict(sorted(table[eta].items())) for eta in sorted(table)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    name, table = read(arguments.run)
+    steps = list(next(iter(table.values())))
+    print(f"| eta | {' | '.join(f'S = {S}' for S in steps)} |")
+    print("|" + " --- |" * (len(steps) + 1))
+    for eta, row in table.items():
+        print(f"| {eta:g} | {' | '.join(f'{row[S]:.2f}' for S in steps)} |")
+    if arguments.plot:
+        plot(name, table, arguments.plot)
+
+
+def plot(name: str, table: dict[float, dict[int, float]], path: Path) -> None:
+    """The score against the steps, one line for each eta."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.52), dpi=100)
+    for eta, row in table.items():
+        axes.plot(list(row), list(row.values()), marker="o", label=f"eta = {eta:g}")
+    axes.set(xscale="log", xlabel="steps = network evaluations", ylabel=name)
+    axes.set_xticks(sorted({S for row in table.values() for S in row}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
