@@ -26,6 +26,8 @@ from .variance import Small, Variance
 # Half the distance between two bytes: images are byte/127.5 - 1.
 HALF_BIN = 1 / 255
 
+ROOT = math.sqrt(2)
+
 
 class Chain:
     """The steps of a reverse process, and the terms of its bound.
@@ -70,18 +72,21 @@ class Chain:
         Returns:
             Bits per dimension, shape (B,), x0's dtype.
         """
+        # each branch sees the other's images as a harmless stand-in: torch.where multiplies the gradient of what it
+        # does not take by 0, which leaves NaN of an infinite one
+        first = broadcast(step == 1, x0).bool()
         # step 1, whose posterior has no variance, is given that of step 2: published codes do so, and log() needs it
         later = step.clamp(min=2)
         t, s = self.level(later), self.level(later - 1)
         true_variance = broadcast(Small()(t, s, prediction), x0)
-        learned = broadcast(variance(t, s, prediction), x0)
+        learned = torch.where(first, true_variance, broadcast(variance(t, s, prediction), x0))
         # of the posterior means only their difference counts, which is free of cancellation this way
         gain = broadcast(s.alpha * conditional_variance(t, s) / t.sigma**2, x0)
         ratio = true_variance / learned
         kl = (ratio - 1 - ratio.log() + (gain * (x0 - prediction.x0)).square() / learned) / 2
         decoder = broadcast(variance.decoder(self.level(step), Small()(t, s, prediction), prediction), x0)
-        surprise = -discretised_log_likelihood(x0, prediction.x0, decoder**0.5)
-        first = broadcast(step == 1, x0).bool()
+        mean, std = torch.where(first, prediction.x0, x0), torch.where(first, decoder, 1.0) ** 0.5
+        surprise = -discretised_log_likelihood(x0, mean, std)
         return _bits(torch.where(first, surprise, kl))
 
     def prior(self, x0: Tensor) -> Tensor:
@@ -109,12 +114,18 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # in the left tail, where the difference of two distribution functions keeps its digits
     mirrored = upper + lower > 0
     low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
-    log_high = torch.special.log_ndtr(high)
-    # an open bin ends at -inf: its ln Phi, -inf, is put in below, for autograd would make NaN of it
+    # of a bin around the mean, the mass on either side of it
+    around = high > 0
+    sides = sum(torch.erf(torch.where(around, edge, 1.0) / ROOT) for edge in (-low, high))
+    # of another, by 2 Phi(-z) = erfcx(z/sqrt(2)) exp(-z^2/2): the gradient of log_ndtr has no digits left in float32
+    near, width = torch.where(around, 0.0, -high), 2 * HALF_BIN / std.to(x0.dtype)
     open_end = low.isneginf()
-    log_low = torch.special.log_ndtr(low.masked_fill(open_end, -1.0))
-    share = torch.where(open_end, 0.0, (-torch.expm1((log_low - log_high).clamp(max=-1e-30))).log())
-    return log_high + share
+    far = torch.where(open_end, near + 1, -low)
+    log_near = torch.special.erfcx(near / ROOT).log()
+    # ln Phi(-far)/Phi(-near)
+    log_ratio = torch.special.erfcx(far / ROOT).log() - log_near - width * (near + far) / 2
+    share = torch.where(open_end, 0.0, (-torch.expm1(log_ratio.clamp(max=-1e-30))).log())
+    return torch.where(around, sides.log(), log_near - near.square() / 2 + share) - math.log(2)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from src.diffusion.noise_level import broadcast, conditional_variance
 from src.diffusion.ode import integrate
 from src.diffusion.parameterization import Eps
 from src.diffusion.schedule import EDM, VE, VP, ContinuousCosine, Cosine, Linear, RectifiedFlow
-from src.diffusion.variance import Large, LearnedRange, Small, Variance
+from src.diffusion.variance import Large, Learned, LearnedRange, Small, Variance
 from tests.diffusion import reference_numpy as reference
 from tests.diffusion.mixture import Mixture, MixtureDenoiser, gaussian, three_modes
 from tests.diffusion.test_loss import Doubled
@@ -62,6 +62,39 @@ def test_gradients_are_finite_at_the_open_ends():
     mean = torch.tensor([0.9, -0.9, 0.5], dtype=torch.float64, requires_grad=True)
     std = torch.tensor([0.01, 0.01, 0.01], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m, s: discretised_log_likelihood(x, m, s), (mean, std))
+
+
+@pytest.mark.parametrize("byte", [0, 100, 255])
+@pytest.mark.parametrize("z", [0.0, 0.3, 3.0, 30.0, 1e3, 1e4, 1e6])
+def test_gradients_keep_their_digits_in_float32(z, byte):
+    # far out the mass is phi(z)/z, and the gradient of its logarithm by the standard deviation z^2/std
+    x0, std = torch.tensor([byte / 127.5 - 1]), torch.tensor([0.01 if z < 100 else 1.0])
+    gradients = {}
+    for dtype in (torch.float32, torch.float64):
+        mean = (x0.double() + math.copysign(z, 100 - byte) * std).float()
+        parts = [part.to(dtype).requires_grad_() for part in (mean, std)]
+        log_p = discretised_log_likelihood(x0.to(dtype), *parts)
+        gradients[dtype] = torch.stack([log_p.detach(), *torch.autograd.grad(log_p.sum(), parts)]).double()
+    torch.testing.assert_close(gradients[torch.float32], gradients[torch.float64], rtol=1e-4, atol=1e-4)
+    if z >= 1e3:
+        assert gradients[torch.float32][2].item() == pytest.approx(z**2, rel=1e-2)
+
+
+@pytest.mark.parametrize("log_variance", [-9.0, -6.0, -4.0, -2.0, 0.0])
+@pytest.mark.parametrize("T", [1000, 4000])
+def test_the_decoder_s_gradient_does_not_leak_into_other_steps(T, log_variance):
+    # eps at t = T of the cosine schedule: x0_hat is 20,000 off and more, where the decoder's gradient is infinite
+    chain, step, x0 = Chain(Cosine(T)), torch.tensor([1, 2, T // 2, T]), _bytes((4, 1, 4, 4))
+    x_t, eps = Normal()(x0), Normal(1)(x0)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        output = eps.to(dtype).requires_grad_()
+        said = torch.full_like(output, log_variance, requires_grad=True)
+        prediction = Eps().predict(x_t.to(dtype), output, chain.level(step)).with_variance(said)
+        bits = chain.term(step, x0.to(dtype), prediction, Learned())
+        gradients.append([g.double() for g in torch.autograd.grad(bits.sum(), (output, said))])
+    for single, double in zip(*gradients, strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-6)
 
 
 KINDS = {"small": Small(), "large": Large(), "learned_range": LearnedRange()}
@@ -168,6 +201,7 @@ def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
     [
         VP(),
         VE(sigma_max=50),
+        VE(sigma_min=0.3),
         EDM(),
         ContinuousCosine(),
         RectifiedFlow(),
@@ -215,6 +249,20 @@ def test_the_flow_s_bits_agree_with_the_exact_likelihood_of_a_discretised_mixtur
     # the outer bytes also hold what lies beyond [-1, 1]: no density says that
     inner = x0.flatten().abs() < 0.99
     assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
+
+
+def test_bytes_are_spread_over_their_bins():
+    # E[-ln p(x0 + u)] of a Gaussian narrower than a bin, u uniform in +- h: to (x0 - mean)^2 its variance is added
+    narrow, h, schedule = gaussian(0.2, 0.002), 1 / 255, VP()
+    x0 = torch.full((400, 1, 1, 1), 153 / 127.5 - 1, dtype=torch.float64)
+    bits = flow_likelihood(MixtureDenoiser(narrow, schedule), x0, noise=Normal()).bits
+    first = schedule(torch.tensor([schedule.t_min], dtype=torch.float64)).scalars()[0]
+    variance = (first.alpha * 0.002) ** 2 + first.sigma**2
+    offset = x0[0].item() - first.alpha * 0.2
+    nats = math.log(2 * math.pi * variance) / 2 + (offset**2 + h**2 / 3) / (2 * variance)
+    expected = nats / math.log(2) - math.log2(2 * h)
+    assert bits.mean().item() == pytest.approx(expected, abs=5 * bits.std().item() / 20)
+    assert bits.std() > 0.1
 
 
 def test_clipping_may_surround_the_bounded_denoiser():
