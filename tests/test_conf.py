@@ -112,6 +112,133 @@ def test_a_leaf_is_one_class_and_its_numbers(group):
             assert inspect.isclass(get_class(leaf["_target_"]))
 
 
+@pytest.mark.parametrize(
+    "group",
+    [
+        "schedule",
+        "parameterization",
+        "variance",
+        "loss",
+        "weighting",
+        "distance",
+        "time_sampling",
+        "spacing",
+        "clipping",
+    ],
+)
+def test_the_mathematics_numbers_are_the_classes_defaults(group):
+    """Which the reference tests hold against the papers. What is filled in from elsewhere is not meant."""
+    for name in choices(group):
+        loaded = OmegaConf.load(CONF / group / f"{name}.yaml")
+        node = OmegaConf.to_container(loaded, resolve=False) or {}
+        if node:
+            parameters = inspect.signature(get_class(node["_target_"]).__init__).parameters
+            for option, value in node.items():
+                default = parameters[option].default if option in parameters else inspect.Parameter.empty
+                if default is not inspect.Parameter.empty and "${" not in str(value):
+                    assert value == default, f"{group}/{name}: {option}"
+
+
+# What the papers say, or where they do not, their authors' configurations
+PAPERS = {
+    "ddpm_cifar10": {
+        "schedule": "Linear",
+        "schedule.T": 1000,
+        "parameterization": "Eps",
+        "variance": "Large",
+        "model.dropout": 0.1,
+        "batch_size": 128,
+        "optimizer.lr": 2e-4,
+        "lr_schedule.warmup_steps": 5000,
+        "ema.decay": 0.9999,
+        "trainer.gradient_clip_val": 1.0,
+        "trainer.max_steps": 800_000,
+        "sampler.steps": 1000,
+    },
+    "edm_cifar10": {
+        "schedule": "EDM",
+        "parameterization": "EDM",
+        "weighting": "EDM",
+        "time_sampling.mean": -1.2,
+        "time_sampling.std": 1.2,
+        "model.dropout": 0.13,
+        "batch_size": 512,
+        "optimizer.lr": 1e-3,
+        "lr_schedule.warmup_steps": 10_000_000 // 512,
+        "ema.half_life": 500_000,
+        "trainer.max_steps": 200_000_000 // 512,
+        "sampler": "Heun",
+        "sampler.steps": 18,
+        "spacing.rho": 7,
+    },
+    "improved_ddpm_cifar10": {
+        "schedule": "Cosine",
+        "schedule.T": 4000,
+        "schedule.s": 0.008,
+        "parameterization": "Eps",
+        "variance": "LearnedRange",
+        "loss": "HybridLoss",
+        "loss.vlb_weight": 0.001,
+        "model.blocks_per_level": 3,
+        "model.dropout": 0.3,
+        "batch_size": 128,
+        "optimizer.lr": 1e-4,
+        "ema.decay": 0.9999,
+        "trainer.max_steps": 500_000,
+    },
+    "min_snr_v_cifar10": {
+        "schedule": "Cosine",
+        "parameterization": "V",
+        "weighting": "MinSNR",
+        "weighting.gamma": 5,
+        "batch_size": 128,
+        "optimizer.lr": 2e-4,
+        "ema.decay": 0.9999,
+        "trainer.max_steps": 800_000,
+    },
+    "rectified_flow_cifar10": {
+        "schedule": "RectifiedFlow",
+        "schedule.t_min": 1e-3,
+        "parameterization": "Velocity",
+        "model.dropout": 0.15,
+        "batch_size": 128,
+        "optimizer.lr": 2e-4,
+        "lr_schedule.warmup_steps": 5000,
+        "ema.decay": 0.999999,
+        "trainer.gradient_clip_val": 1.0,
+        "trainer.max_steps": 1_300_000,
+    },
+    "vp_sde_cifar10": {
+        "schedule": "VP",
+        "schedule.beta_min": 0.1,
+        "schedule.beta_max": 20,
+        "schedule.t_min": 1e-5,
+        "parameterization": "Eps",
+        "batch_size": 128,
+        "optimizer.lr": 2e-4,
+        "lr_schedule.warmup_steps": 5000,
+        "ema.decay": 0.9999,
+        "trainer.gradient_clip_val": 1.0,
+        "trainer.max_steps": 1_300_000,
+        "sampler.steps": 1000,
+    },
+}
+
+
+def test_every_paper_has_its_numbers_told():
+    assert set(PAPERS) == {name for name in choices("experiment") if name.endswith("_cifar10")}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_an_experiment_has_its_paper_s_numbers(name):
+    config = composed("train", f"experiment={name}")
+    found = {option: OmegaConf.select(config, option) for option in PAPERS[name]}
+    for option, value in found.items():
+        if isinstance(value, DictConfig):  # of a group the class counts
+            found[option] = value._target_.rpartition(".")[2]
+    assert found == PAPERS[name]
+
+
 def test_a_group_is_named_as_its_module():
     written = {path.stem for path in (ROOT / "src").rglob("*.py")} | {
         path.name for path in (ROOT / "src").rglob("*") if path.is_dir()

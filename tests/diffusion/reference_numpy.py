@@ -102,6 +102,8 @@ def reverse_variance(alphabar, chain, i, kind, v=None):
         return tilde
     if kind == "large":
         return beta if i else tilde
+    if kind == "learned":
+        return np.exp(v)  # the code of improved DDPM: the output is the log-variance, at every step
     frac = (v + 1) / 2  # Nichol & Dhariwal 2021, eq. 15
     return np.exp(frac * math.log(beta) + (1 - frac) * math.log(tilde))
 
