@@ -16,8 +16,8 @@ from .distance import Distance, Squared
 from .forward import diffuse
 from .likelihood import Chain
 from .noise_level import NoiseLevel
-from .time_sampling import TimeSampling
-from .weighting import Simple, Weighting
+from .time_sampling import AdaptiveTimeSampling, TimeSampling
+from .weighting import LearnedUncertainty, Simple, Weighting
 
 
 class DenoisingLoss(nn.Module):
@@ -30,7 +30,8 @@ class DenoisingLoss(nn.Module):
         distance: between output and target (default: `Squared`).
 
     Raises:
-        ValueError: the denoiser's variance is learned, which this loss does not train.
+        ValueError: the denoiser's variance is learned, which this loss does not train, or a time sampling that
+            learns from the losses is given losses that are balanced.
     """
 
     def __init__(
@@ -46,6 +47,11 @@ class DenoisingLoss(nn.Module):
         self.time_sampling = time_sampling
         self.distance = distance or Squared()
         self.check()
+        if isinstance(weighting, LearnedUncertainty) and isinstance(time_sampling, AdaptiveTimeSampling):
+            raise ValueError(
+                "time_sampling=importance prefers the times of large losses, which weighting=learned_uncertainty makes"
+                " alike: choose time_sampling=uniform, or weighting=edm"
+            )
 
     def check(self) -> None:
         """Refuses parts that do not belong together."""

@@ -21,7 +21,7 @@ class Weighting(ABC):
         """The weights, float64, of the levels' shape (B,); c_out is the parameterisation's."""
 
     def balance(self, losses: Tensor, level: NoiseLevel) -> Tensor:
-        """A last word on the weighted losses of each image, shape (B,); by default none."""
+        """A last word on the weighted losses of each image, shape (B,), in training; by default none."""
         return losses
 
 
@@ -107,7 +107,7 @@ class LearnedUncertainty(Weighting, nn.Module):
 
     Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that every
     noise level contributes 1. u is linear in random Fourier features of ln(sigma/alpha)/4, 0 at first, and used
-    in training only. |ln(sigma/alpha)| is bounded by 20, for pure noise.
+    in training mode only: validation losses stay comparable. |ln(sigma/alpha)| is bounded by 20, for pure noise.
 
     Args:
         weighting: gives the losses that are balanced; EDM's in the paper.
@@ -131,8 +131,9 @@ class LearnedUncertainty(Weighting, nn.Module):
         return self.weighting(level, c_out)
 
     def balance(self, losses, level):
-        noise = -clamp(level.log_snr, -20.0, 20.0) / 4
-        noise = noise.to(self.phases.device, self.phases.dtype)
-        features = 2**0.5 * torch.cos(noise[:, None] * self.frequencies + self.phases)
-        u = self.uncertainty(features).squeeze(1).to(losses.dtype)
+        if not self.training:
+            return losses
+        noise = (-clamp(level.log_snr, -20.0, 20.0) / 4).to(losses.device, losses.dtype)
+        angles = noise[:, None] * self.frequencies.to(losses.dtype) + self.phases.to(losses.dtype)
+        u = 2**0.5 * torch.cos(angles) @ self.uncertainty.weight[0].to(losses.dtype)
         return losses / u.exp() + u

@@ -10,7 +10,7 @@ from src.diffusion.denoiser import Denoiser
 from src.diffusion.distance import Absolute, Huber, Squared
 from src.diffusion.parameterization import X0, Eps, V
 from src.diffusion.schedule import VP, Cosine, Linear
-from src.diffusion.time_sampling import Uniform
+from src.diffusion.time_sampling import Importance, Uniform
 from src.diffusion.variance import Large, Learned, LearnedRange, Small
 from src.diffusion.weighting import EDM, P2, SNR, LearnedUncertainty, MinSNR, Simple
 from tests.diffusion import reference_numpy as reference
@@ -201,6 +201,14 @@ def test_learned_log_variance_in_the_bound():
         (lambda d, f: losses.HybridLoss(f, Simple(), Uniform()), "denoiser has a fixed variance"),
         (lambda d, f: losses.VariationalLoss(d, SNR(), Uniform()), "weighting has no effect"),
         (lambda d, f: losses.VariationalLoss(d, Simple(), Uniform(), Absolute()), "distance has no effect"),
+        (
+            lambda d, f: losses.DenoisingLoss(f, LearnedUncertainty(EDM()), Importance()),
+            "time_sampling=importance prefers",
+        ),
+        (
+            lambda d, f: losses.HybridLoss(d, LearnedUncertainty(EDM()), Importance()),
+            "time_sampling=importance prefers",
+        ),
         (lambda d, f: losses.HybridLoss(d, Simple(), Uniform(), vlb_weight=0), "vlb_weight must be positive"),
         (
             lambda d, f: losses.VariationalLoss(Denoiser(Wavy(), VP(), Eps()), Simple(), Uniform()),

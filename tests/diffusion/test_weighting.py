@@ -63,6 +63,28 @@ def test_uncertainty_is_nothing_at_first_and_learns_the_expected_loss():
     assert (balanced - 1 - loss.log()).abs().max() < 0.01
 
 
+def test_uncertainty_is_of_training_only():
+    weighting = LearnedUncertainty(SNR())
+    torch.nn.init.normal_(weighting.uncertainty.weight)
+    losses = torch.tensor([0.1, 1.0, 3.0])
+    assert not torch.equal(weighting.balance(losses, LEVEL), losses)
+    assert torch.equal(weighting.eval().balance(losses, LEVEL), losses)
+
+
+def test_uncertainty_has_the_losses_precision():
+    # u = sum_i w_i sqrt(2) cos(f_i ln(sigma/alpha)/4 + phase_i), EDM2's magnitude-preserving features
+    weighting = LearnedUncertainty(SNR())
+    torch.nn.init.normal_(weighting.uncertainty.weight, std=0.1)
+    f, phases, w = (
+        v.detach().double().numpy()
+        for v in (weighting.frequencies, weighting.phases, weighting.uncertainty.weight[0])
+    )
+    u = (w * np.sqrt(2) * np.cos(np.log(SIGMA / ALPHA)[:, None] / 4 * f + phases)).sum(axis=1)
+    losses = np.array([0.1, 1.0, 3.0])
+    ours = weighting.balance(torch.from_numpy(losses), LEVEL).detach()
+    np.testing.assert_allclose(ours, losses / np.exp(u) + u, rtol=1e-12)
+
+
 def test_uncertainty_is_finite_for_pure_noise():
     level = NoiseLevel(torch.zeros(1).double(), torch.ones(1).double(), torch.zeros(1))
     assert LearnedUncertainty(SNR()).balance(torch.ones(1), level).isfinite().all()
