@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # A training of seconds that meets every part: two steps' worth of everything.
 QUICK = ("debug=quick", "logger=csv", "trainer.accelerator=cpu", "model.base_channels=16", "batch_size=32")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many combinations of the matrix trained and were refused: as the tests counted them, in whatever worker."""
+    reports = [
+        report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])
+    ]
+    counts = Counter[str]()
+    for report in reports:
+        if report.when == "call":
+            counts.update({name: n for name, n in report.user_properties if name.startswith("combinations")})
+    for name, count in counts.items():
+        terminalreporter.write_line(f"{name}: {count}")
 
 
 @pytest.fixture(autouse=True, scope="session")

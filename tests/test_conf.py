@@ -316,6 +316,35 @@ def test_a_choice_becomes_its_object(group, choice, assembled):
             assert numbers[name] == value, name
 
 
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        (group, choice)
+        for group in ("schedule", "parameterization", "variance", "loss", "weighting", "time_sampling")
+        for choice in choices(group)
+    ],
+)
+def test_a_choice_of_the_mathematics_trains(group, choice, assembled):
+    """Two steps as the command line takes them, with a validation after each."""
+    overrides = [
+        "batch_size=8",
+        "trainer.max_steps=2",
+        "validate_every=1",
+        "callbacks=none",
+        "schedule=cosine",
+    ]
+    overrides = [*SMALL_NETWORK, *overrides, f"{group}={choice}", *NEEDS.get(f"{group}={choice}", [])]
+    parts, _ = assembled(*overrides, "+trainer.limit_val_batches=1")
+    weights = parts.module.denoiser.network.state_dict()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    parts.trainer.fit(parts.module, parts.data)
+    assert parts.trainer.global_step == 2
+    assert not parts.module.skipped
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert any((weight != before[name]).any() for name, weight in weights.items())
+    assert 0 <= parts.scores()["val/loss"] < math.inf
+
+
 @pytest.mark.parametrize("choice", choices("callbacks"))
 def test_callbacks(choice, assembled):
     parts, config = assembled(f"callbacks={choice}", "metrics=fd_digits")
