@@ -12,7 +12,15 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from src.configuration import build, check_scalars
 from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
-from src.experiment import denoiser_of, fidelity_of, generation_of, recipe, set_reference, source_of
+from src.experiment import (
+    denoiser_of,
+    fidelity_of,
+    generation_of,
+    recipe,
+    set_reference,
+    source_of,
+    warn_of_amplified_errors,
+)
 from src.generation import Generation
 from src.memory import keep_freed_memory
 from src.metrics import fidelity
@@ -113,6 +121,7 @@ def load(
         config[name] = node
     denoiser = denoiser_of(config)
     generation = generation_of(config, seed, denoiser.schedule)
+    warn_of_amplified_errors(denoiser, generation)
     averages, name, decay = averages_of(content, config, found, weights)
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}

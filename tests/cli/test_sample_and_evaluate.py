@@ -99,6 +99,14 @@ def test_sampling_sweep(door, run, tmp_path):
     assert all("fd_digits" in outcome["scores"] for outcome in outcomes.values())
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_errors_that_nothing_bounds_are_warned_of(door, run, capsys, name):
+    warning = "clipping=none: the first step of sampling multiplies the network's errors by 20,291"
+    for clipping in ("static", "none"):
+        assert door(name, f"run={run}", "n=2", "sampler.steps=2", f"clipping={clipping}") == 0
+        assert (warning in capsys.readouterr().out) == (clipping == "none")
+
+
 @pytest.mark.parametrize("task", ["trajectory", "interpolate", "reconstruct", "img2img"])
 def test_tasks(door, run, tmp_path, task):
     assert door("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
