@@ -16,6 +16,7 @@ from src.data.transforms import to_model_range
 from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.likelihood import Chain, bound_terms, flow_likelihood
 from src.diffusion.sampler import NoiseSource, PerImageNoise
+from src.diffusion.schedule import DiscreteSchedule
 from src.errors import UserError
 from src.experiment import source_of
 from src.generation import Generation, describe
@@ -27,7 +28,12 @@ class Likelihood(ABC):
 
     Args:
         split: the split of the data whose images are asked about.
+
+    Attributes:
+        depends_on: entries of the run's recipe that change the scores, besides those of the weights.
     """
+
+    depends_on: tuple[str, ...] = ()
 
     def __init__(self, split: Literal["train", "test"] = "test"):
         self.split = split
@@ -54,7 +60,14 @@ class BoundBits(Likelihood):
     Scores: `bits_per_dim`, and of it `bits_per_dim_decoder` and `bits_per_dim_prior`.
     """
 
+    depends_on = ("variance", "clipping")
+
     def terms(self, denoiser, generation, x0, condition, noise):
+        if not isinstance(denoiser.schedule, DiscreteSchedule):
+            raise ValueError(
+                f"schedule must be discrete for metrics=nll, {type(denoiser.schedule).__name__} has no steps: choose"
+                " metrics=nll_flow"
+            )
         chain = Chain(denoiser.schedule)
         yield chain.prior(x0)
         clipped = generation.clipping(denoiser) if generation.clipping else denoiser
@@ -144,9 +157,8 @@ def evaluate(
         "split": likelihood.split,
         "fingerprint": source.fingerprint(likelihood.split),
         "num_images": n,
-        "variance": describe(loaded.denoiser.variance),
         "seed": seed,
-        **{name: recipe[name] for name in ("training_steps", "weights", "ema_decay", "clipping")},
+        **{name: recipe[name] for name in ("training_steps", "weights", "ema_decay", *likelihood.depends_on)},
     }
     return {
         "scores": likelihood.scores(summands),

@@ -45,13 +45,19 @@ def test_bound(door, run):
 def test_flow(door, run):
     record = _scores(door, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3")
     assert 0 < record["scores"]["bits_per_dim_flow"] < 100
+    # neither of which the flow depends on
+    other = ("clipping=none", "variance=large")
+    again = _scores(door, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3", *other)
+    assert again == record
 
 
 def test_the_bound_needs_steps(door, tmp_path, capsys):
     assert door("train", *QUICK, "schedule=vp", "trainer.max_steps=1", "callbacks=none") == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert door("evaluate", f"run={folder}", "metrics=nll", "device=cpu") == 2
-    assert "metrics: schedule must be discrete" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "metrics: schedule must be discrete" in err
+    assert "choose metrics=nll_flow" in err
 
 
 def test_importance_is_kept_in_the_checkpoint(run):
