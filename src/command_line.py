@@ -146,7 +146,9 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
             )
         nearest = "" if "." in key else _nearest(key, groups)
         nearest = nearest or _nearest(key, _all_keys())
-        return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups"
+        # a class may have options that its file leaves out
+        added = f" (+{key}=... for an option that the file leaves out)" if "." in key else ""
+        return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups{added}"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: not understood; quote texts with spaces, commas or brackets: 'key=\"a, b\"'"

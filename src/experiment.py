@@ -262,6 +262,11 @@ def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None
 
 def fidelity_of(config: DictConfig) -> FidelityScore | None:
     """The score, tried on a black image: does its feature space take images of this shape?"""
+    if config.metrics and str(config.metrics.get("_target_")).startswith("src.nll."):
+        raise UserError(
+            "metrics: bits per dimension are for src.evaluate (metrics=nll or nll_flow), not for training; choose a"
+            " score of images, or metrics=none"
+        )
     score = build(config.metrics, FidelityScore, "metrics")
     if score is not None:
         image = torch.zeros(

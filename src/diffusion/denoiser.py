@@ -102,10 +102,13 @@ class Denoiser(BaseDenoiser):
         self.variance.check(schedule)
         # networks from elsewhere need not say how many channels they have
         channels, out_channels = getattr(network, "channels", None), getattr(network, "out_channels", None)
-        if None not in (channels, out_channels) and out_channels < channels * self.variance.outputs:
+        if None not in (channels, out_channels) and out_channels < (
+            needed := channels * self.variance.outputs
+        ):
             raise ValueError(
-                f"model.out_channels={out_channels}: with images of {channels} channels and this variance"
-                f" ({type(self.variance).__name__}) the network's output needs {channels * self.variance.outputs}"
+                f"model.out_channels={out_channels}: leave it out, or say +model.out_channels={needed}; with images of"
+                f" {channels} channels and this variance ({type(self.variance).__name__}) the network's output needs"
+                f" {needed}"
             )
 
     def output(

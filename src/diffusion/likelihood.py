@@ -46,6 +46,11 @@ class Chain:
                 f"schedule must be discrete for the variational bound, {type(schedule).__name__} has no steps: choose"
                 " e.g. schedule=cosine"
             )
+        if times is None and schedule.T < 2:
+            raise ValueError(
+                f"schedule.T={schedule.T} must be at least 2 for the variational bound: raise it, or choose"
+                " loss=denoising"
+            )
         rows = torch.arange(1, schedule.T + 1, dtype=torch.float64) if times is None else as_times(times)
         if len(rows) < 2 or not (rows.diff() > 0).all():
             raise ValueError(f"times must be at least two rising values, got {rows.tolist()}")

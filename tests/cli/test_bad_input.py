@@ -43,6 +43,24 @@ BAD = {
     "nothing to continue": (["ckpt=last"], ["ckpt=last", "name a run folder"]),
     "batch and accumulation": (["max_device_batch=0"], ["max_device_batch", "greater than 0"]),
     "score of another shape": (["metrics=fd_fashion_mnist"], ["metrics", "fashion_mnist", "metrics=fid"]),
+    "one step for the bound": (
+        ["schedule.T=1", "variance=learned_range", "loss=hybrid"],
+        ["loss: schedule.T=1", "at least 2", "loss=denoising"],
+    ),
+    "bits in training": (["metrics=nll"], ["metrics: bits per dimension", "src.evaluate", "metrics=none"]),
+    "bits of the flow in training": (["metrics=nll_flow"], ["metrics: bits per dimension", "src.evaluate"]),
+    "option that is not in the file": (
+        ["model.out_channels=1"],
+        ["model.out_channels", "+model.out_channels"],
+    ),
+    "too few channels": (
+        ["+model.out_channels=1", "variance=learned_range", "loss=hybrid"],
+        ["model.out_channels=1", "+model.out_channels=2"],
+    ),
+    "losses balanced and preferred": (
+        ["weighting=learned_uncertainty", "time_sampling=importance"],
+        ["time_sampling=importance", "choose time_sampling=uniform"],
+    ),
     "beta out of range": (["schedule=linear", "schedule.T=10"], ["schedule.T", "beta"]),
     "foreign class": (["optimizer._target_=os.system"], ["optimizer._target_", "not allowed"]),
     "class by a detour": (

@@ -274,7 +274,8 @@ def test_clipping_may_surround_the_bounded_denoiser():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "times", "name"), [(VP(), None, "schedule"), (Linear(), [5, 3], "times")]
+    ("schedule", "times", "name"),
+    [(VP(), None, "schedule"), (Linear(), [5, 3], "times"), (Cosine(1), None, "schedule.T=1")],
 )
 def test_impossible_chains_are_refused(schedule, times, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
