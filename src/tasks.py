@@ -109,7 +109,8 @@ class Trajectory(Task):
 class Interpolate(Task):
     """Rows of images between two latents, by spherical interpolation (Song et al. 2021, sec. 5.3).
 
-    The first and the last image of row j are those that `Draw` gives the numbers 2j and 2j + 1.
+    The first and the last image of row j are those that `Draw` gives the numbers 2j and 2j + 1; where images have
+    labels, a row has its first image's, and only the first is.
 
     Args:
         columns: images of a row, at least 2.
@@ -122,14 +123,16 @@ class Interpolate(Task):
 
     def run(self, loaded, n, batch_size, folder):
         generation, denoiser = loaded.generation, loaded.denoiser
-        _, ends, labels = generation.start(denoiser, range(2 * n))
+        noise, ends, labels = generation.start(denoiser, range(2 * n))
         weights = torch.linspace(0, 1, self.columns, dtype=torch.float64)
         rows = torch.stack([slerp(ends[0::2], ends[1::2], float(w)) for w in weights], dim=1)
         labels = None if labels is None else labels[0::2].repeat_interleave(self.columns)
-        # noise of stochastic steps differs from image to image, as in `Draw`
-        noise = PerImageNoise(generation.seed, range(n * self.columns))
-        sampler, times = generation.sampler, generation.times(denoiser.schedule)
-        x = sampler(generation.around(denoiser), rows.flatten(0, 1), times, labels, noise)
+        # the ends go on with the noise that they started from, as in `Draw`; each image between has its own
+        of_rows = PerImageNoise(generation.seed, range(n * self.columns), "interpolation")
+        of_rows.generators[:: self.columns] = noise.generators[0::2]
+        of_rows.generators[self.columns - 1 :: self.columns] = noise.generators[1::2]
+        times = generation.times(denoiser.schedule)
+        x = generation.sampler(generation.around(denoiser), rows.flatten(0, 1), times, labels, of_rows)
         return _save_grid(image_grid(to_uint8(x).cpu(), columns=self.columns), folder)
 
 

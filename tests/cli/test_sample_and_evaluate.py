@@ -113,8 +113,9 @@ def test_tasks(door, run, tmp_path, task):
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
 
 
-def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path):
-    overrides = [f"run={run}", "sampler.steps=4"]
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path, sampler):
+    overrides = [f"run={run}", f"sampler={sampler}", "sampler.steps=4"]
     assert door("sample", *overrides, "n=2", f"out={tmp_path}/drawn") == 0
     assert (
         door("sample", *overrides, "task=interpolate", "task.columns=2", "n=1", f"out={tmp_path}/between")

@@ -26,10 +26,11 @@ class PerImageNoise:
     Args:
         seed: the sampling seed.
         indices: the number of each image of the batch.
+        purpose: numbers of another purpose count other images, whose noise is independent.
     """
 
-    def __init__(self, seed: int, indices: Iterable[int]):
-        self.generators = [generator(seed, "sample", index) for index in indices]
+    def __init__(self, seed: int, indices: Iterable[int], purpose: str = "sample"):
+        self.generators = [generator(seed, purpose, index) for index in indices]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The next noise of each image; x has shape (B, C, H, W) with B = len(indices).

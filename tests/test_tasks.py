@@ -1,0 +1,49 @@
+"""What the sampling door draws: which noise it uses."""
+
+import torch
+
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.parameterization import Eps
+from src.diffusion.sampler import DDPM
+from src.diffusion.schedule import Linear
+from src.diffusion.spacing import Trailing
+from src.generation import Generation
+from src.loading import LoadedRun
+from src.tasks import Interpolate
+from tests.diffusion.sampler.networks import Wavy
+
+
+def loaded(sampler, steps=4):
+    """A run whose images have 1 x 4 x 4 pixels, on a network without training."""
+    network = Wavy()
+    network.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    denoiser = Denoiser(network, Linear(), Eps()).requires_grad_(False)
+    generation = Generation(sampler, Trailing(), steps, None, (1, 4, 4), num_classes=0, seed=0)
+    return LoadedRun(denoiser, generation, None, None, step=0, weights="raw", ema_decay=None)
+
+
+class Recording(DDPM):
+    """DDPM that keeps its starts, the noise of its steps and its images."""
+
+    def trajectory(self, denoiser, x_T, times, condition=None, noise=None):
+        self.starts, self.noise = x_T, []
+
+        def recorded(x):
+            self.noise.append(noise(x))
+            return self.noise[-1]
+
+        for state in super().trajectory(denoiser, x_T, times, condition, recorded):
+            self.images = state.x
+            yield state
+
+
+def test_an_interpolation_draws_no_noise_twice_and_ends_in_drawn_images(tmp_path):
+    sampler = Recording()
+    run = loaded(sampler)
+    list(run.generation.trajectory(run.denoiser, range(4)))
+    starts, drawn = sampler.starts, sampler.images
+    Interpolate(columns=3).run(run, 2, 4, tmp_path)
+    draws = [image for batch in (starts, *sampler.noise) for image in batch]
+    assert len(draws) == 4 + 3 * 6
+    assert all(not torch.allclose(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    torch.testing.assert_close(sampler.images[[0, 2, 3, 5]], drawn)
