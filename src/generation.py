@@ -52,6 +52,19 @@ class Generation:
         times = self.times(denoiser.schedule)
         return self.sampler.trajectory(self.around(denoiser), x_T, times, labels, noise)
 
+    def counted(self, states: Iterator[State], before: int = 0) -> Iterator[State]:
+        """The states; with the last, what they have cost is noted for `network_evaluations`.
+
+        Args:
+            states: of a sampler.
+            before: evaluations on the way to the first of them, e.g. of an encoding.
+        """
+        for state in states:
+            evaluations = before + state.evaluations
+            yield state
+            del state  # its memory can serve the next step
+        self._evaluations.add(evaluations)
+
     def start(
         self, denoiser: BaseDenoiser, indices: Sequence[int]
     ) -> tuple[PerImageNoise, Tensor, Tensor | None]:
@@ -72,15 +85,14 @@ class Generation:
     def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """The images with these numbers as bytes: uint8 batches of at most batch_size, shape (B, C, H, W)."""
         for start in range(0, len(indices), batch_size):
-            for state in self.trajectory(denoiser, indices[start : start + batch_size]):
-                x, evaluations = state.x, state.evaluations
+            for state in self.counted(self.trajectory(denoiser, indices[start : start + batch_size])):
+                x = state.x
                 del state  # its memory can serve the next step
-            self._evaluations.add(evaluations)
             yield to_uint8(x)
 
     @property
     def network_evaluations(self) -> int:
-        """Evaluations of the denoiser for one image, as counted while `images` made them; 0 before.
+        """Evaluations of the denoiser for one image, as `counted` on the way; 0 before.
 
         An adaptive solver's number differs between batches: then the largest.
         """

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.data.source import ImageSet
 from src.data.transforms import to_model_range, to_uint8
-from src.diffusion.sampler import PerImageNoise, encode, renoise, slerp
+from src.diffusion.sampler import PerImageNoise, State, encode, renoise, slerp
 from src.errors import UserError
 from src.experiment import source_of
 from src.loading import LoadedRun
@@ -96,7 +96,8 @@ class Trajectory(Task):
         self.columns = columns
 
     def run(self, loaded, n, batch_size, folder):
-        states = list(loaded.generation.trajectory(loaded.denoiser, range(n)))[1:]
+        generation = loaded.generation
+        states = list(generation.counted(generation.trajectory(loaded.denoiser, range(n))))[1:]
         places = torch.linspace(0, len(states) - 1, min(self.columns, len(states))).round().long().unique()
         shown = [states[place] for place in places.tolist()]
         noisy, clean = (
@@ -132,7 +133,10 @@ class Interpolate(Task):
         of_rows.generators[:: self.columns] = noise.generators[0::2]
         of_rows.generators[self.columns - 1 :: self.columns] = noise.generators[1::2]
         times = generation.times(denoiser.schedule)
-        x = generation.sampler(generation.around(denoiser), rows.flatten(0, 1), times, labels, of_rows)
+        states = generation.sampler.trajectory(
+            generation.around(denoiser), rows.flatten(0, 1), times, labels, of_rows
+        )
+        x = _last(generation.counted(states))
         return _save_grid(image_grid(to_uint8(x).cpu(), columns=self.columns), folder)
 
 
@@ -166,9 +170,10 @@ class Reconstruct(Task):
             total=len(times),
             transient=True,
         ):
-            x_T = state.x
+            x_T, spent = state.x, state.evaluations
         # without clipping, as it was encoded
-        again = generation.sampler(denoiser, x_T, times, labels)
+        states = generation.sampler.trajectory(denoiser, x_T, times, labels)
+        again = _last(generation.counted(states, before=spent))
         error = (again - x0).square().mean().sqrt().item()
         pairs = torch.stack([x0, again], dim=1)
         columns = min(n, 16)
@@ -196,10 +201,19 @@ class ImageToImage(Task):
         x0, labels = _data(loaded, self.split, range(n))
         noise = PerImageNoise(generation.seed, range(n))
         x_t, times = renoise(denoiser, x0, generation.times(denoiser.schedule), self.strength, noise)
-        x = generation.sampler(generation.around(denoiser), x_t, times, labels, noise)
+        states = generation.sampler.trajectory(generation.around(denoiser), x_t, times, labels, noise)
+        x = _last(generation.counted(states))
         columns = min(n, 16)
         rows = [half for pair in zip(x0.split(columns), x.split(columns), strict=True) for half in pair]
         return _save_grid(image_grid(to_uint8(torch.cat(rows)).cpu(), columns=columns), folder)
+
+
+def _last(states: Iterator[State]) -> Tensor:
+    """The image in which the states end."""
+    for state in states:
+        x = state.x
+        del state  # its memory can serve the next step
+    return x
 
 
 def _same_origin(loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> bool:

@@ -107,10 +107,15 @@ def test_errors_that_nothing_bounds_are_warned_of(door, run, capsys, name):
         assert (warning in capsys.readouterr().out) == (clipping == "none")
 
 
-@pytest.mark.parametrize("task", ["trajectory", "interpolate", "reconstruct", "img2img"])
-def test_tasks(door, run, tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "evaluations"),
+    # an encoding costs as much as the decoding, and half of the noise is taken away in half of the steps
+    [("trajectory", 6), ("interpolate", 6), ("reconstruct", 12), ("img2img", 3)],
+)
+def test_tasks(door, run, tmp_path, task, evaluations):
     assert door("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["network_evaluations"] == evaluations
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
