@@ -134,6 +134,11 @@ def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path, sampl
     assert (np.abs(row[1:9, 10:18].astype(int) - drawn[1]) <= 1).all()
 
 
+def test_trajectory_of_the_adaptive_solver(door, run, tmp_path):
+    overrides = ["sampler=dopri5", "sampler.steps=3", "sampler.tolerance=0.01"]
+    assert door("sample", f"run={run}", "task=trajectory", *overrides, "n=2", f"out={tmp_path}/out") == 0
+
+
 def test_stochastic_samplers_do_not_reconstruct(door, run, capsys):
     assert door("sample", f"run={run}", "task=reconstruct", "sampler.eta=1") == 2
     assert "sampler.eta=0" in capsys.readouterr().err

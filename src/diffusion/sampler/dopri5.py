@@ -40,10 +40,14 @@ class Dopri5(Sampler):
         end = s if s.sigma > 0 else schedule([schedule.t_min]).scalars()[0]
         start, stop = (math.atan2(level.sigma, level.alpha) for level in (t, end))
 
+        first = None  # prediction: the one at x_t, where the integration begins
+
         def derivative(turned, y):
+            nonlocal first
             phi = start - turned
             level = level_at(schedule, -math.log(math.tan(phi)))
             prediction = denoiser(y[0] * math.hypot(level.alpha, level.sigma), level)
+            first = first or prediction
             return (prediction.mix(math.sin(phi), -math.cos(phi)),)
 
         y = (x_t / math.hypot(t.alpha, t.sigma),)
@@ -54,6 +58,6 @@ class Dopri5(Sampler):
                 raise UserError(f"sampler.{error}") from None
         x = y[0] * math.hypot(end.alpha, end.sigma)
         if s.sigma > 0:
-            return State(x)
+            return State(x, first)
         prediction = denoiser(x, end)
         return State(prediction.x0, prediction)

@@ -58,6 +58,16 @@ def test_the_stretches_do_not_matter():
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
 
 
+def test_each_state_has_the_prediction_at_the_start_of_its_stretch():
+    denoiser = MixtureDenoiser(three_modes(), Cosine())
+    times = [1000.0, 700.0, 300.0, 0.0]
+    before, *states, _ = Dopri5(1e-5).trajectory(denoiser, _start(), times)
+    for time, state in zip(times[:2], states, strict=True):
+        (level,) = Cosine()([time]).scalars()
+        torch.testing.assert_close(state.prediction.x0, denoiser(before.x, level).x0, rtol=1e-6, atol=1e-6)
+        before = state
+
+
 def test_a_tolerance_out_of_reach_is_told():
     schedule = EDM()
     denoiser = MixtureDenoiser(three_modes(), schedule)
