@@ -17,7 +17,7 @@ from torch import Tensor
 from .denoiser import BaseDenoiser
 from .forward import diffuse
 from .noise_level import NoiseLevel, as_times, broadcast, conditional_variance
-from .ode import integrate
+from .ode import NotFinite, integrate
 from .parameterization import Prediction
 from .sampler.noise import NoiseSource, global_noise
 from .schedule import DiscreteSchedule, Schedule
@@ -229,16 +229,21 @@ def flow_log_density(
 
     Returns:
         ln p in nats, shape (B,); x at t_max, shape (B, C, H, W); the number of evaluations.
+
+    Raises:
+        ValueError: the tolerance is not reached, or the flow is not finite; names the time.
     """
     schedule = denoiser.schedule
     first, last = schedule(as_times([schedule.t_min, schedule.t_max])).scalars()
     dimensions = x[0].numel()
     probe = torch.where(noise(x) < 0, -1.0, 1.0).to(x.dtype)
 
+    def time_at(phi: float) -> Tensor:
+        log_snr = -math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf
+        return schedule.time_of_log_snr(as_times([log_snr]))
+
     def velocity(phi: float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        level = schedule(
-            schedule.time_of_log_snr(as_times([-math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf]))
-        ).scalars()[0]
+        level = schedule(time_at(phi)).scalars()[0]
         r = math.hypot(level.alpha, level.sigma)
         with torch.enable_grad():
             z = state[0].detach().requires_grad_()
@@ -250,7 +255,13 @@ def flow_log_density(
     r_first, r_last = (math.hypot(level.alpha, level.sigma) for level in (first, last))
     start = (x / r_first, x.new_zeros(len(x)))
     angles = (math.atan2(level.sigma, level.alpha) for level in (first, last))
-    (z, gained), evaluations = integrate(velocity, start, *angles, tolerance)
+    try:
+        (z, gained), evaluations = integrate(velocity, start, *angles, tolerance)
+    except NotFinite as error:
+        raise ValueError(
+            "the flow is not finite (NaN or infinite) where the network was asked from"
+            f" t = {time_at(error.x).item():g}: its weights have diverged"
+        ) from None
     std = last.sigma / r_last
     prior = -(z / std).square().flatten(1).sum(dim=1) / 2 - dimensions * math.log(
         std * math.sqrt(2 * math.pi)

@@ -1,5 +1,6 @@
 """Integrating an ordinary differential equation with control of the error."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,18 @@ STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+class NotFinite(ValueError):
+    """The derivative is NaN or infinite.
+
+    Attributes:
+        x: where the step begins in which it is.
+    """
+
+    def __init__(self, x: float):
+        super().__init__(f"the derivative is not finite (NaN or infinite) at {x:.6g}")
+        self.x = x
 
 
 def integrate(
@@ -42,7 +55,8 @@ def integrate(
         y(end) and the number of evaluations.
 
     Raises:
-        ValueError: the tolerance is not reached within max_evaluations, or f is not finite.
+        ValueError: the tolerance is not reached within max_evaluations.
+        NotFinite: f is not.
     """
     x, step = start, (end - start) * 1e-3
     slopes, evaluations = [f(x, y)], 1
@@ -54,8 +68,11 @@ def integrate(
         candidate = _advance(y, slopes, STAGES[-1], step)
         zero = tuple(torch.zeros_like(part) for part in y)
         error = _advance(zero, slopes, ERROR, step)
-        excess = max(_excess(e, a, b, tolerance) for e, a, b in zip(error, y, candidate, strict=True))
-        if not excess < float("inf") or evaluations > max_evaluations:
+        excesses = [_excess(e, a, b, tolerance) for e, a, b in zip(error, y, candidate, strict=True)]
+        if any(map(math.isnan, excesses)):
+            raise NotFinite(x)
+        excess = max(excesses)
+        if excess == math.inf or evaluations > max_evaluations:
             raise ValueError(
                 f"tolerance={tolerance:g} is not reached at {x:.6g} after {evaluations} evaluations; the error"
                 f" exceeds it {excess:.3g} times"

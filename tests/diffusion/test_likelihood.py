@@ -16,7 +16,7 @@ from src.diffusion.likelihood import (
     variational_bound,
 )
 from src.diffusion.noise_level import broadcast, conditional_variance
-from src.diffusion.ode import integrate
+from src.diffusion.ode import NotFinite, integrate
 from src.diffusion.parameterization import Eps
 from src.diffusion.schedule import EDM, VE, VP, ContinuousCosine, Cosine, Linear, RectifiedFlow
 from src.diffusion.variance import Large, Learned, LearnedRange, Small, Variance
@@ -265,6 +265,15 @@ def test_bytes_are_spread_over_their_bins():
     assert bits.std() > 0.1
 
 
+def test_a_flow_that_is_not_finite_is_told_with_its_time():
+    class Diverged(MixtureDenoiser):
+        def forward(self, x_t, level, condition=None):
+            return super().forward(x_t * (math.nan if level.sigma > 0.9 else 1.0), level)
+
+    with pytest.raises(ValueError, match=r"^the flow is not finite .* from t = 0\.\d+: its weights"):
+        flow_log_density(Diverged(three_modes(), VP()), torch.zeros(1, 1, 1, 2).double(), noise=Normal())
+
+
 def test_clipping_may_surround_the_bounded_denoiser():
     schedule = Linear(50)
     denoiser = MixtureDenoiser(gaussian(0.0, 2.0), schedule)
@@ -295,6 +304,18 @@ def test_dormand_prince_has_order_five():
 
 
 def test_integration_says_when_it_fails():
-    nothing = torch.full((1,), math.nan)
-    with pytest.raises(ValueError, match=r"^tolerance=.* is not reached"):
-        integrate(lambda x, y: (nothing,), (torch.zeros(1),), 0.0, 1.0, 1e-5)
+    start = (torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached"):
+        integrate(lambda x, y: (torch.rand(1), y[1]), start, 0.0, 1.0, 1e-30, max_evaluations=100)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_integration_names_the_place_where_the_derivative_is_not_finite(part):
+    def derivative(x, y):
+        slopes = [torch.ones(1), torch.ones(1)]
+        slopes[part] *= math.nan if x > 0.5 else 1
+        return tuple(slopes)
+
+    with pytest.raises(NotFinite) as caught:
+        integrate(derivative, (torch.zeros(1), torch.zeros(1)), 0.0, 1.0, 1e-5)
+    assert 0 < caught.value.x <= 0.5

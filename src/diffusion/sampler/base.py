@@ -138,21 +138,18 @@ class Sampler(ABC):
         asked = _Asked(denoiser, condition)
         times, past = times.tolist(), deque(maxlen=self.memory)
         x_t = x_T
-        pixels, images = [], {}  # sums of the states, not finite if a summand is not; read at the end
-        every = math.ceil((len(times) - 1) / CHECKS)
+        finite = FiniteCheck("sampling: the images", times[:-1])
         yield State(x_T)
         for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
                 state = self.step(asked, x_t, t, s, noise, Path(times, levels, index, past))
-                pixels.append(state.x[:, 0, 0, 0].sum())
-                if (index + 1) % every == 0 or s is levels[-1]:
-                    images[index] = state.x.sum()
+                finite.after_step(state.x)
             if self.memory:
                 past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
             x_t = state.x
             yield State(x_t, state.prediction, state.origin, asked.evaluations)
             del state  # whoever wants it has it; the memory of earlier images can serve the next step
-        _check_finite(pixels, images, times)
+        finite.tell()
 
     def __call__(
         self,
@@ -246,18 +243,49 @@ class _Asked:
         return self.denoiser.reverse(x_t, t, s, self.condition)
 
 
-def _check_finite(pixels: list[Tensor], images: dict[int, Tensor], times: list[float]) -> None:
-    """Told by the sums of the states: over one pixel of each image after every step, over all after some."""
-    finite = torch.stack([*images.values()]).isfinite().tolist()
-    if all(finite):
-        return
-    checked = [-1, *images]
-    first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
-    # where the one pixel was lost with the others, it knows the step
-    lost = [index for index in range(first, last + 1) if not pixels[index].isfinite()]
-    first, last = (lost[0], lost[0]) if lost else (first, last)
-    steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
-    raise UserError(
-        f"sampling: the images are not finite (NaN or infinite) after {steps} of {len(times) - 1}, where the"
-        f" network was asked from t = {times[first]:g}: its weights have diverged or the step is too large"
+class FiniteCheck:
+    """Whether the states of a trajectory are finite: asked of the device after each step, read at the end alone.
+
+    Args:
+        what: whose states, e.g. "sampling: the images".
+        times: from which the network is asked, one for each step.
+    """
+
+    def __init__(self, what: str, times: Sequence[float]):
+        self.what, self.times = what, times
+        # sums of the states, not finite if a summand is not: over one pixel of each image after every step, over
+        # all after some
+        self.pixels: list[Tensor] = []
+        self.images: dict[int, Tensor] = {}
+
+    def after_step(self, x: Tensor) -> None:
+        """Takes the next state, shape (B, C, H, W)."""
+        index, steps = len(self.pixels), len(self.times)
+        self.pixels.append(x[:, 0, 0, 0].sum())
+        if (index + 1) % math.ceil(steps / CHECKS) == 0 or index == steps - 1:
+            self.images[index] = x.sum()
+
+    def tell(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            UserError: a state is not finite; names the first such step, as nearly as it is known.
+        """
+        finite = torch.stack([*self.images.values()]).isfinite().tolist()
+        if all(finite):
+            return
+        checked = [-1, *self.images]
+        first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
+        # where the one pixel was lost with the others, it knows the step
+        lost = [index for index in range(first, last + 1) if not self.pixels[index].isfinite()]
+        first, last = (lost[0], lost[0]) if lost else (first, last)
+        steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
+        raise not_finite(self.what, f"{steps} of {len(self.times)}", self.times[first])
+
+
+def not_finite(what: str, step: str, time: float) -> UserError:
+    """The error that names the step after which something is not finite, and from which time the network was asked."""
+    return UserError(
+        f"{what} are not finite (NaN or infinite) after {step}, where the network was asked from t = {time:g}: its"
+        " weights have diverged or the step is too large"
     )

@@ -4,8 +4,9 @@ import math
 
 from src.errors import UserError
 
-from ..ode import integrate
-from .base import Sampler, State, level_at
+from ..noise_level import as_times
+from ..ode import NotFinite, integrate
+from .base import Sampler, State, level_at, not_finite
 
 
 class Dopri5(Sampler):
@@ -26,7 +27,7 @@ class Dopri5(Sampler):
 
     Raises:
         ValueError: a number is not positive.
-        UserError: when sampling, it cannot be reached.
+        UserError: when sampling, it cannot be reached, or the network's output is not finite.
     """
 
     def __init__(self, tolerance: float = 1e-5, max_evaluations: int = 10_000):
@@ -54,6 +55,11 @@ class Dopri5(Sampler):
         if stop < start:
             try:
                 y, _ = integrate(derivative, y, 0.0, start - stop, self.tolerance, self.max_evaluations)
+            except NotFinite as error:
+                log_snr = -math.log(math.tan(start - error.x))
+                time = schedule.time_of_log_snr(as_times([log_snr])).item()
+                step = f"step {path.index + 1} of {path.steps}"
+                raise not_finite("sampling: the images", step, time) from None
             except ValueError as error:
                 raise UserError(f"sampler.{error}") from None
         x = y[0] * math.hypot(end.alpha, end.sigma)

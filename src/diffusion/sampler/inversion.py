@@ -10,7 +10,7 @@ from torch import Tensor
 from ..denoiser import BaseDenoiser, Conditioned
 from ..forward import diffuse
 from ..noise_level import NoiseLevel, as_times, linear_combination
-from .base import State
+from .base import FiniteCheck, State
 from .noise import NoiseSource, global_noise
 
 
@@ -37,6 +37,7 @@ def encode(
 
     Raises:
         ValueError: the times do not fall, the tolerance is not positive, or is not reached in 1,000 iterations.
+        UserError: a state is not finite; names the step, at the end.
     """
     times = as_times(times)
     if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
@@ -44,17 +45,23 @@ def encode(
     if tolerance is not None and tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     denoiser = Conditioned(denoiser, condition)
+    rising = times.tolist()[::-1]
+    levels = denoiser.schedule(rising).scalars()
+    asked = rising[:-1] if levels[0].sigma > 0 else [rising[1], *rising[1:-1]]
+    finite = FiniteCheck("encoding: the latents", asked)
     x, evaluations = x0, 0
     yield State(x)
-    for s, t in pairwise(reversed(denoiser.schedule(times).scalars())):
+    for s, t in pairwise(levels):
         with torch.no_grad():
             prediction = denoiser(x, s if s.sigma > 0 else t)
             x_t, evaluations = _raise(x, prediction.eps, s, t), evaluations + 1
             if tolerance is not None and t.alpha > 0:
                 x_t, more = _solve(denoiser, x, x_t, s, t, tolerance)
                 evaluations += more
+            finite.after_step(x_t)
         x = x_t
         yield State(x, prediction, evaluations=evaluations)
+    finite.tell()
 
 
 def _raise(x_s: Tensor, eps: Tensor, s: NoiseLevel, t: NoiseLevel) -> Tensor:
@@ -76,7 +83,7 @@ def _solve(
             proposal = linear_combination(ratio, x_s, t.alpha - ratio * s.alpha, prediction.x0)
         change = (proposal - x_t).abs().max().item()
         x_t = proposal
-        if change < tolerance:
+        if not change >= tolerance:  # NaN ends it too, and is told with its step
             return x_t, iteration
     raise ValueError(
         f"tolerance={tolerance:g} is not reached in 1,000 iterations; the last changed {change:.3g}"

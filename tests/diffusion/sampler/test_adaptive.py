@@ -1,5 +1,7 @@
 """The adaptive solver against torchdiffeq and against its tolerance."""
 
+import math
+
 import pytest
 import torch
 
@@ -66,6 +68,20 @@ def test_each_state_has_the_prediction_at_the_start_of_its_stretch():
         (level,) = Cosine()([time]).scalars()
         torch.testing.assert_close(state.prediction.x0, denoiser(before.x, level).x0, rtol=1e-6, atol=1e-6)
         before = state
+
+
+def test_nan_is_named_with_its_step_and_not_laid_on_the_tolerance():
+    class Diverged(MixtureDenoiser):
+        def forward(self, x_t, level, condition=None):
+            return super().forward(x_t * (math.nan if level.label < 400 else 1.0), level)
+
+    denoiser = Diverged(three_modes(), Cosine())
+    with pytest.raises(
+        UserError, match=r"images are not finite .* after step 2 of 3, .* from t = [4-6]\d\d\b"
+    ):
+        Dopri5(1e-5)(denoiser, _start(), [1000.0, 700.0, 300.0, 0.0])
+    with pytest.raises(UserError, match=r"after step 1 of 1, .* from t = 300:"):
+        Dopri5(1e-5)(denoiser, _start(), [300.0, 0.0])
 
 
 def test_a_tolerance_out_of_reach_is_told():

@@ -1,6 +1,7 @@
 """Encoding and decoding, interpolation, and starting from an image."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from src.diffusion.sampler import DDIM, encode, renoise, slerp
 from src.diffusion.schedule import EDM, Cosine, Linear, RectifiedFlow
 from src.diffusion.spacing import Karras, Linspace, Trailing
+from src.errors import UserError
 from tests.diffusion.mixture import MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import recorded_noise
 
@@ -61,6 +63,44 @@ def test_a_tolerance_out_of_reach_is_told():
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=0.0)
     with pytest.raises(ValueError, match=r"^times must be at least two falling values"):
         _round_trip(Cosine(), [0.0, 500.0])
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_nan_is_named_with_its_step(tolerance):
+    class Diverged(MixtureDenoiser):
+        def forward(self, x_t, level, condition=None):
+            return super().forward(x_t * (math.nan if level.label == 599 else 1.0), level)
+
+    denoiser = Diverged(three_modes(), Linear())
+    times = [1000.0, 800.0, 600.0, 400.0, 200.0, 0.0]
+    # from 400 to 600 a solved step asks at 600 too
+    step = r"step 4 of 5, .* from t = 600:" if tolerance is None else r"step 3 of 5, .* from t = 400:"
+    with pytest.raises(UserError, match=f"^encoding: the latents are not finite .* after {step}"):
+        list(encode(denoiser, IMAGES, times, tolerance=tolerance))
+    assert denoiser.calls < 1000
+    with pytest.raises(UserError, match=r"after step 1 of 2, .* from t = 600:"):
+        list(encode(denoiser, IMAGES, [1000.0, 600.0, 0.0]))
+
+
+def test_each_step_takes_eps_at_the_level_where_it_starts():
+    schedule = Cosine()
+    denoiser = MixtureDenoiser(three_modes(), schedule)
+    times = [900.0, 500.0, 100.0]
+    states = [state.x for state in encode(denoiser, IMAGES, times)]
+    for (s, t), (x_s, x_t) in zip(pairwise(reversed(times)), pairwise(states), strict=True):
+        (of_s,), (of_t,) = schedule([s]).scalars(), schedule([t]).scalars()
+        eps = denoiser(x_s, of_s).eps
+        # Song et al. 2021, eq. 12 with eta 0, from s up to t
+        x0 = (x_s - of_s.sigma * eps) / of_s.alpha
+        torch.testing.assert_close(x_t, of_t.alpha * x0 + of_t.sigma * eps)
+
+
+def test_clean_images_are_asked_about_at_the_first_level():
+    schedule = Cosine()
+    denoiser = MixtureDenoiser(three_modes(), schedule)
+    (first,) = schedule([300.0]).scalars()
+    _, state = encode(denoiser, IMAGES, [300.0, 0.0])
+    torch.testing.assert_close(state.x, first.alpha * IMAGES + first.sigma * denoiser(IMAGES, first).eps)
 
 
 def _latents():
