@@ -153,6 +153,13 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
         return (
             f"{error.override}: not understood; quote texts with spaces, commas or brackets: 'key=\"a, b\"'"
         )
+    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text)
+    if ambiguous:
+        key, value = ambiguous.groups()
+        return (
+            f"{key}={value}: several values for one; a text with commas is typed '{key}=\"{value}\"', with both kinds"
+            " of quotes, and a sweep needs -m"
+        )
     first = str(error).strip().splitlines()[0]
     return f"{first} (python -m src.{config_name} --help)"
 

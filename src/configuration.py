@@ -109,8 +109,12 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
     try:
         return make()
     except ValueError as error:
-        names_it = re.split(r"[=,\s]", str(error), maxsplit=1)[0] in arguments
-        raise UserError(f"{option}.{error}" if names_it else f"{option}: {error}") from None
+        raise UserError(f"{option}.{error}" if named(error) in arguments else f"{option}: {error}") from None
+
+
+def named(error: ValueError) -> str:
+    """The option that a mathematical room's error begins with, if it begins with one."""
+    return re.split(r"[=,\s]", str(error), maxsplit=1)[0]
 
 
 def _is_node(value: Any) -> bool:

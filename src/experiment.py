@@ -114,7 +114,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         batch_size=config.batch_size,
         conditional=config.class_conditional,
     )
-    generation = generation_of(config, config.generation.seed, denoiser.schedule)
+    generation = generation_of(config, config.generation.seed, denoiser)
     warn_of_amplified_errors(denoiser, generation)
     score = fidelity_of(config)
     checkpoint = checkpoint_of(config)
@@ -226,8 +226,8 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> DenoisingLoss:
     )
 
 
-def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generation:
-    """The recipe by which images are made; its times are tried on the schedule at once."""
+def generation_of(config: DictConfig, seed: int, denoiser: Denoiser) -> Generation:
+    """The recipe by which images are made; its times and its clipping are tried on the denoiser at once."""
     numbers = resolve(config.sampler, "sampler")
     # the number of steps is the spacing's affair, but it is at the sampler that everyone looks for it
     steps = numbers.pop("steps")
@@ -241,10 +241,13 @@ def generation_of(config: DictConfig, seed: int, schedule: Schedule) -> Generati
         num_classes=config.data.num_classes if config.class_conditional else 0,
         seed=seed,
     )
+    option = "sampler"
     try:
-        generation.times(schedule)
+        generation.times(denoiser.schedule)
+        option = "clipping"
+        generation.around(denoiser)
     except ValueError as error:
-        raise UserError(f"sampler.{error}") from None
+        raise UserError(f"{option}.{error}") from None
     return generation
 
 

@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from src.configuration import build, check_scalars
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.variance import Variance
 from src.errors import UserError
 from src.experiment import (
     denoiser_of,
@@ -21,7 +22,7 @@ from src.experiment import (
     source_of,
     warn_of_amplified_errors,
 )
-from src.generation import Generation
+from src.generation import Generation, describe
 from src.memory import keep_freed_memory
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Protocol
@@ -117,10 +118,17 @@ def load(
     found = find_run(run, checkpoint)
     content = read_checkpoint(found.checkpoint)
     config = OmegaConf.create(content["config"])
+    own_variance = build(config.variance, Variance, "variance")
     for name, node in (choices or {}).items():
         config[name] = node
+    variance = build(config.variance, Variance, "variance")
+    if variance.outputs > 1 and type(variance) is not type(own_variance):
+        raise UserError(
+            f"variance: {describe(variance)} is told by a network that was trained with it, and this run's was trained"
+            f" with {describe(own_variance)}; choose variance=small or large"
+        )
     denoiser = denoiser_of(config)
-    generation = generation_of(config, seed, denoiser.schedule)
+    generation = generation_of(config, seed, denoiser)
     warn_of_amplified_errors(denoiser, generation)
     averages, name, decay = averages_of(content, config, found, weights)
     prefix = "loss.denoiser.network."

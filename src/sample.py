@@ -19,7 +19,7 @@ def sample(config: Any) -> dict[str, float]:
     """
     import logging
 
-    from src.configuration import build
+    from src.configuration import build, named
     from src.generation import describe
     from src.loading import load_with
     from src.tasks import Task
@@ -31,6 +31,8 @@ def sample(config: Any) -> dict[str, float]:
     try:
         lines = task.run(loaded, config.n, config.batch_size, folder)
     except ValueError as error:
+        if named(error) not in config.task:
+            raise
         raise UserError(f"task.{error}") from None
     write_json(folder / "recipe.json", {**asked, **loaded.recipe()})
     logging.getLogger(__name__).info("%s", "\n".join(lines))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.test_bad_input import assert_one_line
 from tests.conftest import QUICK, door_in
 
 
@@ -148,6 +149,25 @@ def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
     overrides = [f"run={run}", "task=reconstruct", "n=2", "sampler.steps=8", "task.tolerance=1e-9"]
     assert door("sample", *overrides) == 2
     assert "task.tolerance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("clipping.bound=0", ["error: clipping.bound must be positive"]),
+        ("variance=learned", ["error: variance: Learned()", "with Small()", "variance=small"]),
+        ("variance=learned_range", ["error: variance: LearnedRange()", "with Small()"]),
+        ("task.strength=0", ["error: task.strength must be in"]),
+    ],
+)
+def test_the_option_is_named_that_is_wrong(door, run, capsys, override, words):
+    assert door("sample", f"run={run}", "task=img2img", override) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_sections_as_the_documentation_has_them_typed(door, run, tmp_path):
+    sections = ["spacing=sections", 'spacing.sections="1,2,3"', "sampler.steps=6"]
+    assert door("sample", f"run={run}", *sections, "n=2", f"out={tmp_path}/out") == 0
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_cosine_with_eps_and_no_clipping_warns(overrides, gain, caplog):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("train", overrides)
     denoiser = denoiser_of(config)
-    warn_of_amplified_errors(denoiser, generation_of(config, 0, denoiser.schedule))
+    warn_of_amplified_errors(denoiser, generation_of(config, 0, denoiser))
     if gain is None:
         assert caplog.text == ""
     else:
