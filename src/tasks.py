@@ -13,9 +13,10 @@ from torch import Tensor
 
 from src.data.source import ImageSet
 from src.data.transforms import to_model_range, to_uint8
-from src.diffusion.sampler import PerImageNoise, State, encode, renoise, slerp
+from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
 from src.errors import UserError
 from src.experiment import source_of
+from src.generation import describe
 from src.loading import LoadedRun
 from src.pictures import animation, image_grid, image_path, read_images, save_images
 from src.run_folder import write_json
@@ -158,9 +159,10 @@ class Reconstruct(Task):
 
     def run(self, loaded, n, batch_size, folder):
         generation, denoiser = loaded.generation, loaded.denoiser
-        if getattr(generation.sampler, "eta", None) != 0:
+        if not _is_deterministic_ddim(generation.sampler):
             raise UserError(
-                "task=reconstruct needs a deterministic way back: choose sampler=ddim sampler.eta=0"
+                f"task=reconstruct encodes by DDIM inversion, which {describe(generation.sampler)} does not lead back:"
+                " choose sampler=ddim sampler.eta=0, or sampler=euler without churn, which is the same method"
             )
         x0, labels = _data(loaded, self.split, range(n))
         times = generation.times(denoiser.schedule)
@@ -206,6 +208,14 @@ class ImageToImage(Task):
         columns = min(n, 16)
         rows = [half for pair in zip(x0.split(columns), x.split(columns), strict=True) for half in pair]
         return _save_grid(image_grid(to_uint8(torch.cat(rows)).cpu(), columns=columns), folder)
+
+
+def _is_deterministic_ddim(sampler: Sampler) -> bool:
+    """Whether the sampler is the method that `encode` inverts."""
+    match sampler:
+        case DDIM(eta=0) | Euler(s_churn=0):
+            return True
+    return False
 
 
 def _last(states: Iterator[State]) -> Tensor:

@@ -140,9 +140,28 @@ def test_trajectory_of_the_adaptive_solver(door, run, tmp_path):
     assert door("sample", f"run={run}", "task=trajectory", *overrides, "n=2", f"out={tmp_path}/out") == 0
 
 
-def test_stochastic_samplers_do_not_reconstruct(door, run, capsys):
-    assert door("sample", f"run={run}", "task=reconstruct", "sampler.eta=1") == 2
-    assert "sampler.eta=0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sampler.eta=1"],
+        ["sampler=dpmpp_2m"],
+        ["sampler=dpm_solver_2"],
+        ["sampler=heun"],
+        ["sampler=euler", "sampler.s_churn=1"],
+    ],
+    ids=" ".join,
+)
+def test_other_samplers_than_the_inverted_one_do_not_reconstruct(door, run, capsys, overrides):
+    assert door("sample", f"run={run}", "task=reconstruct", *overrides) == 2
+    assert_one_line(capsys.readouterr().err, ["DDIM inversion", "sampler.eta=0"])
+
+
+def test_euler_without_churn_reconstructs_as_ddim_does(door, run, tmp_path):
+    for sampler in ("ddim", "euler"):
+        overrides = [f"sampler={sampler}", "sampler.steps=4", "n=2", f"out={tmp_path}/{sampler}"]
+        assert door("sample", f"run={run}", "task=reconstruct", *overrides) == 0
+    ddim, euler = (np.asarray(Image.open(tmp_path / name / "grid.png")) for name in ("ddim", "euler"))
+    assert (ddim == euler).all()
 
 
 def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
