@@ -144,8 +144,13 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
             return (
                 f"{key}: no such group{_nearest(key, groups)}; python -m src.{config_name} --help lists them"
             )
+        if told := _missing_in_choice(key, config_name):
+            return told
+        keys = _all_keys()
+        if key in keys and key.partition(".")[0] in groups:
+            return f"{key}: not every choice has this option, and one that is chosen has not"
         nearest = "" if "." in key else _nearest(key, groups)
-        nearest = nearest or _nearest(key, _all_keys())
+        nearest = nearest or _nearest(key, [other for other in keys if other != key])
         # a class may have options that its file leaves out
         added = f" (+{key}=... for an option that the file leaves out)" if "." in key else ""
         return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups{added}"
@@ -164,9 +169,36 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
     return f"{first} (python -m src.{config_name} --help)"
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def _missing_in_choice(key: str, config_name: str) -> str | None:
+    """What a group's option is told by that the choice has not; None if the choice is not to be found."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    group, _, name = key.rpartition(".")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(arguments)
+        others = [override.input_line for override in parsed if override.key_or_group != key]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(config_name, others, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):  # another mistake besides, or a sweep over the choice
+        return None
+    choice = config.hydra.runtime.choices.get(group)
+    if choice is None:
+        return None
+    node = OmegaConf.select(config, group)
+    has = [option for option in node or () if not option.startswith("_")]
+    if not has:
+        return f"{key}: {group}={choice} has no options"
+    return f"{key}: {group}={choice} has no {name}{_nearest(name, has, f'{group}.')}; it has {', '.join(has)}"
+
+
+def _nearest(name: str, names: list[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    return f" (did you mean {prefix}{matches[0]}?)" if matches else ""
 
 
 def _all_keys() -> list[str]:

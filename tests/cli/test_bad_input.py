@@ -15,6 +15,26 @@ BAD = {
     "unknown group": (["schedul=cosine"], ["schedul", "schedule"]),
     "unknown option": (["batch_sise=3"], ["batch_sise", "batch_size"]),
     "unknown option of a group": (["sampler.etta=1"], ["sampler.etta", "sampler.eta"]),
+    "option of another choice": (
+        ["sampler=heun", "sampler.eta=0.5"],
+        ["sampler.eta: sampler=heun has no eta; it has steps, s_churn, s_min, s_max, s_noise"],
+    ),
+    "option of another choice than the preset's": (
+        ["preset=edm_paper", "sampler.order=2"],
+        ["sampler.order: sampler=heun has no order; it has steps"],
+    ),
+    "option of no choice": (
+        ["clipping=none", "clipping.bound=2"],
+        ["clipping.bound: clipping=none has no options"],
+    ),
+    "option of one of several choices": (
+        ["sampler=heun", "sampler.eta=0,1", "-m"],
+        ["sampler=heun has no eta"],
+    ),
+    "option of some choices of a sweep": (
+        ["sampler=heun,ddim", "sampler.eta=0", "-m"],
+        ["sampler.eta: not every choice has this option"],
+    ),
     "option added to a class that has none": (["+sampler.order=2"], ["sampler.order", "eta"]),
     "text for a number": (["seed=hello"], ["seed", "hello", "integer"]),
     "text for a number in a group": (["sampler.eta=much"], ["sampler.eta", "much", "number"]),
