@@ -150,7 +150,8 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
         if key in keys and key.partition(".")[0] in groups:
             return f"{key}: not every choice has this option, and one that is chosen has not"
         nearest = "" if "." in key else _nearest(key, groups)
-        nearest = nearest or _nearest(key, [other for other in keys if other != key])
+        if key not in keys:  # of another door
+            nearest = nearest or _nearest(key, keys)
         # a class may have options that its file leaves out
         added = f" (+{key}=... for an option that the file leaves out)" if "." in key else ""
         return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups{added}"
