@@ -19,6 +19,8 @@ CONF = Path(__file__).parent.parent / "conf"
 JOB_FAILED = 1
 USER_ERROR = 2
 OUTCOME_FILE = "outcome.json"
+# Of one start of a training, not of the training: a permission and a checkpoint are never remembered.
+ONCE = ("ckpt", "allow_changes")
 
 
 def run(
@@ -116,6 +118,46 @@ def unquoted(value: str) -> str:
     if len(value) < 2 or value[0] != "'" or value[-1] != "'":
         return value
     return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
+
+
+def lasting(overrides: list[str]) -> list[str]:
+    """Those of a training's overrides that hold when it goes on: neither `ONCE` nor Hydra's own."""
+    names = [re.split(r"\W", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
+    return [override for override, name in zip(overrides, names, strict=True) if name not in (*ONCE, "hydra")]
+
+
+def refuse_harmful(overrides: list[str], origin: Path) -> None:
+    """Holds overrides that could be a stranger's against what Hydra would do with them.
+
+    Args:
+        overrides: as read from a file.
+        origin: that file.
+
+    Raises:
+        UserError: one addresses Hydra itself, which instantiates whatever its configuration names; or is a flag, or
+            chooses a file outside conf/, through which that could be done as well.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except (HydraException, TypeError, AttributeError):
+            override = None
+        if override is None or not _harmless(override.key_or_group, override.package, text.partition("=")[2]):
+            raise UserError(
+                f"{origin}: {str(text)[:100]!r} is not allowed in stored options, which could be a stranger's: remove"
+                " that line, and say it on the command line if you trust it"
+            )
+
+
+def _harmless(key: str, package: str | None, value: str) -> bool:
+    if "hydra" in re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}"):
+        return False
+    # what is chosen of a group is the name of a file
+    return not (CONF / key).is_dir() or re.search(r"[./\\$]", value) is None
 
 
 def in_override(path: Path) -> str:

@@ -40,7 +40,7 @@ from src.memory import keep_freed_memory
 from src.metrics import fidelity
 from src.metrics.fidelity import FidelityScore, Reference
 from src.randomness import key
-from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
+from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run, write_atomically
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from src.training.dashboard import CurveFiles, wandb_settings
@@ -68,6 +68,11 @@ class Experiment:
     generation: Generation
     checkpoint: Path | None
     summary: str
+
+    def check_resume(self) -> None:
+        """Holds a continued training against its checkpoint; see `ResumeCheck.check`."""
+        (check,) = (callback for callback in self.trainer.callbacks if isinstance(callback, ResumeCheck))
+        check.check(self.trainer, self.module, self.data)
 
     def scores(self) -> dict[str, float]:
         """The latest scores and validation losses by name, the score to be monitored first."""
@@ -417,7 +422,8 @@ def recipe(
 
 def write_config(config: DictConfig, folder: Path) -> None:
     """Keeps the composed configuration, interpolations filled in, as <folder>/config.yaml."""
-    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(resolve(config, "config"))))
+    text = OmegaConf.to_yaml(OmegaConf.create(resolve(config, "config")))
+    write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def silence_lightning() -> None:

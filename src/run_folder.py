@@ -4,6 +4,7 @@ config.yaml        the composed configuration, interpolations filled in
 environment.json   versions, hardware, git revision
 checkpoints/       step_<k>.ckpt (the newest two), best.ckpt and best.json
 samples/           previews and drawn images
+.hydra/            the overrides, for going on
 lock               held while a process trains in this folder
 csv/               the curves
 scores.json        the last scores and their protocol
@@ -26,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from src.command_line import quoted, unquoted
+from src.command_line import lasting, quoted, refuse_harmful, unquoted
 from src.errors import UserError
 from src.sidecar import damage
 
@@ -37,6 +38,8 @@ BEST_FILE = "best.ckpt"
 STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+# Where Hydra keeps them; written by us, for Hydra does so before anything is checked.
+OVERRIDES_FILE = ".hydra/overrides.yaml"
 LOCK_FILE = "lock"
 
 
@@ -112,15 +115,48 @@ def newest_run(runs: Path) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
-def requeued_run(runs: Path) -> Path | None:
-    """The run with a checkpoint that this SLURM job trained before it was put back into the queue, if any."""
+def requeued_run(runs: Path, overrides: list[str]) -> Path | None:
+    """The run that this SLURM job trained before it was put back into the queue, sweeps included, if any.
+
+    Args:
+        runs: the folder of the run folders.
+        overrides: what the training is started with: a job may hold several. The newest of equal ones is meant.
+    """
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    for path in sorted(runs.glob(f"*/{ENVIRONMENT_FILE}"), reverse=True):
-        same = json.loads(path.read_text()).get("slurm_job") == slurm_job()
-        if same and checkpoints_by_step(path.parent / CHECKPOINTS):
+    records = [path for depth in ("*", "sweeps/*/*") for path in runs.glob(f"{depth}/{ENVIRONMENT_FILE}")]
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
+        if (
+            json.loads(path.read_text()).get("slurm_job") == slurm_job()
+            and sorted(stored_overrides(path.parent)) == sorted(overrides)
+            and checkpoints_by_step(path.parent / CHECKPOINTS)
+        ):
             return path.parent
     return None
+
+
+def stored_overrides(folder: Path) -> list[str]:
+    """What a run was composed with; empty if it is not known.
+
+    Raises:
+        UserError: the file is damaged, or not harmless (see `refuse_harmful`).
+    """
+    file = folder / OVERRIDES_FILE
+    try:
+        stored = yaml.safe_load(file.read_text()) if file.is_file() else []
+    except (ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, list):
+        raise UserError(f"{file} is damaged: it must be a list of options")
+    refuse_harmful(stored, file)
+    return lasting(stored)
+
+
+def write_overrides(folder: Path, overrides: list[str]) -> None:
+    """Keeps those overrides of a run that hold when it goes on."""
+    file = folder / OVERRIDES_FILE
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, yaml.safe_dump(lasting(overrides)).encode())
 
 
 def slurm_job() -> str | None:
@@ -171,23 +207,22 @@ def resume_overrides(arguments: list[str]) -> list[str]:
         arguments: the command line without the program's name.
 
     Raises:
-        UserError: there is no such run, or another process trains in its folder.
+        UserError: there is no such run, or its stored overrides are not harmless.
     """
     pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
     given = {name: unquoted(value) for name, value in pairs}
     runs = Path(given.get("runs", "runs"))
     if given.get("ckpt", "null") != "null":
         run = find_run(newest_run(runs) if given["ckpt"] == "last" else given["ckpt"], option="ckpt")
-    elif (requeued := requeued_run(runs)) is not None:
+    elif (requeued := requeued_run(runs, lasting(arguments))) is not None:
         run = find_run(requeued, option="ckpt")
     else:
         return arguments
-    if is_first_process():
-        with locked(run.folder):  # Hydra writes into it before the training asks for the lock
-            pass
-    stored_file = run.folder / ".hydra" / "overrides.yaml"
-    stored = yaml.safe_load(stored_file.read_text()) if stored_file.is_file() else []
-    kept = [override for override in stored if override.split("=", 1)[0] not in given]
+    kept = [
+        override
+        for override in stored_overrides(run.folder)
+        if override not in arguments and override.split("=", 1)[0] not in given
+    ]
     own = [argument for argument in arguments if not argument.startswith("ckpt=")]
     return [*kept, *own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
 

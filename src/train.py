@@ -15,6 +15,7 @@ from src.run_folder import (
     locked,
     resume_overrides,
     write_json,
+    write_overrides,
 )
 
 
@@ -40,16 +41,20 @@ def train_in(folder: Path, config: Any) -> dict[str, float]:
     """Trains one run in this folder; see `train`."""
     import logging
 
+    from hydra.core.hydra_config import HydraConfig
+
     from src import experiment
     from src.training.dashboard import finish_dashboards
     from src.training.distributed import leave
 
     parts = experiment.assemble(config, folder)
+    parts.check_resume()  # a training that is refused leaves the folder as it was
     log = logging.getLogger(__name__)
     log.info("run         %s\n%s", folder, parts.summary)
     record = environment()
     is_main = parts.trainer.is_global_zero
     if is_main:
+        write_overrides(folder, list(HydraConfig.get().overrides.task))
         experiment.write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
     for logger in parts.trainer.loggers:

@@ -6,6 +6,7 @@ approximate    the data, the code or the experiment itself has changed: only if 
 """
 
 import logging
+import warnings
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from src.data.datamodule import ImageDataModule
 from src.errors import UserError
+from src.run_folder import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ ORDER = (
     "trainer.num_nodes",
     "trainer.strategy",
 )
+# Options whose values come back with the optimiser's and the schedule's state.
+TUNING = ("optimizer", "lr_schedule")
 # Rooms of src/ whose code the numbers of a training depend on.
 ROOMS = ("data", "diffusion", "model", "training", "randomness.py")
 LISTED = 6
@@ -93,6 +98,13 @@ def machine(trainer: Trainer) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "threads": "" if cuda else str(torch.get_num_threads()),
     }
+
+
+def origin(trainer: Trainer, data: str) -> Origin:
+    """What the numbers of a training on data of this fingerprint depend on."""
+    return Origin(
+        data, code_fingerprints(), trainer.world_size, trainer.accumulate_grad_batches, machine(trainer)
+    )
 
 
 def level(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, list[str]]:
@@ -145,17 +157,35 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def retune(trainer: Trainer, configured: Any) -> None:
+    """Puts fresh options in the place of those that came with an optimiser's state.
+
+    Args:
+        trainer: its optimiser and schedule have been restored.
+        configured: what the module's `configure_optimizers` returns.
+    """
+    fresh, schedule = configured, None
+    if isinstance(configured, dict):
+        fresh, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        with warnings.catch_warnings(action="ignore"):  # no optimiser steps in between: meant
+            for _ in range(trainer.global_step):
+                schedule.step()
+    for group, options in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
+        group.update({name: value for name, value in options.items() if name != "params"})
+    if schedule is not None:
+        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(schedule.state_dict())
+
+
 class ResumeCheck(Callback):
     """Keeps the origin of a training in its checkpoints, and holds it against that of a run that is continued.
+
+    If optimiser or learning-rate schedule have changed, they go on as if they had been so from the start: the state
+    (moments) is the checkpoint's, the options are the new ones, and the rate is that of the new schedule at this step.
 
     Args:
         config: the composed configuration, primitives only.
         checkpoint: the file to continue from; None for a new run.
         allow_changes: go on even if data, code or the experiment have changed.
-
-    Raises:
-        UserError: they have changed, and it is not allowed; names what differs. Or the weights are of other shapes.
-            Raised when training is set up.
     """
 
     def __init__(self, config: dict[str, Any], checkpoint: Path | None, allow_changes: bool):
@@ -163,15 +193,18 @@ class ResumeCheck(Callback):
         self.checkpoint = checkpoint
         self.allow_changes = allow_changes
         self._origin: Origin | None = None
+        self._retuned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._origin = Origin(
-            trainer.datamodule.source.fingerprint("train"),
-            code_fingerprints(),
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-            machine(trainer),
-        )
+        self._origin = origin(trainer, trainer.datamodule.source.fingerprint("train"))
+
+    def check(self, trainer: Trainer, module: LightningModule, data: ImageDataModule) -> None:
+        """Refuses what may not go on, and says how exactly the rest does; to be called before anything is written.
+
+        Raises:
+            UserError: data, code or the experiment have changed, and it is not allowed; names what differs. Or the
+                weights are of other shapes.
+        """
         if self.checkpoint is None:
             return
         # mapped, not read: the weights are of no interest here
@@ -182,7 +215,17 @@ class ResumeCheck(Callback):
             torch.are_deterministic_algorithms_enabled()
         )
         then = {**stored["origin"], "config": flat(stored["config"])}
-        now = {**asdict(self._origin), "config": flat(self.config), "deterministic": deterministic}
+        if is_first_process():
+            data.prepare_data()
+            fingerprint = data.source.fingerprint("train")
+        else:  # its machine may not have the data yet, and the first process looks at them
+            fingerprint = then["data"]
+        now = {
+            **asdict(origin(trainer, fingerprint)),
+            "config": flat(self.config),
+            "deterministic": deterministic,
+        }
+        self._retuned = any(_below(key, TUNING) for key in _different(then["config"], now["config"]))
         name, differences = level(then, now)
         if name == "approximate" and not self.allow_changes:
             more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
@@ -190,18 +233,23 @@ class ResumeCheck(Callback):
                 f"ckpt={self.checkpoint} is of another experiment ({'; '.join(differences[:LISTED])}{more}): "
                 "undo the changes, or go on with allow_changes=true"
             )
-        unfit = _different(_shapes(stored["state_dict"]), _shapes(pl_module.state_dict()))
+        unfit = _different(_shapes(stored["state_dict"]), _shapes(module.state_dict()))
         if unfit:
             raise UserError(
                 f"ckpt={self.checkpoint}: {len(unfit)} of its weights do not fit ({unfit[0]} is the first), which"
                 " allow_changes=true cannot mend: choose model, data, variance and weighting as they were"
             )
-        log.info(
-            "resume      %s from step %d%s",
-            name,
-            stored["global_step"],
-            f" ({'; '.join(differences)})" if differences else "",
-        )
+        if is_first_process():
+            log.info(
+                "resume      %s from step %d%s",
+                name,
+                stored["global_step"],
+                f" ({'; '.join(differences)})" if differences else "",
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._retuned:
+            retune(trainer, pl_module.configure_optimizers())
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

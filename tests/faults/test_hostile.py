@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
+from src.run_folder import OVERRIDES_FILE
 from src.sidecar import sidecar_path
-from tests.faults.processes import run, run_folder, train
+from tests.faults.processes import ROOT, run, run_folder, train
 
 # What a stored configuration might name; each would leave a file named "marker" in the working directory.
 TARGETS = {
@@ -80,3 +82,38 @@ def test_resuming_executes_nothing_either(tmp_path, trained):
     sidecar_path(checkpoint).unlink()
     assert run(tmp_path, "train", f"ckpt={place}", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0").status == 2
     assert not (tmp_path / "marker").exists()
+
+
+# Lines of a stored command line through which Hydra would leave the file "marker", or read a stranger's files.
+LINES = {
+    "a callback": "+hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
+    "a callback, by force": "++hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
+    "a log file": "hydra.job_logging.handlers.file.filename=marker",
+    "a log handler": "+hydra.job_logging.handlers.evil={class: logging.FileHandler, filename: marker}",
+    "a deletion": "~hydra.callbacks",
+    "a group of Hydra's": "hydra/job_logging=none",
+    "a group put there": "+optimizer@hydra.callbacks.evil=adam",
+    "a group put there from the top": "+optimizer@_global_.hydra.callbacks.evil=adam",
+    "a file outside conf/": "experiment={folder}/evil",
+    "the same, quoted": "experiment='{folder}/evil'",
+    "a flag": "--config-dir={folder}",
+    "no text": 5,
+}
+EVIL = "# @package _global_\nhydra:\n  callbacks:\n    evil: {_target_: os.makedirs, name: marker}\n"
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_stored_options_do_not_reach_hydra(tmp_path, trained, case):
+    place = tmp_path / "runs" / "theirs"
+    shutil.copytree(trained.parent.parent, place)
+    (place / "evil.yaml").write_text(EVIL)
+    line = LINES[case]
+    if isinstance(line, str):
+        line = line.replace("{folder}", os.path.relpath(place, ROOT / "conf" / "experiment"))
+    file = place / OVERRIDES_FILE
+    file.write_text(yaml.safe_dump([*yaml.safe_load(file.read_text()), line]))
+    done = run(tmp_path, "train", "ckpt=last", "trainer.max_steps=2")
+    assert not (tmp_path / "marker").exists()
+    assert done.status == 2, done.output
+    assert "is not allowed in stored options" in done.output
+    assert len(done.output.strip().splitlines()) == 1

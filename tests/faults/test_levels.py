@@ -1,10 +1,15 @@
 """How exactly a run goes on is said aloud; another experiment is refused unless it is allowed."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from PIL import Image
 
+from src.run_folder import LOCK_FILE, locked
 from src.training.resume import flat, level
-from tests.faults.processes import resume, run, run_folder, train
+from tests.faults.processes import Replacement, resume, run, run_folder, train
 from tests.faults.states import training_state
 
 ORIGIN = {
@@ -52,6 +57,102 @@ def test_another_experiment_is_refused(tmp_path):
     unfit = resume(tmp_path, "model.base_channels=16", "allow_changes=true", "trainer.max_steps=6")
     assert unfit.status == 2
     assert "weights do not fit" in unfit.output.splitlines()[-1]
+
+
+REFUSED = {
+    "another experiment": ["ckpt=last", "optimizer.lr=0.5", "trainer.max_steps=6"],
+    "other weights": ["ckpt=last", "model.base_channels=16", "allow_changes=true", "trainer.max_steps=6"],
+    "nothing left": ["ckpt=last", "seed=1", "trainer.max_steps=2"],
+    "no such option": ["ckpt=last", "optimizer.rate=1"],
+    "a mistake": ["ckpt=last", "seed=-1", "trainer.max_steps=6"],
+}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Of all files but the lock, by path."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_refusal_leaves_the_folder_as_it_was(tmp_path):
+    assert train(tmp_path, "trainer.max_steps=3").status == 0
+    folder = run_folder(tmp_path)
+    before = content(folder)
+    for case, arguments in REFUSED.items():
+        refused = run(tmp_path, "train", *arguments)
+        assert refused.status == 2, f"{case}: {refused.output}"
+        assert content(folder) == before, case
+    with locked(folder):
+        for arguments in (
+            ["ckpt=last", "seed=1", "allow_changes=true"],
+            ["seed=1", f"hydra.run.dir={folder}"],
+        ):
+            refused = run(tmp_path, "train", *arguments, "trainer.max_steps=6")
+            assert refused.status == 2, refused.output
+            assert "in use" in refused.output
+            assert content(folder) == before, arguments
+    plain = resume(tmp_path, "trainer.max_steps=4")
+    assert plain.status == 0, plain.output
+    assert "bit-exact from step 3" in plain.output
+
+
+def test_allowed_once_is_not_allowed_for_ever(tmp_path):
+    assert train(tmp_path, "trainer.max_steps=1", "allow_changes=true").status == 0
+    allowed = resume(tmp_path, "optimizer.lr=0.5", "++allow_changes=true", "trainer.max_steps=2")
+    assert allowed.status == 0, allowed.output
+    refused = resume(tmp_path, "optimizer.lr=0.25", "trainer.max_steps=3")
+    assert refused.status == 2
+    assert "optimizer.lr: 0.5 -> 0.25" in refused.output.splitlines()[-1]
+    plain = resume(tmp_path, "trainer.max_steps=3")
+    assert plain.status == 0, plain.output
+    assert "bit-exact from step 2" in plain.output
+
+
+def tell_rate(original, call, self, *arguments, **named):
+    print(f" rate={self.param_groups[0]['lr']} ", flush=True)
+    return original(self, *arguments, **named)
+
+
+RATES = Replacement("torch.optim.adam:Adam.step", tell_rate)
+# overrides of the first three steps, of the rest -> the rate of step k from then on, and further numbers
+RETUNED = {
+    "rate": (["lr_schedule.warmup_steps=10"], ["optimizer.lr=0.5"], lambda k: 0.5 * min(1, (k + 1) / 10), {}),
+    "warm-up": ([], ["lr_schedule.warmup_steps=10"], lambda k: 0.001 * min(1, (k + 1) / 10), {}),
+    "no warm-up": ([], ["lr_schedule=constant"], lambda k: 0.001, {}),
+    "a warm-up": (
+        ["lr_schedule=constant"],
+        ["lr_schedule=warmup", "lr_schedule.warmup_steps=10"],
+        lambda k: 0.001 * min(1, (k + 1) / 10),
+        {},
+    ),
+    "betas": (
+        ["lr_schedule=constant"],
+        ["optimizer.betas=[0.5,0.6]"],
+        lambda k: 0.001,
+        {"betas": (0.5, 0.6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RETUNED)
+def test_a_changed_optimiser_is_applied(tmp_path, case):
+    first, then, rate, numbers = RETUNED[case]
+    assert train(tmp_path, "optimizer.lr=0.001", *first, "trainer.max_steps=3").status == 0
+    done = resume(
+        tmp_path,
+        *then,
+        "allow_changes=true",
+        "trainer.max_steps=5",
+        faults=[RATES],
+    )
+    assert done.status == 0, done.output
+    used = [float(told) for told in re.findall(r"rate=(\S+)", done.output)]
+    assert used == pytest.approx([rate(3), rate(4)]), "the first step has it already"
+    content = torch.load(run_folder(tmp_path) / "checkpoints" / "step_00000005.ckpt", weights_only=True)
+    (group,) = content["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(rate(5))
+    assert {name: tuple(group[name]) for name in numbers} == numbers
+    assert content["optimizer_states"][0]["state"][0]["step"] == 5, "the moments go on"
 
 
 def test_other_images_are_refused(tmp_path):

@@ -83,6 +83,24 @@ def test_no_validation_is_lost_to_a_signal(tmp_path, uninterrupted, place):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
+def test_requeued_job_of_two_trainings_goes_on_with_the_right_one(tmp_path):
+    """Each with the one of its own options, wherever its folder is."""
+    slurm = {"SLURM_JOB_ID": "4711"}
+    swept = tmp_path / "runs" / "sweeps" / "today" / "0_seed-1"
+    assert train(tmp_path, "trainer.max_steps=2", "seed=1", f"hydra.run.dir={swept}", **slurm).status == 0
+    assert train(tmp_path, "trainer.max_steps=2", "seed=2", **slurm).status == 0
+    again = {**slurm, "SLURM_RESTART_COUNT": "1"}
+    new = train(tmp_path, "trainer.max_steps=2", "seed=3", **again)
+    assert new.status == 0, new.output
+    assert "resume " not in new.output
+    for seed, folder in ((1, swept), (2, None)):
+        found = train(tmp_path, "trainer.max_steps=2", f"seed={seed}", **again)
+        assert found.status == 2
+        assert "is at step 2 already" in found.output
+        assert folder is None or str(folder.relative_to(tmp_path)) in found.output
+    assert len(list(tmp_path.glob("runs/*/checkpoints"))) == 2
+
+
 def test_sigterm_to_one_of_two_processes(tmp_path):
     """To rank 1 alone: rank 0 learns of it, both save the same step and leave."""
     leader = processes.start_command(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
