@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.run_folder import is_first_process
 
@@ -198,7 +197,7 @@ class ResumeCheck(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._origin = origin(trainer, trainer.datamodule.source.fingerprint("train"))
 
-    def check(self, trainer: Trainer, module: LightningModule, data: ImageDataModule) -> None:
+    def check(self, trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
         """Refuses what may not go on, and says how exactly the rest does; to be called before anything is written.
 
         Raises:
