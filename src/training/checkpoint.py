@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.failures = 0
         except OSError as error:
             self.failures += 1
-            log.error("%s; %s is not written, the training goes on", reason(error, checkpoint), path)
+            log.error("%s; %s is not written", reason(error, checkpoint), path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Tensors and primitives only, whatever the caller asks for: nothing in the file is executed."""
@@ -161,7 +161,7 @@ class Checkpoints(Checkpoint):
         self.every = every
         self.keep = keep
         self.stop_after = stop_after
-        self._saved = -1
+        self._tried = self._saved = -1
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -169,7 +169,7 @@ class Checkpoints(Checkpoint):
         checkpoint["config"] = self.config
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = trainer.global_step
+        self._tried = self._saved = trainer.global_step
         if trainer.is_global_zero:
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
@@ -182,39 +182,50 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0:
-            self._save(trainer)
+        # once a step, though its micro-batches come here too
+        if trainer.global_step % self.every == 0 and trainer.global_step != self._tried:
+            failures = self._save(trainer)
+            if failures >= self.stop_after:
+                raise UserError(
+                    f"{failures} checkpoints in a row could not be written to {self.folder}, see above: mend it, or "
+                    "allow more with callbacks.checkpoints.stop_after"
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._save(trainer):
-            raise UserError(f"the last checkpoint could not be written to {self.folder}: see above")
+            raise UserError(self._lost(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Stopped) and self._saved >= 0:
-            self._save(trainer)
+        if isinstance(exception, Stopped) and self._saved >= 0 and self._save(trainer):
+            log.error("%s", self._lost(trainer))  # the status stays the signal's
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.ckpt"
+
+    def _lost(self, trainer: Trainer) -> str:
+        kept = checkpoints_by_step(self.folder)
+        return (
+            f"step {trainer.global_step} could not be saved in {self.folder}, see above: mend it and go on from the "
+            f"newest checkpoint, {f'ckpt={kept[-1]}' if kept else 'of which there is none'}"
+        )
 
     def _save(self, trainer: Trainer) -> int:
         """Saves, unless this step is saved already; how many writes have failed in a row, on all ranks."""
         step = trainer.global_step
         if step == self._saved:
             return 0
+        self._tried = step
         trainer.save_checkpoint(self._path(step), weights_only=False)
-        self._saved = step
         # only rank 0 writes; the others must stop with it, or they would wait for it in a collective
         failures = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures)
-        if failures >= self.stop_after:
-            raise UserError(
-                f"{failures} checkpoints in a row could not be written to {self.folder}, see above: mend it, or "
-                "allow more with callbacks.checkpoints.stop_after"
-            )
-        if trainer.is_global_zero and not failures:
+        if failures:
+            return failures
+        self._saved = step
+        if trainer.is_global_zero:
             for old in checkpoints_by_step(self.folder)[: -self.keep]:
                 old.unlink()
                 sidecar_path(old).unlink(missing_ok=True)
-        return failures
+        return 0
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

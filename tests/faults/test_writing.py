@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import resource
+import signal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from src.errors import UserError
 from src.run_folder import checkpoints_by_step, find_run
 from src.sidecar import damage, sidecar_path
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
-from tests.faults.processes import STEPS, Replacement, resume, run, run_folder, train
+from tests.faults.processes import STEPS, Fault, Replacement, resume, run, run_folder, train
 from tests.faults.saving import content, kill_while_saving
 from tests.faults.states import differences, training_state
 
@@ -124,8 +125,59 @@ def test_full_disk_stops_after_three_failures(tmp_path):
     assert not list(tmp_path.glob("runs/*/checkpoints/*")), "nor is half a file left"
 
 
+def full_from_the_last_step_on(original, call, checkpoint, path):
+    if checkpoint["global_step"] > 8:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return original(checkpoint, path)
+
+
+def full_at_the_last_step_once(original, call, checkpoint, path):
+    if call == 3:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return original(checkpoint, path)
+
+
+WRITE = "src.training.checkpoint:_write"
+
+
+def test_a_training_whose_end_is_not_saved_is_not_done(tmp_path):
+    """max_steps is a multiple of `every`: the last step's save is tried, fails, and is tried again at the end."""
+    door = train(
+        tmp_path,
+        "metrics=none",
+        "trainer.max_steps=9",
+        faults=[Replacement(WRITE, full_from_the_last_step_on)],
+    )
+    assert door.status == 2, door.output
+    assert "Done." not in door.output
+    assert "disk full" in door.output
+    last = door.output.splitlines()[-1]
+    assert "step 9 could not be saved" in last
+    assert "step_00000006.ckpt" in last
+
+
+def test_the_last_save_is_tried_again(tmp_path):
+    door = train(
+        tmp_path,
+        "metrics=none",
+        "trainer.max_steps=9",
+        faults=[Replacement(WRITE, full_at_the_last_step_once)],
+    )
+    assert door.status == 0, door.output
+    assert "disk full" in door.output
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000009.ckpt"
+
+
+def test_a_stopped_training_says_that_it_is_not_saved(tmp_path):
+    stop = Fault("src.training.module:DiffusionModule.training_step", 9, signal.SIGTERM)
+    door = train(tmp_path, "metrics=none", faults=[Replacement(WRITE, full_from_the_last_step_on), stop])
+    assert door.status == 128 + signal.SIGTERM, door.output
+    assert "step 9 could not be saved" in door.output
+    assert "step_00000006.ckpt" in door.output.splitlines()[-1]
+
+
 def test_training_goes_on_after_a_full_disk(tmp_path, uninterrupted):
-    once = Replacement("src.training.checkpoint:_write", full_once)
+    once = Replacement(WRITE, full_once)
     door = train(tmp_path, faults=[once])
     assert door.status == 0, door.output
     assert "disk full" in door.output
