@@ -18,7 +18,7 @@ from src.errors import UserError
 from src.experiment import source_of
 from src.generation import describe
 from src.loading import LoadedRun
-from src.pictures import animation, image_grid, image_path, read_images, save_images
+from src.pictures import animation, image_grid, read_images, save_images
 from src.run_folder import write_json
 from src.sidecar import file_sha256
 
@@ -64,7 +64,7 @@ class Draw(Task):
 
     def run(self, loaded, n, batch_size, folder):
         batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-        continued = _same_origin(loaded, n, batch_size, folder)
+        continued = _same_origin(loaded, batch_size, folder)
         shown: list[Tensor] = []
         for numbers in track(batches, description="sampling", transient=True):
             # the last is always made: it counts the network's evaluations
@@ -226,7 +226,7 @@ def _last(states: Iterator[State]) -> Tensor:
     return x
 
 
-def _same_origin(loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> bool:
+def _same_origin(loaded: LoadedRun, batch_size: int, folder: Path) -> bool:
     """Whether the images in the folder are of these weights, recipe and batches; if not, they make room for those."""
     path = folder / "origin.json"
     recipe = {name: value for name, value in loaded.recipe().items() if name != "network_evaluations"}
@@ -241,8 +241,8 @@ def _same_origin(loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> bo
             return True
     except (OSError, ValueError):
         pass
-    for number in range(n):  # or they would pass for ours after a kill
-        image_path(folder / "images", number).unlink(missing_ok=True)
+    for image in (folder / "images").glob("[0-9]*.png"):  # all, or they would pass for ours after a kill
+        image.unlink()
     write_json(path, origin)
     return False
 

@@ -75,3 +75,15 @@ def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
     after = bytes_of(tmp_path / "out")
     assert all(after[name] != before[name] for name in before)
     Image.open(tmp_path / "out" / "grid.png").verify()
+
+
+def test_nor_are_those_of_a_recipe_before_the_last(tmp_path, trained):
+    """A short drawing of another seed in between leaves nothing of the first one's images either."""
+    draw = drawing(trained, tmp_path / "out")
+    assert run(tmp_path, *draw, "n=12").status == 0
+    first = bytes_of(tmp_path / "out")
+    assert run(tmp_path, *draw, "n=4", "seed=1").status == 0
+    assert len(bytes_of(tmp_path / "out")) == 4
+    assert run(tmp_path, *draw, "n=12", "seed=1").status == 0
+    last = bytes_of(tmp_path / "out")
+    assert [name for name in first if last[name] == first[name]] == []
