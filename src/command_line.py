@@ -67,6 +67,19 @@ def _complain(line: str) -> int:
     return USER_ERROR
 
 
+class _Redacting(logging.Formatter):
+    """Another formatter's lines, without the values that came from the environment."""
+
+    def __init__(self, plain: logging.Formatter | None):
+        super().__init__()
+        self.plain = plain or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        from src.configuration import redacted
+
+        return redacted(self.plain.format(record))
+
+
 def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -84,6 +97,8 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
         sweeping = settings.mode == RunMode.MULTIRUN
         overrides = list(settings.overrides.task)
         outcome: dict[str, Any] = {"overrides": overrides}
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_Redacting(handler.formatter))
         # what a further process of this very job is started with
         sys.argv[1:] = [*overrides, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.utils import get_object
@@ -48,6 +49,9 @@ class Environment:
             return default[0]
         if value and not name.startswith(self.OWN):
             self._used[value] = name
+            folder = Path(os.path.expanduser(value))  # is told without its closing slash
+            if folder != Path():
+                self._used[str(folder)] = name
         return value
 
     @contextmanager
@@ -61,7 +65,9 @@ class Environment:
 
     def redacted(self, text: str) -> str:
         """The text with the names of variables in the place of the values that were looked up."""
-        for value, name in self._used.items():
+        for value, name in sorted(
+            self._used.items(), key=lambda item: -len(item[0])
+        ):  # one may begin another
             text = text.replace(value, self._text(name))
         return text
 

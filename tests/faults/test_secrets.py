@@ -12,6 +12,9 @@ def test_a_secret_is_written_nowhere(tmp_path):
     pictures.mkdir()
     for number in range(40):
         Image.new("L", (8, 8), 5 * number).save(pictures / f"{number:02d}.png")
+    # both are told in the log, with the folder
+    (pictures / "notes.txt").write_text("of no interest")
+    Image.new("L", (4, 4)).save(pictures / "small.png")
     data = (
         "data=image_folder",
         "data.root=${oc.env:MY_PICTURES}",
@@ -23,13 +26,16 @@ def test_a_secret_is_written_nowhere(tmp_path):
         f"data.cache={tmp_path}/index",
     )
     place = tmp_path / "place"
-    variables = {"MY_PICTURES": str(pictures), "WANDB_MODE": "offline"}
+    variables = {"MY_PICTURES": f"{pictures}/", "WANDB_MODE": "offline"}
     # a name with a slash is refused, by its text and not by its value
     assert train(place, *data, **variables).status == 0
     for path in (place / "runs").rglob("*"):
         assert SECRET not in str(path.relative_to(place))
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    assert SECRET not in "".join(path.read_text() for path in place.glob("output_*"))
+    (output,) = (path.read_text() for path in place.glob("output_*"))
+    assert SECRET not in output
+    assert "data.root=${oc.env:MY_PICTURES}: left out 1 other files" in output
+    assert "1 of 41 images are smaller" in output
     assert "${oc.env:MY_PICTURES}" in (run_folder(place) / "config.yaml").read_text()
     # the text in the stored configuration finds the value again
     assert run(place, "sample", f"run={run_folder(place)}", "n=2", **variables).status == 0
