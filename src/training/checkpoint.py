@@ -133,6 +133,13 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> None:
+    """Renames a file of a future that the training has turned away from, so that nobody finds it; tells so."""
+    log.warning("%s is set aside: the training goes on from an earlier step", path)
+    sidecar_path(path).unlink(missing_ok=True)
+    path.rename(path.with_name(path.name + SET_ASIDE))
+
+
 class Checkpoints(Checkpoint):
     """Saves every `every` optimiser steps, at the end of training and when it is stopped by a signal.
 
@@ -175,9 +182,7 @@ class Checkpoints(Checkpoint):
                 leftover.unlink()
             for path in checkpoints_by_step(self.folder):
                 if path > self._path(trainer.global_step):
-                    log.warning("%s is set aside: the training goes on from an earlier step", path)
-                    sidecar_path(path).unlink(missing_ok=True)
-                    path.rename(path.with_name(path.name + SET_ASIDE))
+                    set_aside(path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

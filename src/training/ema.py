@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from src.run_folder import forgiving
 from src.training import post_hoc
+from src.training.checkpoint import set_aside
 
 Weights = dict[str, Tensor]
 
@@ -160,6 +162,13 @@ class PowerEMA(EMA):
     def decays_at(self, update):
         return [(1 - 1 / (update + 1)) ** (gamma + 1) for gamma in self.exponents]
 
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for path in post_hoc.snapshots(self._folder(trainer)):
+                if post_hoc.step_of(path) > trainer.global_step:
+                    set_aside(path)
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         before = self.updates
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -167,5 +176,9 @@ class PowerEMA(EMA):
             self.updates % self.snapshot_every == 0 or self.updates == trainer.max_steps
         )
         if due and self.updates != before and trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
-            post_hoc.save(folder, self.updates, self.stds, self.averages)
+            with forgiving(f"snapshot of the averages at step {self.updates}"):
+                post_hoc.save(self._folder(trainer), self.updates, self.stds, self.averages)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / post_hoc.FOLDER

@@ -6,16 +6,19 @@ ones; the same combination of the stored weights is the wanted average.
 """
 
 import json
-import os
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from src.errors import UserError
+from src.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
 
 # Under the run folder.
 FOLDER = "ema"
@@ -55,17 +58,35 @@ def coefficients(stored: Sequence[tuple[float, float]], wanted: tuple[float, flo
 
 
 def save(folder: Path, step: int, stds: Sequence[float], averages: Sequence[dict[str, Tensor]]) -> None:
-    """Writes the averages at a step to <folder>/step_<k>.safetensors, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the averages at a step to <folder>/step_<k>.safetensors, whole or not at all; only finite ones.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     path = folder / f"step_{step:08d}.safetensors"
     tensors = {
         f"{i}/{name}": weight.contiguous()
         for i, average in enumerate(averages)
         for name, weight in average.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"step": str(step), "stds": json.dumps(list(stds))})
-    os.replace(temporary, path)
+    broken = [name for name, weight in tensors.items() if not bool(weight.isfinite().all())]
+    if broken:
+        log.error("%s is not written: %s is not finite", path, broken[0])
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):  # of a killed process
+        leftover.unlink()
+    write_atomically(path, serialised(tensors, {"step": str(step), "stds": json.dumps(list(stds))}))
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """The files of `save`, oldest first."""
+    return sorted(folder.glob("step_*.safetensors"), key=step_of)
+
+
+def step_of(snapshot: Path) -> int:
+    """The optimiser step at which it was made."""
+    return int(snapshot.stem.removeprefix("step_"))
 
 
 def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
@@ -82,8 +103,8 @@ def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
     Raises:
         UserError: there are no snapshots, none of that step, or std is out of range.
     """
-    paths = [path for path in sorted(folder.glob("step_*.safetensors")) if int(path.stem[5:]) <= step]
-    if not paths or int(paths[-1].stem[5:]) != step:
+    paths = [path for path in snapshots(folder) if step_of(path) <= step]
+    if not paths or step_of(paths[-1]) != step:
         raise UserError(
             f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, whose snapshots are made"
             " every ema.snapshot_every steps and at the end"
@@ -96,7 +117,7 @@ def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
     for path in paths:
         with safe_open(path, "pt") as file:
             stds = json.loads(file.metadata()["stds"])
-        stored += [(int(path.stem[5:]), exponent(each)) for each in stds]
+        stored += [(step_of(path), exponent(each)) for each in stds]
     combination = coefficients(stored, (step, gamma))
     total: dict[str, Tensor] = {}
     position = 0

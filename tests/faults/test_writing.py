@@ -186,6 +186,21 @@ def test_training_goes_on_after_a_full_disk(tmp_path, uninterrupted):
         assert damage(path) is None
 
 
+def test_training_goes_on_without_snapshots_of_the_averages(tmp_path):
+    full = Replacement("src.training.ema:EMA.on_train_start", limit_file_size)
+    power = (
+        "ema=power",
+        "ema.snapshot_every=3",
+        "trainer.max_steps=6",
+        "metrics=none",
+        "~callbacks.checkpoints",
+    )
+    door = train(tmp_path, *power, faults=[full])
+    assert door.status == 0, door.output
+    assert "snapshot of the averages at step 3: File too large; the training goes on" in door.output
+    assert not list(tmp_path.glob("runs/*/ema/*"))
+
+
 def test_leftovers_of_a_killed_process_are_swept(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
     leftover = run_folder(tmp_path) / "checkpoints" / ".step_00000006.ckpt.1.tmp"

@@ -1,5 +1,6 @@
 """Averages of weights against their definitions, written out in numpy."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,6 +124,33 @@ def test_inner_product_is_the_integral_of_the_profiles():
         integrand = (ga + 1) * t**ga / a ** (ga + 1) * (gb + 1) * t**gb / b ** (gb + 1)
         ours = post_hoc._inner_product(a, ga, b, gb)
         assert ours == pytest.approx(integrand.sum() * 900 / 200_000, rel=1e-6)
+
+
+def test_snapshots_of_a_future_turned_away_from_are_set_aside(tmp_path):
+    """Resumed at step 50: those of 60 to 100 led elsewhere."""
+    path = _path(100)
+    first = PowerEMA((0.05, 0.10), snapshot_every=10)
+    _run(first, path[:51], tmp_path)
+    state = deepcopy(first.state_dict())
+    _run(first, path + 100, tmp_path, start=50)
+    second = PowerEMA((0.05, 0.10), snapshot_every=30)
+    second.load_state_dict(state)
+    _run(second, path, tmp_path, start=50)
+    assert [post_hoc.step_of(kept) for kept in post_hoc.snapshots(tmp_path / "ema")] == [
+        *range(10, 51, 10),
+        60,
+        90,
+        100,
+    ]
+    assert len(list((tmp_path / "ema").glob("*.set_aside"))) == 5
+
+
+def test_averages_that_are_not_finite_are_never_written(tmp_path, caplog):
+    path = _path(20)
+    path[15] = np.nan
+    _run(PowerEMA((0.05,), snapshot_every=10), path, tmp_path)
+    assert [kept.name for kept in post_hoc.snapshots(tmp_path / "ema")] == ["step_00000010.safetensors"]
+    assert "0/weight is not finite" in caplog.text
 
 
 def test_a_missing_snapshot_is_told(tmp_path):
