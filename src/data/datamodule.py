@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from multiprocessing import parent_process
 from threading import Thread
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.source import ImageSource, Split
 from src.data.stream import Batch, FixedOrder, PositionSampler, ShardSampler, TrainingStream
+from src.errors import UserError
 
 
 def per_device_batch(batch_size: int, world_size: int, accumulation: int) -> int:
@@ -133,7 +135,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(FixedOrder(images), ShardSampler(len(images), micro, rank, world_size))
 
     def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_sampler=sampler,
             num_workers=self.workers,
@@ -142,6 +144,16 @@ class ImageDataModule(LightningDataModule):
             persistent_workers=self.workers > 0,
             worker_init_fn=_end_with_the_training,
         )
+
+
+class _Loader(DataLoader):
+    """Tells a worker's UserError as it was raised; PyTorch makes the worker's whole traceback its text."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def _end_with_the_training(worker: int) -> None:

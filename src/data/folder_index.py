@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -130,7 +130,7 @@ def examine(
     Raises:
         UserError: if the cache cannot be written.
     """
-    index_file = cache / f"{_digest(os.path.realpath(root))}.json"
+    index_file = _index_file(root, cache)
     known = _read_index(index_file)
     records = [_remembered(known, file) for file in files]
     series = _digest(os.path.realpath(root), image_size, channels)
@@ -174,6 +174,25 @@ def examine(
             stale.unlink()
         os.replace(store.filename, pixel_file)
     return records, _mapped(pixel_file)
+
+
+def forget(root: Path, path: str, cache: Path) -> None:
+    """Has a file decoded anew by the next `examine`, even if its size and time of change stay the same.
+
+    Args:
+        root: as for `examine`.
+        path: of the file, below the root.
+        cache: as for `examine`; where it cannot be written, nothing is forgotten.
+    """
+    index_file = _index_file(root, cache)
+    known = _read_index(index_file)
+    if known.pop(path, None) is not None:
+        with suppress(OSError):
+            _write_index(index_file, known)
+
+
+def _index_file(root: Path, cache: Path) -> Path:
+    return cache / f"{_digest(os.path.realpath(root))}.json"
 
 
 def _image_file(root: Path, path: str) -> ImageFile:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.data.decode import decode, fit, problem
-from src.data.folder_index import Record, examine, list_images
+from src.data.folder_index import Record, examine, forget, list_images
 from src.data.source import CACHE, ImageSet, ImageSource, Split
 from src.errors import UserError
 
@@ -121,7 +121,7 @@ class ImageFolder(ImageSource):
         if self._catalogue.pixels is not None:
             rows = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
             return DecodedFiles(self._catalogue.pixels, rows, labels)
-        return StreamedFiles(self.root, entries, labels, self.image_size, self.channels)
+        return StreamedFiles(self.root, entries, labels, self.image_size, self.channels, self.cache)
 
     def _index(self) -> "_Catalogue":
         folders = self._split_folders()
@@ -254,16 +254,24 @@ class StreamedFiles(ImageSet):
         labels: int64 (n,) or None.
         image_size: height and width of the images given out.
         channels: 1 or 3.
+        cache: folder of the index, in which a file that has broken since then is forgotten.
     """
 
     def __init__(
-        self, root: Path, entries: list["_Entry"], labels: Tensor | None, image_size: int, channels: int
+        self,
+        root: Path,
+        entries: list["_Entry"],
+        labels: Tensor | None,
+        image_size: int,
+        channels: int,
+        cache: Path,
     ):
         self.root = root
         self.entries = entries
         self.labels = labels
         self.image_size = image_size
         self.channels = channels
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -276,6 +284,7 @@ class StreamedFiles(ImageSet):
             try:
                 image.copy_(fit(decode(path.read_bytes(), self.channels), self.image_size))
             except Exception as error:
+                forget(self.root, self.entries[index].path, self.cache)
                 raise UserError(
                     f"{path} could be read when it was indexed and cannot be any more ({problem(error)}): "
                     "restore the file, or start again with data.on_error=skip"

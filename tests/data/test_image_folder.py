@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from src.data import folder_index
+from src.data.datamodule import ImageDataModule
 from src.data.image_folder import DecodedFiles, ImageFolder, StreamedFiles
 from src.data.stream import FixedOrder
 from src.errors import UserError
@@ -385,6 +386,33 @@ def test_a_file_that_breaks_after_indexing_is_named(root, tmp_path):
     assert images.images([0, 2]).shape == (2, 3, SIZE, SIZE)
     with pytest.raises(UserError, match=r"001\.png could be read when it was indexed .*not an image"):
         images.images([0, 1])
+
+
+def break_unseen(path):
+    """As a bad disk does: neither the size nor the time of change tells."""
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_breaks_unseen_is_left_out_at_the_next_start(root, tmp_path):
+    several(root, 3, "x")
+    options = {"memory_limit_mb": 0, "holdout": 0}
+    images = source(root, tmp_path, **options).split("train")
+    break_unseen(root / "x" / "001.png")
+    with pytest.raises(UserError, match="on_error=skip"):
+        images.images([1])
+    assert len(source(root, tmp_path, **options, on_error="skip").split("train")) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_tells_a_broken_file_as_the_process_itself_does(root, tmp_path, workers):
+    several(root, 4, "x")
+    data = ImageDataModule(source(root, tmp_path, memory_limit_mb=0, holdout=0), 4, seed=0, workers=workers)
+    data.prepare_data()
+    (root / "x" / "001.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"^\S+001\.png could be read when it was indexed .*skip$"):
+        next(iter(data.train_dataloader()))
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])
