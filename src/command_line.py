@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(
 
     Exits with status 0, or 2 after a mistake of the user's, told in one line. In a sweep each job's outcome
     is written to its folder, a failing job does not take the others along, and a table closes the sweep; the
-    status is then 1 if a job has failed.
+    status is then 1 if a job has failed. Ctrl-C leaves with 130 and without a word, unless the task sees to it.
 
     Args:
         config_name: also the module's name, src.<config_name>.
@@ -46,6 +47,10 @@ def run(
         return
     # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        # not KeyboardInterrupt: Lightning takes that for a failure, and its status would be 1
+        signal.signal(signal.SIGINT, _leave)
     try:
         sys.argv[1:] = rewrite(arguments)
         failed = _run_hydra(config_name, task)
@@ -56,8 +61,14 @@ def run(
         if line is None:
             raise
         sys.exit(_complain(line))
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     if failed:
         sys.exit(JOB_FAILED)
+
+
+def _leave(signum: int, frame: Any) -> None:
+    sys.exit(128 + signum)
 
 
 def _complain(line: str) -> int:

@@ -41,6 +41,24 @@ def test_saved_and_left(tmp_path, uninterrupted, case):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "src.experiment:denoiser_of",
+        "src.training.resume:code_fingerprints",
+        "src.data.digits:Digits._load",
+    ],
+)
+def test_interrupted_before_the_training_has_begun(tmp_path, place):
+    """While parts are joined, a run that is continued is compared, images are read."""
+    stopped = train(tmp_path, faults=[Fault(place, 1, signal.SIGINT)])
+    assert stopped.status == 128 + signal.SIGINT, stopped.output
+    # at most what is told of a training, and one line
+    assert "Traceback" not in stopped.output
+    assert "Interrupt" not in stopped.output
+    assert "error" not in stopped.output
+
+
 def test_second_interrupt_leaves_at_once(tmp_path):
     stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGINT, again=2)])
     assert stopped.status == 128 + signal.SIGINT
