@@ -1,7 +1,9 @@
 """Checkpoints: written so that a killed process never harms a good one, and found again by step."""
 
 import errno
+import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from hashlib import sha256
@@ -16,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from src.errors import UserError
-from src.run_folder import checkpoints_by_step, write_atomically
+from src.run_folder import BEST_FILE, checkpoints_by_step, write_atomically
 from src.sidecar import Sidecar, sidecar_path
 from src.training.signals import Stopped
 
@@ -140,11 +142,19 @@ def set_aside(path: Path) -> None:
     path.rename(path.with_name(path.name + SET_ASIDE))
 
 
+def _known_step(checkpoint: Path) -> float:
+    """By its record; infinite without one: the process was killed as it wrote the file, later than any other."""
+    try:
+        return json.loads(sidecar_path(checkpoint).read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+
+
 class Checkpoints(Checkpoint):
     """Saves every `every` optimiser steps, at the end of training and when it is stopped by a signal.
 
-    Keeps the newest `keep` files. Resumed from an earlier step, the checkpoints of later ones are set aside
-    (renamed), so that the newest is always of the history that led to it.
+    Keeps the newest `keep` files. Resumed from an earlier step, the checkpoints of later ones, the best among them, are
+    set aside (renamed), so that the newest is always of the history that led to it.
 
     Args:
         folder: where to write step_<k>.ckpt.
@@ -183,6 +193,11 @@ class Checkpoints(Checkpoint):
             for path in checkpoints_by_step(self.folder):
                 if path > self._path(trainer.global_step):
                     set_aside(path)
+            best = self.folder / BEST_FILE
+            if best.is_file() and _known_step(best) > trainer.global_step:
+                set_aside(best)
+                if best.with_suffix(".json").is_file():
+                    set_aside(best.with_suffix(".json"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

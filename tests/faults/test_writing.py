@@ -86,6 +86,18 @@ def test_resumed_from_the_one_before_a_damaged_one(tmp_path, uninterrupted):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
+def test_the_best_of_a_future_turned_away_from_is_set_aside(tmp_path):
+    # step 8 is scored and so is the end, step 9: whichever is the better, it is later than step 6
+    assert train(tmp_path, "callbacks.track_fidelity.every=8", "trainer.max_steps=9").status == 0
+    folder = run_folder(tmp_path) / "checkpoints"
+    assert {path.name for path in folder.glob("best*")} == {"best.ckpt", "best.ckpt.json", "best.json"}
+    back = run(tmp_path, "train", f"ckpt={folder}/step_00000006.ckpt", "trainer.max_steps=7", "metrics=none")
+    assert back.status == 0, back.output
+    assert {path.name for path in folder.glob("best*")} == {"best.ckpt.set_aside", "best.json.set_aside"}
+    assert resume(tmp_path, "trainer.max_steps=8", "metrics=fd_digits").status == 0
+    assert (folder / "best.ckpt").is_file(), "a best anew, whatever was the best there"
+
+
 def test_weights_that_are_not_finite_are_never_written(tmp_path, caplog):
     io, path = AtomicCheckpointIO(), tmp_path / "step_00000001.ckpt"
     io.save_checkpoint(content(1, 1), path)

@@ -63,6 +63,8 @@ class TrackFidelity(EverySteps):
         with module.averaged() as denoiser:
             for images in self.generation.images(denoiser, mine, self.batch_size):
                 score.update(images)
+        if not trainer.strategy.broadcast(self.best.is_file()):
+            self.best_value = None  # of a file that was set aside
         self.latest = scores = score.compute()
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=trainer.global_step)
