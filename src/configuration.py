@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -99,7 +100,7 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
         return None
     with _environment.revealed():
         numbers = resolve(node, option)
-    _check(numbers, kind, option)
+    _check(numbers, (kind,), option)
     return _construct(numbers, option, joined)
 
 
@@ -139,7 +140,7 @@ def resolve(node: DictConfig, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
 
 
-def _check(numbers: Mapping[str, Any], kind: type, option: str) -> None:
+def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> None:
     """Holds a node, and the nodes below it, against what is allowed where it stands."""
     name = numbers.get("_target_")
     if not isinstance(name, str):
@@ -157,8 +158,8 @@ def _check(numbers: Mapping[str, Any], kind: type, option: str) -> None:
         raise UserError(
             f"{option}._target_={name} is not allowed: it is no class of {', '.join(ALLOWED_PACKAGES)}"
         )
-    if not issubclass(target, kind):
-        raise UserError(f"{option}._target_={name} is no {kind.__name__}")
+    if not issubclass(target, kinds):
+        raise UserError(f"{option}._target_={name} is no {' or '.join(kind.__name__ for kind in kinds)}")
     _check_values(target, numbers, option)
 
 
@@ -166,7 +167,10 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
     parameters = inspect.signature(target.__init__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     typed = target.__module__.startswith(("src.", "torch.optim."))
-    hints = get_type_hints(target.__init__) if typed else {}
+    try:
+        hints = get_type_hints(target.__init__)
+    except NameError:  # some libraries name types that are there for type checkers only
+        hints = {}
     for name, value in numbers.items():
         if name in ("_target_", "_partial_"):
             continue
@@ -174,10 +178,18 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
             known = ", ".join(p for p in parameters if p != "self")
             raise UserError(f"{option}.{name}: {target.__name__} has no such option; it has {known}")
         if _is_node(value):
-            hint = hints.get(name)
-            _check(value, hint if inspect.isclass(hint) else object, f"{option}.{name}")
-        elif name in hints:
+            kinds = _classes(hints.get(name))
+            if not kinds:
+                raise UserError(f"{option}.{name}._target_={value['_target_']}: no object belongs here")
+            _check(value, kinds, f"{option}.{name}")
+        elif typed and name in hints:
             check_value(hints[name], value, f"{option}.{name}")
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes of which an annotation takes instances; none where it takes anything."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(m for m in members if inspect.isclass(m) and m not in (Any, object))
 
 
 def check_value(hint: Any, value: Any, option: str) -> None:

@@ -65,6 +65,23 @@ def test_target_in_a_stored_configuration(tmp_path, trained, target):
     assert "not allowed" in line
 
 
+@pytest.mark.parametrize("slot", ["channel_multipliers", "dropout"])
+def test_target_where_no_object_belongs(tmp_path, trained, slot):
+    """Of an allowed class: such are built in the places of their kind only."""
+    content = torch.load(trained, weights_only=True)
+    content["config"]["model"][slot] = {"_target_": "lightning.pytorch.Trainer", "default_root_dir": "marker"}
+    assert f"model.{slot}._target_=lightning.pytorch.Trainer" in refused(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("option", "choice"), [("data.root", "data=image_folder"), ("+logger.wandb.anything", "logger=wandb")]
+)
+def test_target_for_a_text_or_an_unknown_setting(tmp_path, option, choice):
+    door = train(tmp_path, choice, f"{option}={{_target_: lightning.pytorch.Trainer}}", WANDB_MODE="offline")
+    assert door.status == 2, door.output
+    assert f"{option.lstrip('+')}._target_=lightning.pytorch.Trainer" in door.output.splitlines()[-1]
+
+
 @pytest.mark.parametrize("entry", ["state_dict", "config", "callbacks", "origin"])
 def test_object_in_a_checkpoint(tmp_path, trained, entry):
     content = torch.load(trained, weights_only=True)
