@@ -1,7 +1,10 @@
 """What a resumed training still has in common with the one that it continues, said aloud.
 
 bit-exact      the numbers are those of the uninterrupted run
-order-exact    the same images, noise and times in the same order; sums are rounded differently
+order-exact    the same images in the same order, none left out or repeated. Times, flips and noise are the same too and
+               sums are rounded differently, but for these: another batch size means other times, flips and noise
+               (they are drawn for the whole batch), another type of device other noise (its generator has other
+               numbers), another size of the micro-batches other dropout
 approximate    the data, the code or the experiment itself has changed: only if it is allowed
 """
 
@@ -40,7 +43,7 @@ FREE = (
     "validate_every",
     "workers",
 )
-# Options that change how the sums of a step are split up and rounded, not what is summed.
+# Options that change how the stream is cut up and rounded, and in part what is drawn, not which images follow.
 ORDER = (
     "batch_size",
     "compile",
