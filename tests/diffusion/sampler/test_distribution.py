@@ -6,6 +6,7 @@ import torch
 from src.diffusion.sampler import (
     DDIM,
     DDPM,
+    DPM2,
     Dopri5,
     Euler,
     EulerMaruyama,
@@ -17,6 +18,7 @@ from src.diffusion.sampler import (
 )
 from src.diffusion.schedule import EDM, VP
 from src.diffusion.spacing import Karras, UniformLogSNR, UniformTime
+from src.diffusion.variance import Large
 from tests.diffusion.mixture import Mixture, MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import recorded_noise
 
@@ -24,9 +26,18 @@ N = 4000
 # with steps at which the method's own error is below the statistical one
 CASES = {
     "DDPM, small": (DDPM(), VP(t_min=1e-3), UniformLogSNR(), 300),
+    "DDPM, large": (DDPM(), VP(t_min=1e-3), UniformLogSNR(), 600),
+    "DDIM, eta 1": (DDIM(1.0), VP(t_min=1e-3), UniformLogSNR(), 300),
     "DDIM, eta 1/2": (DDIM(0.5), VP(t_min=1e-3), UniformLogSNR(), 300),
     "Euler with churn": (Euler(s_churn=40.0), EDM(0.002, 20.0), Karras(), 300),
     "Heun with churn": (Heun(s_churn=20.0), EDM(0.002, 20.0), Karras(), 60),
+    "DPM2 with churn": (DPM2(s_churn=20.0), EDM(0.002, 20.0), Karras(), 60),
+    "DPM-Solver-2 ancestral": (
+        SinglestepDPMSolver(2, plus_plus=False, eta=1.0),
+        EDM(0.002, 20.0),
+        Karras(),
+        150,
+    ),
     "DPM++ 2S ancestral": (SinglestepDPMSolver(2, eta=1.0), EDM(0.002, 20.0), Karras(), 150),
     "SDE-DPM-Solver++ 2M": (MultistepDPMSolver(2, eta=1.0), EDM(0.002, 20.0), Karras(), 100),
     "SDE-DPM-Solver++ 3M": (MultistepDPMSolver(3, eta=1.0), EDM(0.002, 20.0), Karras(), 100),
@@ -39,6 +50,7 @@ CASES = {
 
 # Langevin steps are as long as an image's norms say, which only concentrate where there are many pixels
 PIXELS = {"predictor-corrector": 48}
+VARIANCES = {"DDPM, large": Large()}
 
 
 def _mixture(pixels):
@@ -56,7 +68,8 @@ def _images(case, mixture, noise):
     start = schedule(times[:1]).scalars()[0]
     data, _ = mixture.sample(N, torch.Generator().manual_seed(7))
     x = start.alpha * data + start.sigma * recorded_noise(0)(data)
-    return sampler(MixtureDenoiser(mixture, schedule), x, times, noise=noise)
+    denoiser = MixtureDenoiser(mixture, schedule, VARIANCES.get(case))
+    return sampler(denoiser, x, times, noise=noise)
 
 
 def assert_distributed(images, mixture):
