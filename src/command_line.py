@@ -4,6 +4,7 @@ Nothing heavy is imported here: `--help` and a mistyped option answer at once.
 """
 
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -220,9 +221,7 @@ def hydra_error(error: Exception, config_name: str) -> str | None:
         nearest = "" if "." in key else _nearest(key, groups)
         if key not in keys:  # of another door
             nearest = nearest or _nearest(key, keys)
-        # a class may have options that its file leaves out
-        added = f" (+{key}=... for an option that the file leaves out)" if "." in key else ""
-        return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups{added}"
+        return f"{key}: no such option{nearest}; python -m src.{config_name} --help lists the groups"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: not understood; quote texts with spaces, commas or brackets: 'key=\"a, b\"'"
@@ -243,6 +242,7 @@ def _missing_in_choice(key: str, config_name: str) -> str | None:
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
+    from hydra.utils import get_class
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -259,6 +259,8 @@ def _missing_in_choice(key: str, config_name: str) -> str | None:
     if choice is None:
         return None
     node = OmegaConf.select(config, group)
+    if "_target_" in (node or ()) and name in inspect.signature(get_class(node["_target_"])).parameters:
+        return f"{key}: the file of {group}={choice} leaves this option out: say +{key}=..."
     has = [option for option in node or () if not option.startswith("_")]
     if not has:
         return f"{key}: {group}={choice} has no options"
