@@ -253,16 +253,18 @@ class FiniteCheck:
 
     def __init__(self, what: str, times: Sequence[float]):
         self.what, self.times = what, times
-        # sums of the states, not finite if a summand is not: over one pixel of each image after every step, over
-        # all after some
+        # after every step one pixel of each image; after some the sum of all, not finite if a summand is not
         self.pixels: list[Tensor] = []
         self.images: dict[int, Tensor] = {}
+        self._every = math.ceil(len(times) / CHECKS)
 
     def after_step(self, x: Tensor) -> None:
         """Takes the next state, shape (B, C, H, W)."""
-        index, steps = len(self.pixels), len(self.times)
-        self.pixels.append(x[:, 0, 0, 0].sum())
-        if (index + 1) % math.ceil(steps / CHECKS) == 0 or index == steps - 1:
+        index = len(self.pixels)
+        if index == 0:
+            self._corners = torch.arange(0, x.numel(), x[0].numel(), device=x.device)
+        self.pixels.append(x.take(self._corners))
+        if (index + 1) % self._every == 0 or index == len(self.times) - 1:
             self.images[index] = x.sum()
 
     def tell(self) -> None:
@@ -277,7 +279,7 @@ class FiniteCheck:
         checked = [-1, *self.images]
         first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
         # where the one pixel was lost with the others, it knows the step
-        lost = [index for index in range(first, last + 1) if not self.pixels[index].isfinite()]
+        lost = [index for index in range(first, last + 1) if not self.pixels[index].isfinite().all()]
         first, last = (lost[0], lost[0]) if lost else (first, last)
         steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
         raise not_finite(self.what, f"{steps} of {len(self.times)}", self.times[first])
