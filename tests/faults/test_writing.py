@@ -152,14 +152,13 @@ def full_at_the_last_step_once(original, call, checkpoint, path):
 WRITE = "src.training.checkpoint:_write"
 
 
+def nine_steps(folder, writing):
+    """max_steps is a multiple of `every`: the last step's save is tried, and tried again at the end."""
+    return train(folder, "metrics=none", "trainer.max_steps=9", faults=[Replacement(WRITE, writing)])
+
+
 def test_a_training_whose_end_is_not_saved_is_not_done(tmp_path):
-    """max_steps is a multiple of `every`: the last step's save is tried, fails, and is tried again at the end."""
-    door = train(
-        tmp_path,
-        "metrics=none",
-        "trainer.max_steps=9",
-        faults=[Replacement(WRITE, full_from_the_last_step_on)],
-    )
+    door = nine_steps(tmp_path, full_from_the_last_step_on)
     assert door.status == 2, door.output
     assert "Done." not in door.output
     assert "disk full" in door.output
@@ -169,12 +168,7 @@ def test_a_training_whose_end_is_not_saved_is_not_done(tmp_path):
 
 
 def test_the_last_save_is_tried_again(tmp_path):
-    door = train(
-        tmp_path,
-        "metrics=none",
-        "trainer.max_steps=9",
-        faults=[Replacement(WRITE, full_at_the_last_step_once)],
-    )
+    door = nine_steps(tmp_path, full_at_the_last_step_once)
     assert door.status == 0, door.output
     assert "disk full" in door.output
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000009.ckpt"

@@ -257,11 +257,12 @@ class FiniteCheck:
         self.pixels: list[Tensor] = []
         self.images: dict[int, Tensor] = {}
         self._every = math.ceil(len(times) / CHECKS)
+        self._corners: Tensor | None = None  # the places of those pixels among all
 
     def after_step(self, x: Tensor) -> None:
         """Takes the next state, shape (B, C, H, W)."""
         index = len(self.pixels)
-        if index == 0:
+        if self._corners is None:
             self._corners = torch.arange(0, x.numel(), x[0].numel(), device=x.device)
         self.pixels.append(x.take(self._corners))
         if (index + 1) % self._every == 0 or index == len(self.times) - 1:
