@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 # Of c_out: 158 for DDPM's linear schedule and eps, which samples well unclipped, 20,000 for the cosine.
 LARGEST_GAIN = 1000
+# Of alpha/sigma where sampling starts: 0.016 for DDPM's linear schedule in 10 leading steps, Stable Diffusion's 0.07.
+LARGEST_MISSING_SIGNAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         conditional=config.class_conditional,
     )
     generation = generation_of(config, config.generation.seed, denoiser)
-    warn_of_amplified_errors(denoiser, generation)
+    warn_of_a_poor_start(denoiser, generation)
     score = fidelity_of(config)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, generation, denoiser.variance, score, checkpoint, ema)
@@ -256,15 +258,29 @@ def generation_of(config: DictConfig, seed: int, denoiser: Denoiser) -> Generati
     return generation
 
 
-def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None:
-    """Warns of a start of sampling where x0 is the network's error many times over, and nothing bounds it."""
-    start = denoiser.schedule(generation.times(denoiser.schedule)[:1]).scalars()[0]
+def warn_of_a_poor_start(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns where sampling starts so that good networks make bad images.
+
+    Either x0 is the network's error many times over and nothing bounds it, or the network knows the first time's
+    images as noise and some signal, and is given noise alone (Lin et al. 2023, arXiv:2305.08891, sections 3.1 and 3.3).
+    """
+    time = generation.times(denoiser.schedule)[:1]
+    start = denoiser.schedule(time).scalars()[0]
     _, _, c_out = denoiser.parameterization.coefficients(start)
     if generation.clipping is None and abs(c_out) > LARGEST_GAIN:
         log.warning(
             "clipping=none: the first step of sampling multiplies the network's errors by %s in x0; choose"
             " clipping=static, or parameterization=v",
             f"{abs(c_out):,.0f}",
+        )
+    if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma:
+        log.warning(
+            "spacing=%s: sampling starts from noise alone at t = %g, where this schedule still has signal (alpha %.2g,"
+            " sigma %.2g); choose spacing=trailing",
+            type(generation.spacing).__name__.lower(),
+            time.item(),
+            start.alpha,
+            start.sigma,
         )
 
 

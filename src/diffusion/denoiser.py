@@ -125,7 +125,9 @@ class Denoiser(BaseDenoiser):
             label = label.to(x_t.device, x_t.dtype, non_blocking=True)
         output = self.network(x_t, label, condition).to(x_t.dtype)
         channels = x_t.shape[1]
-        return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
+        if output.shape[1] <= channels:
+            return output, None
+        return output[:, :channels], output[:, channels:]
 
     def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
         output, variance = self.output(x_t, level, condition)

@@ -1,6 +1,7 @@
 """Every schedule x parameterisation x weighting x time sampling: trains two steps, or is refused in one line."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from src.errors import UserError
-from src.experiment import denoiser_of, generation_of, loss_of, warn_of_amplified_errors
+from src.experiment import denoiser_of, generation_of, loss_of, warn_of_a_poor_start
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -178,7 +179,7 @@ def test_cosine_with_eps_and_no_clipping_warns(overrides, gain, caplog):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("train", overrides)
     denoiser = denoiser_of(config)
-    warn_of_amplified_errors(denoiser, generation_of(config, 0, denoiser))
+    warn_of_a_poor_start(denoiser, generation_of(config, 0, denoiser))
     if gain is None:
         assert caplog.text == ""
     else:
@@ -186,3 +187,24 @@ def test_cosine_with_eps_and_no_clipping_warns(overrides, gain, caplog):
             f"clipping=none: the first step of sampling multiplies the network's errors by {gain}"
             in caplog.text
         )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        # cos((901/1000 + 0.008)/1.008 pi/2) = 0.1537; DDPM's table has alphabar 0.00027 there
+        (["schedule=cosine", "spacing=leading", "sampler.steps=10"], r"t = 901, .*\(alpha 0.15, sigma 0.99"),
+        (["schedule=cosine", "spacing=trailing", "sampler.steps=10"], None),
+        (["schedule=linear", "spacing=leading", "sampler.steps=10"], None),
+        (["schedule=edm", "spacing=karras", "parameterization=edm"], None),
+    ],
+)
+def test_noise_in_place_of_a_signal_warns(overrides, start, caplog):
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", overrides)
+    denoiser = denoiser_of(config)
+    warn_of_a_poor_start(denoiser, generation_of(config, 0, denoiser))
+    if start is None:
+        assert caplog.text == ""
+    else:
+        assert re.search(rf"spacing=leading: .* {start}\); choose spacing=trailing", caplog.text)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from .noise import NoiseSource, global_noise
 CHECKS = 16  # how often all pixels of a trajectory are looked at for NaN; one of each image is at every step
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """A point of a sampling trajectory.
 
     Attributes:
@@ -38,8 +38,7 @@ class State:
     evaluations: int = 0
 
 
-@dataclass(frozen=True)
-class Visit:
+class Visit(NamedTuple):
     """What a multi-step method remembers of an earlier step: its level, the point it started from, the prediction."""
 
     level: NoiseLevel
@@ -254,17 +253,22 @@ class FiniteCheck:
     def __init__(self, what: str, times: Sequence[float]):
         self.what, self.times = what, times
         # after every step one pixel of each image; after some the sum of all, not finite if a summand is not
-        self.pixels: list[Tensor] = []
+        self.pixels: tuple[
+            Tensor, ...
+        ] = ()  # in one block: many small ones would break up the freed images' memory
         self.images: dict[int, Tensor] = {}
+        self._index = 0
         self._every = math.ceil(len(times) / CHECKS)
         self._corners: Tensor | None = None  # the places of those pixels among all
 
     def after_step(self, x: Tensor) -> None:
         """Takes the next state, shape (B, C, H, W)."""
-        index = len(self.pixels)
+        index = self._index
+        self._index += 1
         if self._corners is None:
             self._corners = torch.arange(0, x.numel(), x[0].numel(), device=x.device)
-        self.pixels.append(x.take(self._corners))
+            self.pixels = x.new_empty(len(self.times), len(x)).unbind()
+        torch.take(x, self._corners, out=self.pixels[index])
         if (index + 1) % self._every == 0 or index == len(self.times) - 1:
             self.images[index] = x.sum()
 
