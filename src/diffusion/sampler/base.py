@@ -19,7 +19,9 @@ from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
 
-CHECKS = 16  # how often all pixels of a trajectory are looked at for NaN; one of each image is at every step
+# All pixels are looked at for NaN after each step of trajectories so short, of longer ones after so many steps in all;
+# one pixel of each image is looked at after every step.
+SHORT, CHECKS = 16, 8
 
 
 class State(NamedTuple):
@@ -258,7 +260,7 @@ class FiniteCheck:
         ] = ()  # in one block: many small ones would break up the freed images' memory
         self.images: dict[int, Tensor] = {}
         self._index = 0
-        self._every = math.ceil(len(times) / CHECKS)
+        self._every = 1 if len(times) <= SHORT else math.ceil(len(times) / CHECKS)
         self._corners: Tensor | None = None  # the places of those pixels among all
 
     def after_step(self, x: Tensor) -> None:

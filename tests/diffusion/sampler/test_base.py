@@ -147,11 +147,18 @@ def test_nan_of_an_image_is_named_with_its_step_in_long_trajectories_too(call):
         DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
 
 
-@pytest.mark.parametrize(("call", "steps"), [(1, "1 to 4"), (23, "21 to 24"), (50, "49 to 50")])
+@pytest.mark.parametrize(("call", "steps"), [(1, "1 to 7"), (23, "22 to 28"), (48, "43 to 49")])
 def test_nan_of_a_pixel_is_named_with_its_neighbours_in_long_trajectories(call, steps):
     denoiser = Denoiser(Failing(call), Linear(), Eps())
     with pytest.raises(UserError, match=f"after one of the steps {steps} of 50"):
         DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
+
+
+@pytest.mark.parametrize("call", [1, 2, 15, 16])
+def test_nan_of_a_pixel_is_named_with_its_step_in_short_trajectories(call):
+    denoiser = Denoiser(Failing(call), Linear(), Eps())
+    with pytest.raises(UserError, match=f"after step {call} of 16"):
+        DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 16))
 
 
 @pytest.mark.parametrize("times", [[1.0], [1.0, 2.0], [5.0, 5.0, 0.0], [[3.0, 0.0]]])
