@@ -131,6 +131,11 @@ class Denoiser(BaseDenoiser):
 
     def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
         output, variance = self.output(x_t, level, condition)
+        if variance is None and self.variance.outputs > 1:
+            raise ValueError(
+                f"variance: {type(self.variance).__name__} is told by the network, whose output has no channels for it:"
+                f" give it {x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
+            )
         prediction = self.parameterization.predict(x_t, output, level)
         return prediction if variance is None else prediction.with_variance(variance)
 

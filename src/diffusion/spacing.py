@@ -160,7 +160,7 @@ class Sections(IndexSpacing):
 
 
 class Trailing(Spacing):
-    """round(T - i T/S) from the last step down (Lin et al. 2023, arXiv:2305.08891, table 2): includes T.
+    """round(T (S - i)/S) from the last step down (Lin et al. 2023, arXiv:2305.08891, table 2): includes T.
 
     On a continuous schedule t_max (1 - i/S), the usual grid of flow models.
     """
@@ -170,7 +170,7 @@ class Trailing(Spacing):
     def times(self, schedule, steps):
         if isinstance(schedule, DiscreteSchedule):
             T = schedule.T
-            return torch.tensor([round(T - i * (T / steps)) for i in range(steps)]).double()
+            return torch.tensor([round(T * (steps - i) / steps) for i in range(steps)]).double()
         if schedule.t_max / steps < schedule.t_min:
             raise ValueError(
                 f"steps={steps} of trailing spacing end at {schedule.t_max / steps:.3g}, below the schedule's t_min"
@@ -179,19 +179,40 @@ class Trailing(Spacing):
         return schedule.t_max * torch.arange(steps, 0, -1).double() / steps
 
 
-class UniformTime(Spacing):
-    """Evenly in time from t_max to t_min, both included; one step starts at t_max."""
+class EvenSpacing(Spacing):
+    """A grid that is even in something, from t_max to the last time before clean data, both included.
+
+    Args:
+        end: the last time as a share of t_max, e.g. the 1e-3 of score SDE's and DPM-Solver's codes; never below the
+            schedule's t_min.
+
+    Raises:
+        ValueError: end is not in [0, 1).
+    """
+
+    def __init__(self, end: float = 0.0):
+        if not 0 <= end < 1:
+            raise ValueError(f"end must be in [0, 1), got {end}")
+        self.end = end
+
+    def last(self, schedule: Schedule) -> float:
+        """The last time before clean data."""
+        return max(schedule.t_min, self.end * schedule.t_max)
+
+
+class UniformTime(EvenSpacing):
+    """Evenly in time; one step starts at t_max."""
 
     def times(self, schedule, steps):
-        return torch.linspace(schedule.t_max, schedule.t_min, steps, dtype=torch.float64)
+        return torch.linspace(schedule.t_max, self.last(schedule), steps, dtype=torch.float64)
 
 
-class UniformLogSNR(Spacing):
-    """Evenly in ln(alpha/sigma) from t_max to t_min: what DPM-Solver asks for (Lu et al. 2022, arXiv:2206.00927)."""
+class UniformLogSNR(EvenSpacing):
+    """Evenly in ln(alpha/sigma): what DPM-Solver asks for (Lu et al. 2022, arXiv:2206.00927)."""
 
     def times(self, schedule, steps):
-        first, last = _log_snr_range(schedule)
-        return schedule.time_of_log_snr(torch.linspace(first, last, steps, dtype=torch.float64))
+        ends = _log_snr_range(schedule, self.last(schedule))
+        return schedule.time_of_log_snr(torch.linspace(*ends, steps, dtype=torch.float64))
 
 
 class Karras(Spacing):
@@ -216,16 +237,16 @@ class Karras(Spacing):
         self.rho, self.sigma_min, self.sigma_max = rho, sigma_min, sigma_max
 
     def times(self, schedule, steps):
-        first, last = _log_snr_range(schedule, self.sigma_max, self.sigma_min)
+        first, last = _log_snr_range(schedule, schedule.t_min, self.sigma_max, self.sigma_min)
         ends = torch.tensor([-first, -last], dtype=torch.float64).div(self.rho).exp().tolist()
         return schedule.time_of_log_snr(-self.rho * torch.linspace(*ends, steps, dtype=torch.float64).log())
 
 
 def _log_snr_range(
-    schedule: Schedule, sigma_max: float | None = None, sigma_min: float | None = None
+    schedule: Schedule, last_time: float, sigma_max: float | None = None, sigma_min: float | None = None
 ) -> tuple[float, float]:
     """ln(alpha/sigma) of the first and the last time before clean data."""
-    first, last = schedule(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).scalars()
+    first, last = schedule(torch.tensor([schedule.t_max, last_time], dtype=torch.float64)).scalars()
     slack = 1e-6
     for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min)):
         if value is not None and not last.log_snr + slack >= -math.log(value) >= first.log_snr - slack:

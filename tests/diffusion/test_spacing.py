@@ -1,5 +1,8 @@
 """The index lists against the published formulas in numpy, and the refusals."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +42,13 @@ def test_leading_keeps_to_the_number_of_steps_where_it_does_not_divide():
 def test_trailing(steps):
     expected = np.round(np.arange(1000, 0, -1000 / steps)).astype(int)[:steps] - 1
     assert _indices(Trailing(), 1000, steps) == expected[::-1].tolist()
+
+
+def test_trailing_is_exact_for_every_number_of_steps():
+    # where T (S - i)/S is a half, floating point can fall beside it: 240, 304, 464, ... steps
+    for steps in range(1, 1001):
+        exact = [round(Fraction(1000 * (steps - i), steps)) for i in range(steps)]
+        assert Trailing()(Linear(), steps).tolist() == [*exact, 0], steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 64, 100, 999, 1000])
@@ -132,6 +142,28 @@ def test_uniform_log_snr():
 
 def test_uniform_time_stands_between_rows():
     assert UniformTime()(Linear(1000), 5).tolist() == [1000.0, 750.25, 500.5, 250.75, 1.0, 0.0]
+
+
+def test_even_grids_can_end_where_the_published_codes_do():
+    # score SDE's and DPM-Solver's codes go from 1 to 1e-3; DPM-Solver, 4.56 in ln(alpha/sigma)
+    beta_integral = 0.1 * 1e-3 + (20 - 0.1) / 2 * 1e-6
+    alpha2 = math.exp(-beta_integral)
+    schedule = VP()
+    assert UniformTime(1e-3)(schedule, 4).tolist() == pytest.approx([1, 0.667, 0.334, 0.001, 0])
+    times = UniformLogSNR(1e-3)(schedule, 4)
+    assert times[-2].item() == pytest.approx(1e-3, rel=1e-9)
+    log_snr = schedule(times[:-1]).log_snr
+    assert log_snr[-1].item() == pytest.approx(math.log(alpha2 / (1 - alpha2)) / 2, rel=1e-9)
+    torch.testing.assert_close(log_snr.diff(), (log_snr[-1] - log_snr[0]).expand(3) / 3)
+    # a table's first row is the nearest there is
+    assert UniformTime(1e-3)(Linear(100), 2).tolist() == [100, 1, 0]
+
+
+@pytest.mark.parametrize("end", [-0.1, 1.0])
+@pytest.mark.parametrize("spacing", [UniformTime, UniformLogSNR])
+def test_an_end_out_of_range_is_refused(spacing, end):
+    with pytest.raises(ValueError, match=rf"^end must be in \[0, 1\), got {end}"):
+        spacing(end)
 
 
 EVERY = [Leading(), Linspace(), Quadratic(), Trailing(), UniformTime(), UniformLogSNR(), Karras()]

@@ -93,6 +93,18 @@ def test_learned_is_the_log_variance():
     assert torch.equal(Learned()(level, level, Prediction(x, level, x, variance=v)), v.exp())
 
 
+def test_a_network_that_says_nothing_of_its_variance_is_named():
+    class Plain(torch.nn.Module):
+        def forward(self, x, label, condition=None):
+            return x
+
+    denoiser = Denoiser(Plain(), Cosine(), Eps(), LearnedRange())
+    with pytest.raises(
+        ValueError, match=r"^variance: LearnedRange is told by the network, .* give it 6, or choose Sm"
+    ):
+        denoiser(torch.zeros(2, 3, 4, 4), Cosine()([500.0]).scalars()[0])
+
+
 def test_learned_variance_is_refused_without_steps():
     with pytest.raises(ValueError, match=r"^variance=learned .* RectifiedFlow: choose variance=small"):
         Denoiser(torch.nn.Identity(), RectifiedFlow(), Velocity(), LearnedRange())

@@ -211,8 +211,8 @@ def check_order(order: int, highest: int, lowest: int = 1) -> int:
     Raises:
         ValueError: it has not.
     """
-    if not lowest <= order <= highest:
-        raise ValueError(f"order must be in [{lowest}, {highest}], got {order}")
+    if order not in range(lowest, highest + 1):
+        raise ValueError(f"order must be a whole number in [{lowest}, {highest}], got {order}")
     return order
 
 

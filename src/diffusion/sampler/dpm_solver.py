@@ -14,6 +14,8 @@ from .base import (
 )
 from .exponential import form, phi_2, phi_3
 
+SHORT = 15  # from so many steps on, published codes keep the order to the end
+
 
 class SinglestepDPMSolver(Sampler):
     """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
@@ -89,7 +91,9 @@ class MultistepDPMSolver(Sampler):
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
         eta: stochasticity, at least 0.
         midpoint: second-order steps with c = expm1(k)/2, as published, instead of phi_2(k).
-        lower_order_final: no step of higher order than there are steps left, this one included.
+        lower_order_final: in trajectories of fewer than 15 steps, no step of higher order than there are steps left,
+            this one included (diffusers' rule; the authors' code has had 15 and 10). The step to clean data is always
+            of first order.
         half_curvature: take half of D2, as DPM-Solver's code, diffusers and k-diffusion do: "3M" is then of order 2.
 
     Raises:
@@ -140,7 +144,9 @@ class MultistepDPMSolver(Sampler):
     def _past(self, path):
         """The visits that this step uses, the newest first."""
         visits = [visit for visit in reversed(path.past) if visit.level.alpha > 0]
-        return visits[: path.remaining - 1] if self.lower_order_final else visits
+        if self.lower_order_final and path.steps < SHORT:
+            return visits[: path.remaining - 1]
+        return visits
 
     def _weights(self, k, h, levels):
         """Of the estimates at these levels, the newest first."""

@@ -1,6 +1,6 @@
 """Where a sampler's noise comes from: one injectable source, called with the tensor whose shape is wanted.
 
-Any callable will do: recorded noise is replayed with `lambda x: next(recording)`.
+Any callable will do: recorded noise is replayed with `lambda x: recording.pop(0)`.
 """
 
 from collections.abc import Callable, Iterable

@@ -14,7 +14,8 @@ class UniPC(Sampler):
         x_s = (a_s/a_t) x_t - b_s (expm1(k) m_0 + B(h) sum_j rho_j (m_j - m_0)/r_j)
 
     in the notation of `exponential`. The evaluation at the predicted point serves the corrector of that point and the
-    next step, so that a step costs one evaluation. The predictor is of order p, with the corrector p + 1.
+    next step, so that a step costs one evaluation. The predictor is of order p, with the corrector p + 1. A state's x
+    is the predicted point; the corrected one is the next state's `origin`.
 
     Args:
         order: p, 1 to 3.

@@ -138,6 +138,14 @@ def test_presets_are_what_was_published(name):
     assert kind(config.variance) == (variance or kind(plain.variance))
 
 
+@pytest.mark.parametrize("name", ["unipc_paper", "dpm_solver_paper", "score_sde_pc"])
+def test_presets_for_vp_end_at_a_thousandth(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"{ROOT}={name}", "schedule=vp"])
+    times = instantiate(config.spacing)(instantiate(config.schedule), config.sampler.steps)
+    assert times[-2].item() == pytest.approx(1e-3, rel=1e-9)
+
+
 def test_edm_preset_is_the_paper_s():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"{ROOT}=edm_paper", "schedule=edm"])
