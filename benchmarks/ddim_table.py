@@ -3,12 +3,14 @@
     python -m src.evaluate -m run=<run> sampler.eta=0,0.2,0.5,1 sampler.steps=10,20,50,100 ...
     python -m benchmarks.ddim_table <run> [--plot docs/images/eta.png]
 
-Reads the scores that src.evaluate has left in <run>/scores.
+Reads the scores that src.evaluate has left in <run>/scores: those with DDIM that agree in all but eta and steps. Of
+several such sets the largest is taken.
 """
 
 import argparse
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,22 +19,29 @@ def read(run: Path) -> tuple[str, dict[float, dict[int, float]]]:
     """The score's name, and its values by eta and steps.
 
     Raises:
-        SystemExit: the scores are not of one protocol, eta and steps aside.
+        SystemExit: there are no scores with DDIM.
     """
-    table: dict[float, dict[int, float]] = defaultdict(dict)
-    names, protocols = set(), set()
+    # by the score's name and all that it depends on, eta and steps aside
+    tables: dict[tuple[str, str], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(run.glob("scores/*/scores.json")):
         record = json.loads(path.read_text())
-        recipe = record["protocol"]["recipe"]
+        recipe = record["protocol"].get("recipe", {"sampler": "none"})  # a likelihood has none
         if eta := re.fullmatch(r"DDIM\(eta=(.*)\)", recipe.pop("sampler")):
-            ((name, value),) = record["scores"].items()
-            names.add(name)
-            table[float(eta[1])][recipe.pop("steps")] = value
+            steps = recipe.pop("steps")
             del recipe["network_evaluations"]
-            protocols.add(json.dumps(record["protocol"], sort_keys=True))
-    if len(names) != 1 or len(protocols) != 1:
-        raise SystemExit(f"{run}: scores of {len(names)} kinds and {len(protocols)} protocols; one is needed")
-    return names.pop(), {eta: dict(sorted(table[eta].items())) for eta in sorted(table)}
+            for name, value in record["scores"].items():
+                tables[name, json.dumps(record["protocol"], sort_keys=True)][float(eta[1]), steps] = value
+    if not tables:
+        raise SystemExit(
+            f"{run}: no scores with DDIM there; make them with python -m src.evaluate -m run={run} ..."
+        )
+    (name, protocol), scores = max(tables.items(), key=lambda item: len(item[1]))
+    if len(tables) > 1:
+        print(f"the largest of {len(tables)} sets: {protocol}", file=sys.stderr)
+    table: dict[float, dict[int, float]] = defaultdict(dict)
+    for (eta, steps), value in sorted(scores.items()):
+        table[eta][steps] = value
+    return name, table
 
 
 def main() -> None:
@@ -41,11 +50,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     name, table = read(arguments.run)
-    steps = list(next(iter(table.values())))
+    steps = sorted({S for row in table.values() for S in row})
     print(f"| eta | {' | '.join(f'S = {S}' for S in steps)} |")
     print("|" + " --- |" * (len(steps) + 1))
     for eta, row in table.items():
-        print(f"| {eta:g} | {' | '.join(f'{row[S]:.2f}' for S in steps)} |")
+        print(f"| {eta:g} | {' | '.join(f'{row[S]:.2f}' if S in row else '' for S in steps)} |")
     if arguments.plot:
         plot(name, table, arguments.plot)
 

@@ -165,7 +165,10 @@ def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> 
 
 def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None:
     parameters = inspect.signature(target.__init__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # object's own takes anything only to refuse it
+    open_ended = target.__init__ is not object.__init__ and any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )
     typed = target.__module__.startswith(("src.", "torch.optim."))
     try:
         hints = get_type_hints(target.__init__)
@@ -175,8 +178,10 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
         if name in ("_target_", "_partial_"):
             continue
         if name not in parameters and not open_ended:
-            known = ", ".join(p for p in parameters if p != "self")
-            raise UserError(f"{option}.{name}: {target.__name__} has no such option; it has {known}")
+            known = ", ".join(p for p in parameters if p not in ("self", "args", "kwargs"))
+            raise UserError(
+                f"{option}.{name}: {target.__name__} has no such option; it has {known or 'none'}"
+            )
         if _is_node(value):
             kinds = _classes(hints.get(name))
             if not kinds:

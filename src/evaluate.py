@@ -20,12 +20,14 @@ def evaluate(config: Any) -> dict[str, float]:
     from rich.progress import track
 
     from src import loading, nll
+    from src.experiment import warn_of_missing_signal
 
     loaded = loading.load_with(config)
     likelihood = nll.likelihood_of(loaded.config)
     if likelihood is not None:
         record = nll.evaluate(loaded, likelihood, config.n, config.batch_size, config.seed)
         return publish(record, nll.folder(loaded.found.folder / "scores", record["protocol"]))
+    warn_of_missing_signal(loaded.denoiser, loaded.generation)
     score = loading.score_of(loaded, config.cache)
     generation = loaded.generation
     batches = generation.images(loaded.denoiser, range(config.n), config.batch_size)
@@ -40,8 +42,11 @@ def publish(record: dict[str, Any], folder: Path) -> dict[str, float]:
     """Writes scores and protocol as <folder>/scores.json, prints and returns the scores."""
     path = folder / "scores.json"
     write_json(path, record)
-    width = max(map(len, ("protocol", *record["scores"]))) + 4
+    width = max(map(len, ("evaluations", *record["scores"]))) + 4
     lines = [f"{name:<{width}}{value:.5g}" for name, value in record["scores"].items()]
+    if "recipe" in record["protocol"]:  # a likelihood has none
+        evaluations = record["protocol"]["recipe"]["network_evaluations"]
+        lines.append(f"{'evaluations':<{width}}{evaluations} of the network for an image")
     logging.getLogger(__name__).info("%s\n%s%s", "\n".join(lines), "protocol".ljust(width), path)
     return record["scores"]
 

@@ -122,7 +122,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         conditional=config.class_conditional,
     )
     generation = generation_of(config, config.generation.seed, denoiser)
-    warn_of_a_poor_start(denoiser, generation)
+    warn_of_amplified_errors(denoiser, generation)
+    warn_of_missing_signal(denoiser, generation)
     score = fidelity_of(config)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, generation, denoiser.variance, score, checkpoint, ema)
@@ -258,14 +259,9 @@ def generation_of(config: DictConfig, seed: int, denoiser: Denoiser) -> Generati
     return generation
 
 
-def warn_of_a_poor_start(denoiser: Denoiser, generation: Generation) -> None:
-    """Warns where sampling starts so that good networks make bad images.
-
-    Either x0 is the network's error many times over and nothing bounds it, or the network knows the first time's
-    images as noise and some signal, and is given noise alone (Lin et al. 2023, arXiv:2305.08891, sections 3.1 and 3.3).
-    """
-    time = generation.times(denoiser.schedule)[:1]
-    start = denoiser.schedule(time).scalars()[0]
+def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns of a start of sampling where x0 is the network's error many times over, and nothing bounds it."""
+    start = denoiser.schedule(generation.times(denoiser.schedule)[:1]).scalars()[0]
     _, _, c_out = denoiser.parameterization.coefficients(start)
     if generation.clipping is None and abs(c_out) > LARGEST_GAIN:
         log.warning(
@@ -273,12 +269,23 @@ def warn_of_a_poor_start(denoiser: Denoiser, generation: Generation) -> None:
             " clipping=static, or parameterization=v",
             f"{abs(c_out):,.0f}",
         )
-    if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma:
+
+
+def warn_of_missing_signal(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns of sampling from noise alone at a time whose images the network knows as noise and some signal.
+
+    See Lin et al. 2023, arXiv:2305.08891, section 3.3.
+    """
+    schedule = denoiser.schedule
+    time = generation.times(schedule)[:1]
+    start, noisiest = schedule([time.item(), schedule.t_max]).scalars()
+    # of the schedule's own end, 0.01 for rounding, no spacing is to blame
+    if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma and start.log_snr > noisiest.log_snr + 0.01:
         log.warning(
-            "spacing=%s: sampling starts from noise alone at t = %g, where this schedule still has signal (alpha %.2g,"
-            " sigma %.2g); choose spacing=trailing",
-            type(generation.spacing).__name__.lower(),
+            "spacing: sampling starts from noise alone at t = %g of %g, where this schedule still has signal (alpha"
+            " %.2g, sigma %.2g); choose spacing=trailing",
             time.item(),
+            schedule.t_max,
             start.alpha,
             start.sigma,
         )

@@ -20,7 +20,7 @@ from src.experiment import (
     recipe,
     set_reference,
     source_of,
-    warn_of_a_poor_start,
+    warn_of_amplified_errors,
 )
 from src.generation import Generation, describe
 from src.memory import keep_freed_memory
@@ -129,7 +129,7 @@ def load(
         )
     denoiser = denoiser_of(config)
     generation = generation_of(config, seed, denoiser)
-    warn_of_a_poor_start(denoiser, generation)
+    warn_of_amplified_errors(denoiser, generation)
     averages, name, decay = averages_of(content, config, found, weights)
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}

@@ -20,12 +20,15 @@ def sample(config: Any) -> dict[str, float]:
     import logging
 
     from src.configuration import build, named
+    from src.experiment import warn_of_missing_signal
     from src.generation import describe
     from src.loading import load_with
     from src.tasks import Task
 
     task = build(config.task, Task, "task")
     loaded = load_with(config)
+    if task.from_noise:
+        warn_of_missing_signal(loaded.denoiser, loaded.generation)
     asked = {"task": describe(task), "n": config.n}
     folder = Path(config.out or recipe_folder(loaded.found.folder / "samples", {**asked, **loaded.recipe()}))
     try:
@@ -35,6 +38,7 @@ def sample(config: Any) -> dict[str, float]:
             raise
         raise UserError(f"task.{error}") from None
     write_json(folder / "recipe.json", {**asked, **loaded.recipe()})
+    lines.append(f"evaluations {loaded.generation.network_evaluations} of the network for an image")
     logging.getLogger(__name__).info("%s", "\n".join(lines))
     return {}
 

@@ -24,7 +24,13 @@ from src.sidecar import file_sha256
 
 
 class Task(ABC):
-    """Something to draw with a trained run."""
+    """Something to draw with a trained run.
+
+    Attributes:
+        from_noise: whether images begin as noise alone, not as images of the data.
+    """
+
+    from_noise = True
 
     @abstractmethod
     def run(self, loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> list[str]:
@@ -151,6 +157,8 @@ class Reconstruct(Task):
         tolerance: solve each step of the inversion to this accuracy; null for one evaluation a step.
     """
 
+    from_noise = False
+
     def __init__(
         self, split: Literal["train", "validation", "test"] = "test", tolerance: float | None = None
     ):
@@ -193,6 +201,8 @@ class ImageToImage(Task):
         strength: the share of the steps that is taken, in (0, 1]; 1 keeps least of the image.
         split: of the data.
     """
+
+    from_noise = False
 
     def __init__(self, strength: float = 0.5, split: Literal["train", "validation", "test"] = "test"):
         self.strength = strength

@@ -128,7 +128,9 @@ def test_a_leaf_is_one_class_and_its_numbers(group):
 )
 def test_the_mathematics_numbers_are_the_classes_defaults(group):
     """Which the reference tests hold against the papers. What is filled in from elsewhere is not meant."""
-    for name in choices(group):
+    # whose end the tests of the presets hold against the papers
+    ends = {"uniform_time_vp", "uniform_log_snr_vp"}
+    for name in set(choices(group)) - ends:
         loaded = OmegaConf.load(CONF / group / f"{name}.yaml")
         node = OmegaConf.to_container(loaded, resolve=False) or {}
         if node:

@@ -36,6 +36,7 @@ BAD = {
         ["sampler.eta: not every choice has this option"],
     ),
     "option added to a class that has none": (["+sampler.order=2"], ["sampler.order", "eta"]),
+    "option added to a class that has no options": (["+spacing.end=0.5"], ["spacing.end", "it has none"]),
     "text for a number": (["seed=hello"], ["seed", "hello", "integer"]),
     "text for a number in a group": (["sampler.eta=much"], ["sampler.eta", "much", "number"]),
     "negative seed": (["seed=-1"], ["seed", "-1", "greater"]),

@@ -1,6 +1,7 @@
 """The doors that load a run: what they write, and that an image does not depend on its company."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -66,7 +67,9 @@ def test_scores_and_protocol(door, run, capsys):
     )
     (path,) = (run / "scores").glob("*/scores.json")
     record = json.loads(path.read_text())
-    assert f"{record['scores']['fd_digits']:.5g}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{record['scores']['fd_digits']:.5g}" in printed
+    assert re.search(r"evaluations +3 of the network", printed)
     protocol = record["protocol"]
     assert protocol["num_images"] == 100
     assert protocol["recipe"] == {
@@ -109,12 +112,29 @@ def test_errors_that_nothing_bounds_are_warned_of(door, run, capsys, name):
 
 
 @pytest.mark.parametrize(
+    ("door_and_task", "warned"),
+    [
+        (["sample", "task=draw"], True),
+        (["sample", "task=interpolate"], True),
+        (["sample", "task=img2img"], False),
+        (["sample", "task=reconstruct"], False),
+        (["evaluate"], True),
+    ],
+)
+def test_noise_in_place_of_a_signal_is_warned_of(door, run, capsys, door_and_task, warned):
+    recipe = ["spacing=leading", "sampler.steps=4", "n=2"]
+    assert door(*door_and_task, f"run={run}", *recipe) == 0
+    assert ("sampling starts from noise alone at t = 751 of 1000" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
     ("task", "evaluations"),
     # an encoding costs as much as the decoding, and half of the noise is taken away in half of the steps
     [("trajectory", 6), ("interpolate", 6), ("reconstruct", 12), ("img2img", 3)],
 )
-def test_tasks(door, run, tmp_path, task, evaluations):
+def test_tasks(door, run, tmp_path, capsys, task, evaluations):
     assert door("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
+    assert f"evaluations {evaluations} of the network" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["network_evaluations"] == evaluations
 

@@ -10,7 +10,13 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from src.errors import UserError
-from src.experiment import denoiser_of, generation_of, loss_of, warn_of_a_poor_start
+from src.experiment import (
+    denoiser_of,
+    generation_of,
+    loss_of,
+    warn_of_amplified_errors,
+    warn_of_missing_signal,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -179,18 +185,22 @@ def test_a_learned_variance_needs_channels(composed):
         # cos((901/1000 + 0.008)/1.008 pi/2) = 0.1537; DDPM's table has alphabar 0.00027 there
         (
             ["schedule=cosine", "spacing=leading", "sampler.steps=10"],
-            r"spacing=leading: .* at t = 901, .* \(alpha 0.15, sigma 0.99\); choose spacing=trailing",
+            r"spacing: .* at t = 901 of 1000, .* \(alpha 0.15, sigma 0.99\); choose spacing=trailing",
         ),
         (["schedule=cosine", "spacing=trailing", "sampler.steps=10"], None),
         (["schedule=linear", "spacing=leading", "sampler.steps=10"], None),
         (["schedule=edm", "spacing=karras", "parameterization=edm"], None),
+        # the schedule's own end: no other spacing starts where there is more noise
+        (["schedule=edm", "spacing=karras", "parameterization=edm", "schedule.sigma_max=5"], None),
     ],
 )
 def test_a_poor_start_of_sampling_warns(overrides, warning, caplog):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("train", overrides)
     denoiser = denoiser_of(config)
-    warn_of_a_poor_start(denoiser, generation_of(config, 0, denoiser))
+    generation = generation_of(config, 0, denoiser)
+    warn_of_amplified_errors(denoiser, generation)
+    warn_of_missing_signal(denoiser, generation)
     if warning is None:
         assert caplog.text == ""
     else:

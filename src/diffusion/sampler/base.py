@@ -19,9 +19,9 @@ from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
 
-# All pixels are looked at for NaN after each step of trajectories so short, of longer ones after so many steps in all;
-# one pixel of each image is looked at after every step.
-SHORT, CHECKS = 16, 8
+# All pixels are looked at for NaN after every step of a trajectory of so many steps, and so often in a longer one, of
+# which one pixel of each image is looked at after every step.
+CHECKED_THROUGHOUT, CHECKS = 16, 8
 
 
 class State(NamedTuple):
@@ -211,7 +211,7 @@ def check_order(order: int, highest: int, lowest: int = 1) -> int:
     Raises:
         ValueError: it has not.
     """
-    if order not in range(lowest, highest + 1):
+    if not isinstance(order, int) or not lowest <= order <= highest:
         raise ValueError(f"order must be a whole number in [{lowest}, {highest}], got {order}")
     return order
 
@@ -254,13 +254,12 @@ class FiniteCheck:
 
     def __init__(self, what: str, times: Sequence[float]):
         self.what, self.times = what, times
-        # after every step one pixel of each image; after some the sum of all, not finite if a summand is not
-        self.pixels: tuple[
-            Tensor, ...
-        ] = ()  # in one block: many small ones would break up the freed images' memory
+        # after every step one pixel of each image (in one block: many small ones would break up freed images' memory);
+        # after some the sum of all pixels, not finite if a summand is not
+        self.pixels: tuple[Tensor, ...] = ()
         self.images: dict[int, Tensor] = {}
         self._index = 0
-        self._every = 1 if len(times) <= SHORT else math.ceil(len(times) / CHECKS)
+        self._every = 1 if len(times) <= CHECKED_THROUGHOUT else math.ceil(len(times) / CHECKS)
         self._corners: Tensor | None = None  # the places of those pixels among all
 
     def after_step(self, x: Tensor) -> None:
@@ -269,7 +268,8 @@ class FiniteCheck:
         self._index += 1
         if self._corners is None:
             self._corners = torch.arange(0, x.numel(), x[0].numel(), device=x.device)
-            self.pixels = x.new_empty(len(self.times), len(x)).unbind()
+            with torch.inference_mode(False):  # a later step may be made outside of it
+                self.pixels = x.new_empty(len(self.times), len(x)).unbind()
         torch.take(x, self._corners, out=self.pixels[index])
         if (index + 1) % self._every == 0 or index == len(self.times) - 1:
             self.images[index] = x.sum()
@@ -285,9 +285,8 @@ class FiniteCheck:
             return
         checked = [-1, *self.images]
         first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
-        # where the one pixel was lost with the others, it knows the step
-        lost = [index for index in range(first, last + 1) if not self.pixels[index].isfinite().all()]
-        first, last = (lost[0], lost[0]) if lost else (first, last)
+        # a network spreads what one pixel has: the one looked at may have been lost later than another, not earlier
+        last = next((index for index in range(first, last) if not self.pixels[index].isfinite().all()), last)
         steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
         raise not_finite(self.what, f"{steps} of {len(self.times)}", self.times[first])
 

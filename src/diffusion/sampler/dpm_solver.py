@@ -14,8 +14,6 @@ from .base import (
 )
 from .exponential import form, phi_2, phi_3
 
-SHORT = 15  # from so many steps on, published codes keep the order to the end
-
 
 class SinglestepDPMSolver(Sampler):
     """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
@@ -91,9 +89,9 @@ class MultistepDPMSolver(Sampler):
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
         eta: stochasticity, at least 0.
         midpoint: second-order steps with c = expm1(k)/2, as published, instead of phi_2(k).
-        lower_order_final: in trajectories of fewer than 15 steps, no step of higher order than there are steps left,
-            this one included (diffusers' rule; the authors' code has had 15 and 10). The step to clean data is always
-            of first order.
+        lower_order_final: no step of higher order than there are steps left, this one included: True, False, or in
+            trajectories of fewer steps than this (15 in diffusers; the authors' code has had 15 and 10). The step to
+            clean data is always of first order.
         half_curvature: take half of D2, as DPM-Solver's code, diffusers and k-diffusion do: "3M" is then of order 2.
 
     Raises:
@@ -106,7 +104,7 @@ class MultistepDPMSolver(Sampler):
         plus_plus: bool = True,
         eta: float = 0.0,
         midpoint: bool = True,
-        lower_order_final: bool = True,
+        lower_order_final: bool | int = 15,
         half_curvature: bool = False,
     ):
         if eta < 0:
@@ -114,6 +112,10 @@ class MultistepDPMSolver(Sampler):
         if eta > 0 and not plus_plus:
             raise ValueError(f"eta must be 0 with plus_plus=false, got {eta}")
         self.order, self.plus_plus, self.eta = check_order(order, 3), plus_plus, eta
+        if lower_order_final < 0:
+            raise ValueError(
+                f"lower_order_final must be true, false or a number of steps, got {lower_order_final}"
+            )
         self.midpoint, self.lower_order_final = midpoint, lower_order_final
         self.half_curvature = half_curvature
 
@@ -144,7 +146,8 @@ class MultistepDPMSolver(Sampler):
     def _past(self, path):
         """The visits that this step uses, the newest first."""
         visits = [visit for visit in reversed(path.past) if visit.level.alpha > 0]
-        if self.lower_order_final and path.steps < SHORT:
+        lowers = self.lower_order_final
+        if lowers is True or path.steps < lowers:
             return visits[: path.remaining - 1]
         return visits
 

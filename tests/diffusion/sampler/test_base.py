@@ -1,5 +1,7 @@
 """The loop: what it counts, refuses and leaves alone."""
 
+import re
+
 import pytest
 import torch
 
@@ -140,11 +142,28 @@ def test_nan_is_named_with_its_step(sampler):
         sampler(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 5))
 
 
-@pytest.mark.parametrize("call", [1, 4, 5, 23, 24, 48, 49, 50])
-def test_nan_of_an_image_is_named_with_its_step_in_long_trajectories_too(call):
+@pytest.mark.parametrize(
+    ("call", "steps"), [(1, "step 1"), (7, "one of the steps 1 to 7"), (22, "step 22"), (50, "step 50")]
+)
+def test_nan_of_an_image_is_named_with_its_step_in_long_trajectories(call, steps):
+    # every seventh step all pixels are looked at, and one of each image at each
     denoiser = Denoiser(Failing(call, where=1), Linear(), Eps())
-    with pytest.raises(UserError, match=f"after step {call} of 50"):
+    with pytest.raises(UserError, match=f"after {steps} of 50"):
         DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
+
+
+@pytest.mark.parametrize("call", range(1, 51))
+def test_the_steps_named_hold_the_one_where_nan_began_to_spread(call):
+    class Spreading(Failing):
+        def forward(self, x, label, condition=None):
+            return super().forward(x, label) + torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+
+    denoiser = Denoiser(Spreading(call), Linear(), Eps())
+    with pytest.raises(UserError) as error:
+        DDIM()(denoiser, standard_normal((2, 1, 4, 4)), Trailing()(Linear(), 50))
+    steps = re.search(r"after (?:one of the )?steps? (\d+)(?: to (\d+))? of 50", str(error.value))
+    first, last = int(steps[1]), int(steps[2] or steps[1])
+    assert first <= call <= last < first + 7
 
 
 @pytest.mark.parametrize(("call", "steps"), [(1, "1 to 7"), (23, "22 to 28"), (48, "43 to 49")])
@@ -186,6 +205,10 @@ def test_condition_reaches_the_network():
         (lambda: SinglestepDPMSolver(eta=2.0), r"eta must be in \[0, 1\], got 2.0"),
         (lambda: SinglestepDPMSolver(4), r"order must be a whole number in \[2, 3\], got 4"),
         (lambda: SinglestepDPMSolver(1), r"order must be a whole number in \[2, 3\], got 1"),
+        (
+            lambda: MultistepDPMSolver(2, lower_order_final=-1),
+            r"lower_order_final must be true, false or .*, got -1",
+        ),
         (lambda: MultistepDPMSolver(2.5), r"order must be a whole number in \[1, 3\], got 2.5"),
         (lambda: MultistepDPMSolver(4), r"order must be a whole number in \[1, 3\], got 4"),
         (lambda: MultistepDPMSolver(eta=-1.0), "eta must be at least 0, got -1"),
@@ -208,3 +231,23 @@ def test_condition_reaches_the_network():
 def test_numbers_are_checked(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize(("steps", "same_as"), [(14, True), (15, False)])
+def test_order_is_lowered_at_the_end_of_short_trajectories(steps, same_as):
+    denoiser = Denoiser(Wavy(), Linear(), Eps())
+    x_T, times = standard_normal((1, 1, 2, 2)), Trailing()(Linear(), steps)
+
+    def end(lower_order_final):
+        return MultistepDPMSolver(3, lower_order_final=lower_order_final)(denoiser, x_T, times)
+
+    assert torch.equal(end(15), end(same_as))
+    assert not torch.equal(end(15), end(not same_as))
+
+
+def test_a_trajectory_may_leave_inference_mode():
+    denoiser = Denoiser(Wavy(), Linear(), Eps())
+    states = DDIM().trajectory(denoiser, standard_normal((1, 1, 2, 2)), Trailing()(Linear(), 3))
+    with torch.inference_mode():
+        next(states), next(states)
+    assert len(list(states)) == 2

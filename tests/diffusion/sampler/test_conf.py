@@ -138,12 +138,16 @@ def test_presets_are_what_was_published(name):
     assert kind(config.variance) == (variance or kind(plain.variance))
 
 
+@pytest.mark.parametrize(
+    ("spacing", "end"), [([], 1e-3), (["spacing=uniform_time"], 1e-5), (["spacing=trailing"], None)]
+)
 @pytest.mark.parametrize("name", ["unipc_paper", "dpm_solver_paper", "score_sde_pc"])
-def test_presets_for_vp_end_at_a_thousandth(name):
+def test_presets_for_vp_end_at_a_thousandth_unless_another_spacing_is_chosen(name, spacing, end):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [f"{ROOT}={name}", "schedule=vp"])
-    times = instantiate(config.spacing)(instantiate(config.schedule), config.sampler.steps)
-    assert times[-2].item() == pytest.approx(1e-3, rel=1e-9)
+        config = compose("train", [f"{ROOT}={name}", "schedule=vp", *spacing])
+    steps = config.sampler.steps
+    times = instantiate(config.spacing)(instantiate(config.schedule), steps)
+    assert times[-2].item() == pytest.approx(end or 1 / steps, rel=1e-9)
 
 
 def test_edm_preset_is_the_paper_s():
