@@ -20,7 +20,7 @@ def evaluate(config: Any) -> dict[str, float]:
     from rich.progress import track
 
     from src import loading, nll
-    from src.experiment import warn_of_missing_signal
+    from src.generation import warn_of_missing_signal
 
     loaded = loading.load_with(config)
     likelihood = nll.likelihood_of(loaded.config)

@@ -35,10 +35,10 @@ from src.diffusion.time_sampling import TimeSampling
 from src.diffusion.variance import Variance
 from src.diffusion.weighting import Weighting
 from src.errors import UserError
-from src.generation import Generation, describe
+from src.generation import Generation, describe, warn_of_amplified_errors, warn_of_missing_signal
 from src.memory import keep_freed_memory
-from src.metrics import fidelity
-from src.metrics.fidelity import FidelityScore, Reference
+from src.metrics.fidelity import FidelityScore, Reference, shares
+from src.metrics.protocol import Recipe
 from src.randomness import key
 from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run, write_atomically
 from src.training.callbacks import SampleImages, TrackFidelity
@@ -51,12 +51,6 @@ from src.training.resume import ResumeCheck
 from src.training.signals import StopOnSignal
 
 log = logging.getLogger(__name__)
-
-
-# Of c_out: 158 for DDPM's linear schedule and eps, which samples well unclipped, 20,000 for the cosine.
-LARGEST_GAIN = 1000
-# Of alpha/sigma where sampling starts: 0.016 for DDPM's linear schedule in 10 leading steps, Stable Diffusion's 0.07.
-LARGEST_MISSING_SIGNAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -259,38 +253,6 @@ def generation_of(config: DictConfig, seed: int, denoiser: Denoiser) -> Generati
     return generation
 
 
-def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None:
-    """Warns of a start of sampling where x0 is the network's error many times over, and nothing bounds it."""
-    start = denoiser.schedule(generation.times(denoiser.schedule)[:1]).scalars()[0]
-    _, _, c_out = denoiser.parameterization.coefficients(start)
-    if generation.clipping is None and abs(c_out) > LARGEST_GAIN:
-        log.warning(
-            "clipping=none: the first step of sampling multiplies the network's errors by %s in x0; choose"
-            " clipping=static, or parameterization=v",
-            f"{abs(c_out):,.0f}",
-        )
-
-
-def warn_of_missing_signal(denoiser: Denoiser, generation: Generation) -> None:
-    """Warns of sampling from noise alone at a time whose images the network knows as noise and some signal.
-
-    See Lin et al. 2023, arXiv:2305.08891, section 3.3.
-    """
-    schedule = denoiser.schedule
-    time = generation.times(schedule)[:1]
-    start, noisiest = schedule([time.item(), schedule.t_max]).scalars()
-    # of the schedule's own end, 0.01 for rounding, no spacing is to blame
-    if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma and start.log_snr > noisiest.log_snr + 0.01:
-        log.warning(
-            "spacing: sampling starts from noise alone at t = %g of %g, where this schedule still has signal (alpha"
-            " %.2g, sigma %.2g); choose spacing=trailing",
-            time.item(),
-            schedule.t_max,
-            start.alpha,
-            start.sigma,
-        )
-
-
 def fidelity_of(config: DictConfig) -> FidelityScore | None:
     """The score, tried on a black image: does its feature space take images of this shape?"""
     if config.metrics and str(config.metrics.get("_target_")).startswith("src.nll."):
@@ -420,14 +382,14 @@ def set_reference(score: FidelityScore, rank: int, world_size: int, source: Imag
     split = score.reference_split
     images = source.split(split)
     reference = Reference(source.name, split, len(images), source.fingerprint(split))
-    score.set_reference(fidelity.shares(images, 512, rank, world_size), reference, cache)
+    score.set_reference(shares(images, 512, rank, world_size), reference, cache)
 
 
 def recipe(
     generation: Generation, variance: Variance, step: int, weights: str, ema_decay: float | None
-) -> fidelity.Recipe:
+) -> Recipe:
     """How images were made, in words and numbers."""
-    return fidelity.Recipe(
+    return Recipe(
         training_steps=step,
         weights=weights,
         ema_decay=ema_decay if weights == "ema" else None,

@@ -3,6 +3,7 @@
 Previews, scores and the command line share it, so that what is previewed is what is scored.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor
 
 from src.data.transforms import to_uint8
-from src.diffusion.denoiser import BaseDenoiser
-from src.diffusion.sampler import PerImageNoise, Sampler, State
+from src.diffusion.denoiser import BaseDenoiser, Denoiser
+from src.diffusion.sampler import PerImageNoise, Sampler, State, last_image
 from src.diffusion.schedule import Schedule
 from src.diffusion.spacing import Spacing
+
+log = logging.getLogger(__name__)
+
+# Of c_out: 158 for DDPM's linear schedule and eps, which samples well unclipped, 20,000 for the cosine.
+LARGEST_GAIN = 1000
+# Of alpha/sigma where sampling starts: 0.016 for DDPM's linear schedule in 10 leading steps, Stable Diffusion's 0.07.
+LARGEST_MISSING_SIGNAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,8 @@ class Generation:
     def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """The images with these numbers as bytes: uint8 batches of at most batch_size, shape (B, C, H, W)."""
         for start in range(0, len(indices), batch_size):
-            for state in self.counted(self.trajectory(denoiser, indices[start : start + batch_size])):
-                x = state.x
-                del state  # its memory can serve the next step
-            yield to_uint8(x)
+            states = self.trajectory(denoiser, indices[start : start + batch_size])
+            yield to_uint8(last_image(self.counted(states)))
 
     @property
     def network_evaluations(self) -> int:
@@ -97,6 +103,38 @@ class Generation:
         An adaptive solver's number differs between batches: then the largest.
         """
         return max(self._evaluations, default=0)
+
+
+def warn_of_amplified_errors(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns of a start of sampling where x0 is the network's error many times over, and nothing bounds it."""
+    start = denoiser.schedule(generation.times(denoiser.schedule)[:1]).scalars()[0]
+    _, _, c_out = denoiser.parameterization.coefficients(start)
+    if generation.clipping is None and abs(c_out) > LARGEST_GAIN:
+        log.warning(
+            "clipping=none: the first step of sampling multiplies the network's errors by %s in x0; choose"
+            " clipping=static, or parameterization=v",
+            f"{abs(c_out):,.0f}",
+        )
+
+
+def warn_of_missing_signal(denoiser: Denoiser, generation: Generation) -> None:
+    """Warns of sampling from noise alone at a time whose images the network knows as noise and some signal.
+
+    See Lin et al. 2023, arXiv:2305.08891, section 3.3.
+    """
+    schedule = denoiser.schedule
+    time = generation.times(schedule)[:1]
+    start, noisiest = schedule([time.item(), schedule.t_max]).scalars()
+    # of the schedule's own end, 0.01 for rounding, no spacing is to blame
+    if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma and start.log_snr > noisiest.log_snr + 0.01:
+        log.warning(
+            "spacing: sampling starts from noise alone at t = %g of %g, where this schedule still has signal (alpha"
+            " %.2g, sigma %.2g); choose spacing=trailing",
+            time.item(),
+            schedule.t_max,
+            start.alpha,
+            start.sigma,
+        )
 
 
 def describe(part: object | None) -> str:

@@ -20,12 +20,11 @@ from src.experiment import (
     recipe,
     set_reference,
     source_of,
-    warn_of_amplified_errors,
 )
-from src.generation import Generation, describe
+from src.generation import Generation, describe, warn_of_amplified_errors
 from src.memory import keep_freed_memory
-from src.metrics import fidelity
-from src.metrics.fidelity import FidelityScore, Protocol
+from src.metrics.fidelity import FidelityScore
+from src.metrics.protocol import Protocol, Recipe
 from src.run_folder import FoundRun, find_run
 from src.training import post_hoc
 from src.training.checkpoint import read_checkpoint
@@ -74,7 +73,7 @@ class LoadedRun:
         """All that the last score depends on, as primitives."""
         return Protocol.of(score, self._recipe()).as_dict()
 
-    def _recipe(self) -> fidelity.Recipe:
+    def _recipe(self) -> Recipe:
         return recipe(self.generation, self.denoiser.variance, self.step, self.weights, self.ema_decay)
 
 

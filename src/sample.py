@@ -20,8 +20,7 @@ def sample(config: Any) -> dict[str, float]:
     import logging
 
     from src.configuration import build, named
-    from src.experiment import warn_of_missing_signal
-    from src.generation import describe
+    from src.generation import describe, warn_of_missing_signal
     from src.loading import load_with
     from src.tasks import Task
 

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.data.source import ImageSet
 from src.data.transforms import to_model_range, to_uint8
-from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
+from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, encode, last_image, renoise, slerp
 from src.errors import UserError
 from src.experiment import source_of
 from src.generation import describe
@@ -143,7 +143,7 @@ class Interpolate(Task):
         states = generation.sampler.trajectory(
             generation.around(denoiser), rows.flatten(0, 1), times, labels, of_rows
         )
-        x = _last(generation.counted(states))
+        x = last_image(generation.counted(states))
         return _save_grid(image_grid(to_uint8(x).cpu(), columns=self.columns), folder)
 
 
@@ -183,7 +183,7 @@ class Reconstruct(Task):
             x_T, spent = state.x, state.evaluations
         # without clipping, as it was encoded
         states = generation.sampler.trajectory(denoiser, x_T, times, labels)
-        again = _last(generation.counted(states, before=spent))
+        again = last_image(generation.counted(states, before=spent))
         error = (again - x0).square().mean().sqrt().item()
         pairs = torch.stack([x0, again], dim=1)
         columns = min(n, 16)
@@ -214,7 +214,7 @@ class ImageToImage(Task):
         noise = PerImageNoise(generation.seed, range(n))
         x_t, times = renoise(denoiser, x0, generation.times(denoiser.schedule), self.strength, noise)
         states = generation.sampler.trajectory(generation.around(denoiser), x_t, times, labels, noise)
-        x = _last(generation.counted(states))
+        x = last_image(generation.counted(states))
         columns = min(n, 16)
         rows = [half for pair in zip(x0.split(columns), x.split(columns), strict=True) for half in pair]
         return _save_grid(image_grid(to_uint8(torch.cat(rows)).cpu(), columns=columns), folder)
@@ -226,14 +226,6 @@ def _is_deterministic_ddim(sampler: Sampler) -> bool:
         case DDIM(eta=0) | Euler(s_churn=0):
             return True
     return False
-
-
-def _last(states: Iterator[State]) -> Tensor:
-    """The image in which the states end."""
-    for state in states:
-        x = state.x
-        del state  # its memory can serve the next step
-    return x
 
 
 def _same_origin(loaded: LoadedRun, batch_size: int, folder: Path) -> bool:

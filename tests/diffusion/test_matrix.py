@@ -10,13 +10,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from src.errors import UserError
-from src.experiment import (
-    denoiser_of,
-    generation_of,
-    loss_of,
-    warn_of_amplified_errors,
-    warn_of_missing_signal,
-)
+from src.experiment import denoiser_of, generation_of, loss_of
+from src.generation import warn_of_amplified_errors, warn_of_missing_signal
 
 CONF = Path(__file__).parents[2] / "conf"
 

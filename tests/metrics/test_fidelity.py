@@ -14,12 +14,11 @@ from src.metrics.fidelity import (
     KernelDistance,
     Moments,
     PrecisionRecall,
-    Protocol,
-    Recipe,
     Reference,
     frechet_distance,
     shares,
 )
+from src.metrics.protocol import Protocol, Recipe
 from tests.metrics.test_features import random_images
 
 

@@ -1,7 +1,7 @@
 """Samplers: from noise to images along falling times. `base.py` holds the only loop; one file a family."""
 
 from .adams import DEIS, LMS
-from .base import Path, Sampler, State, Visit
+from .base import Path, Sampler, State, Visit, last_image
 from .ddim import DDIM
 from .ddpm import DDPM
 from .dopri5 import Dopri5
@@ -39,6 +39,7 @@ __all__ = [
     "Visit",
     "encode",
     "global_noise",
+    "last_image",
     "renoise",
     "slerp",
 ]

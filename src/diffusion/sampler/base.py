@@ -161,10 +161,15 @@ class Sampler(ABC):
         noise: NoiseSource = global_noise,
     ) -> Tensor:
         """The last state of `trajectory`, same arguments: images, nominally in [-1, 1], shape (B, C, H, W)."""
-        for state in self.trajectory(denoiser, x_T, times, condition, noise):
-            x = state.x
-            del state
-        return x
+        return last_image(self.trajectory(denoiser, x_T, times, condition, noise))
+
+
+def last_image(states: Iterator[State]) -> Tensor:
+    """The x of the last of at least one state, shape (B, C, H, W); the earlier ones are let go of on the way."""
+    for state in states:
+        x = state.x
+        del state  # its memory can serve the next step
+    return x
 
 
 def level_between(schedule: Schedule, t: NoiseLevel, s: NoiseLevel, share: float) -> NoiseLevel:

@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from src.generation import Generation
-from src.metrics.fidelity import FidelityScore, Protocol, Recipe
+from src.metrics.fidelity import FidelityScore
+from src.metrics.protocol import Protocol, Recipe
 from src.run_folder import forgiving, write_json
 from src.training.callbacks.every import EverySteps
 
