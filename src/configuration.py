@@ -210,8 +210,12 @@ def check_value(hint: Any, value: Any, option: str) -> None:
     try:
         TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value, strict=strict)
     except ValidationError as error:
-        wanted = error.errors()[0]["msg"]
-        raise UserError(f"{option}={value!r}: {wanted[0].lower()}{wanted[1:]}") from None
+        # an annotation of several types has an error for each
+        first, *others = dict.fromkeys(each["msg"] for each in error.errors())
+        wanted = " or ".join(
+            [f"{first[0].lower()}{first[1:]}", *(o.removeprefix("Input should be ") for o in others)]
+        )
+        raise UserError(f"{option}={value!r}: {wanted}") from None
 
 
 def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:

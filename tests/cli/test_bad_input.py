@@ -39,6 +39,10 @@ BAD = {
     "option added to a class that has no options": (["+spacing.end=0.5"], ["spacing.end", "it has none"]),
     "text for a number": (["seed=hello"], ["seed", "hello", "integer"]),
     "text for a number in a group": (["sampler.eta=much"], ["sampler.eta", "much", "number"]),
+    "text for a switch or a number": (
+        ["sampler=dpmpp_2m", "sampler.lower_order_final=often"],
+        ["sampler.lower_order_final='often': input should be a valid boolean or a valid integer"],
+    ),
     "negative seed": (["seed=-1"], ["seed", "-1", "greater"]),
     "too often halved": (
         ["model.channel_multipliers=[1,1,1,1,1]"],
