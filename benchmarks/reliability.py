@@ -16,13 +16,13 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from src.command_line import CONF
+from src.app.assemble import denoiser_of
+from src.app.cli import CONF
 from src.data.stream import Batch
 from src.diffusion.distance import Squared
 from src.diffusion.loss import DenoisingLoss
 from src.diffusion.time_sampling import Uniform
 from src.diffusion.weighting import Simple
-from src.experiment import denoiser_of
 from src.randomness import draws_at, generator, key
 from src.training.checkpoint import AtomicCheckpointIO
 from src.training.module import DiffusionModule

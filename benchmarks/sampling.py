@@ -22,7 +22,7 @@ from src.diffusion.parameterization import Eps
 from src.diffusion.sampler import DDIM, Heun, MultistepDPMSolver, Sampler, UniPC
 from src.diffusion.schedule import Linear
 from src.diffusion.spacing import Leading
-from src.memory import keep_freed_memory
+from src.runs.machine import keep_freed_memory
 
 STEPS = 50
 ROUNDS = {(64, 3, 32, 32): 60, (256, 3, 64, 64): 12}

@@ -32,8 +32,8 @@ from src.diffusion.parameterization import Eps
 from src.diffusion.schedule import Linear
 from src.diffusion.time_sampling import Uniform
 from src.diffusion.weighting import Simple
-from src.memory import keep_freed_memory
 from src.model import UNet
+from src.runs.machine import keep_freed_memory
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
 

@@ -5,5 +5,5 @@ class UserError(Exception):
     """A mistake in what was asked for: one line that names the option and the cure.
 
     The command-line doors print it without a traceback and exit with status 2. Mathematical rooms raise a
-    plain `ValueError` in their constructors; `src.configuration.build` adds the option's name to it.
+    plain `ValueError` in their constructors; `src.app.build.build` adds the option's name to it.
     """

@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from src.command_line import run
-from src.run_folder import recipe_folder, write_json
+from src.app.cli import run
+from src.runs.files import write_json
+from src.runs.folder import recipe_folder
 
 
 def evaluate(config: Any) -> dict[str, float]:
@@ -19,8 +20,9 @@ def evaluate(config: Any) -> dict[str, float]:
     """
     from rich.progress import track
 
-    from src import loading, nll
-    from src.generation import warn_of_missing_signal
+    from src.app import load as loading
+    from src.evaluation import likelihood as nll
+    from src.generation.recipe import warn_of_missing_signal
 
     loaded = loading.load_with(config)
     likelihood = nll.likelihood_of(loaded.config)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from src.command_line import run
+from src.app.cli import run
 from src.errors import UserError
-from src.run_folder import recipe_folder, write_json
+from src.runs.files import write_json
+from src.runs.folder import recipe_folder
 
 
 def sample(config: Any) -> dict[str, float]:
@@ -19,10 +20,10 @@ def sample(config: Any) -> dict[str, float]:
     """
     import logging
 
-    from src.configuration import build, named
-    from src.generation import describe, warn_of_missing_signal
-    from src.loading import load_with
-    from src.tasks import Task
+    from src.app.build import build, named
+    from src.app.load import load_with
+    from src.generation.recipe import describe, warn_of_missing_signal
+    from src.generation.tasks import Task
 
     task = build(config.task, Task, "task")
     loaded = load_with(config)

@@ -5,18 +5,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from src.command_line import in_override, run
-from src.run_folder import (
-    CHECKPOINTS,
-    ENVIRONMENT_FILE,
-    environment,
-    find_run,
-    is_first_process,
-    locked,
-    resume_overrides,
-    write_json,
-    write_overrides,
-)
+from src.app.cli import run
+from src.app.overrides import in_override, resume_overrides, write_overrides
+from src.runs.files import write_json
+from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, find_run, locked
+from src.runs.machine import environment, is_first_process
 
 
 def train(config: Any) -> dict[str, float]:
@@ -43,7 +36,7 @@ def train_in(folder: Path, config: Any) -> dict[str, float]:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from src import experiment
+    from src.app import assemble as experiment
     from src.training.dashboard import finish_dashboards
     from src.training.distributed import leave
 

@@ -15,13 +15,13 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from src import experiment
-from src.command_line import CONF, help_text
-from src.configuration import build
+from src.app import assemble as experiment
+from src.app.build import build
+from src.app.cli import CONF, help_text
+from src.app.sweep import register_resolvers
 from src.errors import UserError
+from src.generation.tasks import Task
 from src.metrics.fidelity import FidelityScore
-from src.sweep import register_resolvers
-from src.tasks import Task
 from tests.conftest import ROOT
 
 DOORS = ("train", "sample", "evaluate")

@@ -18,8 +18,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from src.errors import UserError
-from src.run_folder import BEST_FILE, checkpoints_by_step, write_atomically
-from src.sidecar import Sidecar, sidecar_path
+from src.runs.files import Sidecar, sidecar_path, write_atomically
+from src.runs.folder import BEST_FILE, checkpoints_by_step
 from src.training.signals import Stopped
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.run_folder import forgiving
+from src.runs.files import forgiving
 
 log = logging.getLogger(__name__)
 

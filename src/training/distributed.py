@@ -2,7 +2,7 @@
 
 Lightning starts its child processes from the command line. Under Hydra it adds settings of its own, which in
 a sweep make each child run the whole sweep; here the command line of the job itself is used, which
-`src.command_line` puts into sys.argv.
+`src.app.cli` puts into sys.argv.
 """
 
 import ctypes

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from src.run_folder import forgiving
+from src.runs.files import forgiving
 from src.training import post_hoc
 from src.training.checkpoint import set_aside
 

@@ -16,7 +16,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from src.errors import UserError
-from src.run_folder import write_atomically
+from src.runs.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from src.errors import UserError
-from src.run_folder import is_first_process
+from src.runs.machine import is_first_process
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.run_folder import slurm_job
+from src.runs.machine import slurm_job
 
 log = logging.getLogger(__name__)
 

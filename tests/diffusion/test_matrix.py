@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from src.app.assemble import denoiser_of, generation_of, loss_of
 from src.errors import UserError
-from src.experiment import denoiser_of, generation_of, loss_of
-from src.generation import warn_of_amplified_errors, warn_of_missing_signal
+from src.generation.recipe import warn_of_amplified_errors, warn_of_missing_signal
 
 CONF = Path(__file__).parents[2] / "conf"
 

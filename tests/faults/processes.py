@@ -26,8 +26,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "src.train",
-        "src.loading",
-        "src.tasks",
+        "src.app.load",
+        "src.generation.tasks",
         "tests.faults.processes",
         "hydra.main",
         "torchvision.utils",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from src.run_folder import checkpoints_by_step
-from src.sidecar import damage
+from src.runs.files import damage
+from src.runs.folder import checkpoints_by_step
 from src.training.checkpoint import AtomicCheckpointIO
 from tests.faults.processes import SERVER
 

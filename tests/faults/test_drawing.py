@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.faults.processes import Fault, run, run_folder, train
 
-HALF_WAY = Fault("src.pictures:Image.Image.save", 6)  # in the second batch
+HALF_WAY = Fault("src.generation.pictures:Image.Image.save", 6)  # in the second batch
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
     draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     before = bytes_of(tmp_path / "out")
-    killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation:Generation.trajectory", 1)])
+    killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation.recipe:Generation.trajectory", 1)])
     assert killed.status == 128 + signal.SIGKILL
     assert run(tmp_path, *draw, "seed=1").status == 0
     after = bytes_of(tmp_path / "out")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.run_folder import LOCK_FILE, locked
+from src.runs.folder import LOCK_FILE, locked
 from src.training.resume import flat, level
 from tests.faults.processes import Replacement, resume, run, run_folder, train
 from tests.faults.states import training_state

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from src.sidecar import damage
+from src.runs.files import damage
 from tests.faults import processes
 from tests.faults.processes import DDP, TINY, Replacement, run, run_folder, train
 from tests.faults.states import differences, training_state

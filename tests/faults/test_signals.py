@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from src.run_folder import find_run
-from src.sidecar import sidecar_path
+from src.runs.files import sidecar_path
+from src.runs.folder import find_run
 from tests.faults import processes
 from tests.faults.processes import DDP, STEPS, TINY, Door, Fault, resume, run, run_folder, train
 from tests.faults.states import differences, training_state
@@ -44,7 +44,7 @@ def test_saved_and_left(tmp_path, uninterrupted, case):
 @pytest.mark.parametrize(
     "place",
     [
-        "src.experiment:denoiser_of",
+        "src.app.assemble:denoiser_of",
         "src.training.resume:code_fingerprints",
         "src.data.digits:Digits._load",
     ],

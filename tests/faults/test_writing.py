@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.run_folder import checkpoints_by_step, find_run
-from src.sidecar import damage, sidecar_path
+from src.runs.files import damage, sidecar_path
+from src.runs.folder import checkpoints_by_step, find_run
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints
 from tests.faults.processes import STEPS, Fault, Replacement, resume, run, run_folder, train
 from tests.faults.saving import content, kill_while_saving

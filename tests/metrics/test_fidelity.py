@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.evaluation.record import Protocol, Recipe
 from src.metrics.features import ClassifierFeatures, FeatureExtractor
 from src.metrics.fidelity import (
     FrechetDistance,
@@ -18,7 +19,6 @@ from src.metrics.fidelity import (
     frechet_distance,
     shares,
 )
-from src.metrics.protocol import Protocol, Recipe
 from tests.metrics.test_features import random_images
 
 

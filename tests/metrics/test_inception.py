@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from src import fetch_inception
 from src.errors import UserError
 from src.metrics.features import InceptionFeatures
 from src.metrics.fidelity import FrechetDistance, Reference
 from src.metrics.inception import POOL3_FILE, build_network, find_weights, read_weights
+from src.tools import fetch_inception
 from tests.metrics.test_features import random_images
 
 real_weights = pytest.mark.skipif(

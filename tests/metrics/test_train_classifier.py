@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from src import train_classifier
 from src.metrics.classifier import load_classifier
+from src.tools import train_classifier
 
 
 def test_shift_moves_whole_images_by_up_to_one_pixel():

@@ -7,9 +7,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.data.transforms import to_uint8
-from src.generation import Generation
-from src.pictures import image_grid
-from src.run_folder import forgiving
+from src.generation.pictures import image_grid
+from src.generation.recipe import Generation
+from src.runs.files import forgiving
 from src.training.callbacks.every import EverySteps
 
 

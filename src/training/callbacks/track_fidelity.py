@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from src.generation import Generation
+from src.evaluation.record import Protocol, Recipe
+from src.generation.recipe import Generation
 from src.metrics.fidelity import FidelityScore
-from src.metrics.protocol import Protocol, Recipe
-from src.run_folder import forgiving, write_json
+from src.runs.files import forgiving, write_json
 from src.training.callbacks.every import EverySteps
 
 

@@ -11,16 +11,15 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
+from src.app.assemble import source_of
+from src.app.load import LoadedRun
 from src.data.source import ImageSet
 from src.data.transforms import to_model_range, to_uint8
 from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, encode, last_image, renoise, slerp
 from src.errors import UserError
-from src.experiment import source_of
-from src.generation import describe
-from src.loading import LoadedRun
-from src.pictures import animation, image_grid, read_images, save_images
-from src.run_folder import write_json
-from src.sidecar import file_sha256
+from src.generation.pictures import animation, image_grid, read_images, save_images
+from src.generation.recipe import describe
+from src.runs.files import file_sha256, write_json
 
 
 class Task(ABC):

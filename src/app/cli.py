@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from src.app.overrides import quoted
 from src.errors import UserError
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 JOB_FAILED = 1
 USER_ERROR = 2
 OUTCOME_FILE = "outcome.json"
-# Of one start of a training, not of the training: a permission and a checkpoint are never remembered.
-ONCE = ("ckpt", "allow_changes")
 
 
 def run(
@@ -73,7 +72,7 @@ def _leave(signum: int, frame: Any) -> None:
 
 
 def _complain(line: str) -> int:
-    from src.configuration import redacted
+    from src.app.build import redacted
 
     print(f"error: {redacted(line)}", file=sys.stderr)
     return USER_ERROR
@@ -87,7 +86,7 @@ class _Redacting(logging.Formatter):
         self.plain = plain or logging.Formatter()
 
     def format(self, record: logging.LogRecord) -> str:
-        from src.configuration import redacted
+        from src.app.build import redacted
 
         return redacted(self.plain.format(record))
 
@@ -97,8 +96,8 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from src.configuration import redacted
-    from src.sweep import SweepTable, register_resolvers
+    from src.app.build import redacted
+    from src.app.sweep import SweepTable, register_resolvers
 
     register_resolvers()
     raised: list[Exception] = []
@@ -132,64 +131,6 @@ def _run_hydra(config_name: str, task: Callable[[Any], dict[str, float]]) -> int
     if raised:
         raise raised[0]
     return SweepTable.failed
-
-
-def quoted(path: Path) -> str:
-    """A path as Hydra reads it on the command line, whatever characters are in it."""
-    escaped = str(path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def unquoted(value: str) -> str:
-    """What `quoted` was made of; a value that is not quoted is left as it is."""
-    if len(value) < 2 or value[0] != "'" or value[-1] != "'":
-        return value
-    return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
-
-
-def lasting(overrides: list[str]) -> list[str]:
-    """Those of a training's overrides that hold when it goes on: neither `ONCE` nor Hydra's own."""
-    names = [re.split(r"\W", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
-    return [override for override, name in zip(overrides, names, strict=True) if name not in (*ONCE, "hydra")]
-
-
-def refuse_harmful(overrides: list[str], origin: Path) -> None:
-    """Holds overrides that could be a stranger's against what Hydra would do with them.
-
-    Args:
-        overrides: as read from a file.
-        origin: that file.
-
-    Raises:
-        UserError: one addresses Hydra itself, which instantiates whatever its configuration names; or is a flag, or
-            chooses a file outside conf/, through which that could be done as well.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except (HydraException, TypeError, AttributeError):
-            override = None
-        if override is None or not _harmless(override.key_or_group, override.package, text.partition("=")[2]):
-            raise UserError(
-                f"{origin}: {str(text)[:100]!r} is not allowed in stored options, which could be a stranger's: remove"
-                " that line, and say it on the command line if you trust it"
-            )
-
-
-def _harmless(key: str, package: str | None, value: str) -> bool:
-    if "hydra" in re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}"):
-        return False
-    # what is chosen of a group is the name of a file
-    return not (CONF / key).is_dir() or re.search(r"[./\\$]", value) is None
-
-
-def in_override(path: Path) -> str:
-    """A path as it can stand in an override: as it is where Hydra understands it so, else quoted."""
-    return str(path) if re.fullmatch(r"[\w./+:-]+", str(path)) else quoted(path)
 
 
 def hydra_error(error: Exception, config_name: str) -> str | None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.configuration import build, check_scalars, check_value, resolve
+from src.app.build import build, check_scalars, check_value, resolve
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.data.source import ImageSource
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser
@@ -35,12 +35,13 @@ from src.diffusion.time_sampling import TimeSampling
 from src.diffusion.variance import Variance
 from src.diffusion.weighting import Weighting
 from src.errors import UserError
-from src.generation import Generation, describe, warn_of_amplified_errors, warn_of_missing_signal
-from src.memory import keep_freed_memory
+from src.evaluation.record import Recipe
+from src.generation.recipe import Generation, describe, warn_of_amplified_errors, warn_of_missing_signal
 from src.metrics.fidelity import FidelityScore, Reference, shares
-from src.metrics.protocol import Recipe
 from src.randomness import key
-from src.run_folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run, write_atomically
+from src.runs.files import write_atomically
+from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
+from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from src.training.dashboard import CurveFiles, wandb_settings
@@ -255,7 +256,7 @@ def generation_of(config: DictConfig, seed: int, denoiser: Denoiser) -> Generati
 
 def fidelity_of(config: DictConfig) -> FidelityScore | None:
     """The score, tried on a black image: does its feature space take images of this shape?"""
-    if config.metrics and str(config.metrics.get("_target_")).startswith("src.nll."):
+    if config.metrics and str(config.metrics.get("_target_")).startswith("src.evaluation.likelihood."):
         raise UserError(
             "metrics: bits per dimension are for src.evaluate (metrics=nll or nll_flow), not for training; choose a"
             " score of images, or metrics=none"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from src.command_line import OUTCOME_FILE
+from src.app.cli import OUTCOME_FILE
 
 
 def register_resolvers() -> None:

@@ -9,11 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from src.configuration import build, check_scalars
-from src.diffusion.denoiser import Denoiser
-from src.diffusion.variance import Variance
-from src.errors import UserError
-from src.experiment import (
+from src.app.assemble import (
     denoiser_of,
     fidelity_of,
     generation_of,
@@ -21,11 +17,15 @@ from src.experiment import (
     set_reference,
     source_of,
 )
-from src.generation import Generation, describe, warn_of_amplified_errors
-from src.memory import keep_freed_memory
+from src.app.build import build, check_scalars
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.variance import Variance
+from src.errors import UserError
+from src.evaluation.record import Protocol, Recipe
+from src.generation.recipe import Generation, describe, warn_of_amplified_errors
 from src.metrics.fidelity import FidelityScore
-from src.metrics.protocol import Protocol, Recipe
-from src.run_folder import FoundRun, find_run
+from src.runs.folder import FoundRun, find_run
+from src.runs.machine import keep_freed_memory
 from src.training import post_hoc
 from src.training.checkpoint import read_checkpoint
 from src.training.ema import EMA

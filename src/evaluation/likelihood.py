@@ -11,16 +11,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from src.configuration import build
+from src.app.assemble import source_of
+from src.app.build import build
+from src.app.load import LoadedRun
 from src.data.transforms import to_model_range
 from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.likelihood import Chain, bound_terms, flow_likelihood
 from src.diffusion.sampler import NoiseSource, PerImageNoise
 from src.diffusion.schedule import DiscreteSchedule
 from src.errors import UserError
-from src.experiment import source_of
-from src.generation import Generation, describe
-from src.loading import LoadedRun
+from src.generation.recipe import Generation, describe
 
 
 class Likelihood(ABC):

@@ -9,7 +9,7 @@ from src.diffusion.parameterization import Eps
 from src.diffusion.sampler import DDIM, DDPM
 from src.diffusion.schedule import Cosine
 from src.diffusion.spacing import Trailing
-from src.generation import Generation
+from src.generation.recipe import Generation
 from src.model import UNet
 
 N = 30

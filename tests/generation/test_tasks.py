@@ -2,14 +2,14 @@
 
 import torch
 
+from src.app.load import LoadedRun
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.parameterization import Eps
 from src.diffusion.sampler import DDPM
 from src.diffusion.schedule import Linear
 from src.diffusion.spacing import Trailing
-from src.generation import Generation
-from src.loading import LoadedRun
-from src.tasks import Interpolate
+from src.generation.recipe import Generation
+from src.generation.tasks import Interpolate
 from tests.diffusion.sampler.networks import Wavy
 
 

@@ -1,0 +1,1 @@
+"""The only package that knows Hydra: the command line, options, building objects, jobs."""

@@ -1,0 +1,152 @@
+"""Overrides as texts: quoting, what a run stores of them, and the command line of a run that is continued."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from src.errors import UserError
+from src.runs.files import write_atomically
+from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, checkpoints_by_step, find_run, newest_run
+from src.runs.machine import slurm_job
+
+CONF = Path(__file__).parents[2] / "conf"
+# Where Hydra keeps them; written by us, for Hydra does so before anything is checked.
+OVERRIDES_FILE = ".hydra/overrides.yaml"
+# Of one start of a training, not of the training: a permission and a checkpoint are never remembered.
+ONCE = ("ckpt", "allow_changes")
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra reads it on the command line, whatever characters are in it."""
+    escaped = str(path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def unquoted(value: str) -> str:
+    """What `quoted` was made of; a value that is not quoted is left as it is."""
+    if len(value) < 2 or value[0] != "'" or value[-1] != "'":
+        return value
+    return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
+
+
+def lasting(overrides: list[str]) -> list[str]:
+    """Those of a training's overrides that hold when it goes on: neither `ONCE` nor Hydra's own."""
+    names = [re.split(r"\W", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
+    return [override for override, name in zip(overrides, names, strict=True) if name not in (*ONCE, "hydra")]
+
+
+def refuse_harmful(overrides: list[str], origin: Path) -> None:
+    """Holds overrides that could be a stranger's against what Hydra would do with them.
+
+    Args:
+        overrides: as read from a file.
+        origin: that file.
+
+    Raises:
+        UserError: one addresses Hydra itself, which instantiates whatever its configuration names; or is a flag, or
+            chooses a file outside conf/, through which that could be done as well.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except (HydraException, TypeError, AttributeError):
+            override = None
+        if override is None or not _harmless(override.key_or_group, override.package, text.partition("=")[2]):
+            raise UserError(
+                f"{origin}: {str(text)[:100]!r} is not allowed in stored options, which could be a stranger's: remove"
+                " that line, and say it on the command line if you trust it"
+            )
+
+
+def _harmless(key: str, package: str | None, value: str) -> bool:
+    if "hydra" in re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}"):
+        return False
+    # what is chosen of a group is the name of a file
+    return not (CONF / key).is_dir() or re.search(r"[./\\$]", value) is None
+
+
+def in_override(path: Path) -> str:
+    """A path as it can stand in an override: as it is where Hydra understands it so, else quoted."""
+    return str(path) if re.fullmatch(r"[\w./+:-]+", str(path)) else quoted(path)
+
+
+def requeued_run(runs: Path, overrides: list[str]) -> Path | None:
+    """The run that this SLURM job trained before it was put back into the queue, sweeps included, if any.
+
+    Args:
+        runs: the folder of the run folders.
+        overrides: what the training is started with: a job may hold several. The newest of equal ones is meant.
+    """
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    records = [path for depth in ("*", "sweeps/*/*") for path in runs.glob(f"{depth}/{ENVIRONMENT_FILE}")]
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
+        if (
+            json.loads(path.read_text()).get("slurm_job") == slurm_job()
+            and sorted(stored_overrides(path.parent)) == sorted(overrides)
+            and checkpoints_by_step(path.parent / CHECKPOINTS)
+        ):
+            return path.parent
+    return None
+
+
+def stored_overrides(folder: Path) -> list[str]:
+    """What a run was composed with; empty if it is not known.
+
+    Raises:
+        UserError: the file is damaged, or not harmless (see `refuse_harmful`).
+    """
+    file = folder / OVERRIDES_FILE
+    try:
+        stored = yaml.safe_load(file.read_text()) if file.is_file() else []
+    except (ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, list):
+        raise UserError(f"{file} is damaged: it must be a list of options")
+    refuse_harmful(stored, file)
+    return lasting(stored)
+
+
+def write_overrides(folder: Path, overrides: list[str]) -> None:
+    """Keeps those overrides of a run that hold when it goes on."""
+    file = folder / OVERRIDES_FILE
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, yaml.safe_dump(lasting(overrides)).encode())
+
+
+def resume_overrides(arguments: list[str]) -> list[str]:
+    """The command line of a run that goes on: that of the run itself, and what is said anew.
+
+    With `ckpt=` among the arguments, or in a SLURM job that was put back into the queue, the stored overrides of
+    that run come first, its folder is used again, and `ckpt` becomes the checkpoint file. Otherwise the
+    arguments as they are.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: there is no such run, or its stored overrides are not harmless.
+    """
+    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
+    given = {name: unquoted(value) for name, value in pairs}
+    runs = Path(given.get("runs", "runs"))
+    if given.get("ckpt", "null") != "null":
+        run = find_run(newest_run(runs) if given["ckpt"] == "last" else given["ckpt"], option="ckpt")
+    elif (requeued := requeued_run(runs, lasting(arguments))) is not None:
+        run = find_run(requeued, option="ckpt")
+    else:
+        return arguments
+    kept = [
+        override
+        for override in stored_overrides(run.folder)
+        if override not in arguments and override.split("=", 1)[0] not in given
+    ]
+    own = [argument for argument in arguments if not argument.startswith("ckpt=")]
+    return [*kept, *own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]

