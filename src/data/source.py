@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from src.conditioning import Condition
 from src.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -32,6 +33,11 @@ class ImageSet(ABC):
     @abstractmethod
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """The images at `indices`, in that order: a fresh uint8 tensor (n, C, H, W)."""
+
+    def condition(self, indices: Tensor | Sequence[int]) -> Condition:
+        """What is known about the images at `indices`: by default their labels, where there are any."""
+        labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return Condition(labels=labels)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -79,6 +85,7 @@ class ImageSource(ABC):
 
     def __init__(self, image_size: int, channels: int, num_classes: int, horizontal_flip: bool):
         self.image_size = image_size
+        self.image_shape = (channels, image_size, image_size)
         self.channels = channels
         self.num_classes = num_classes
         self.horizontal_flip = horizontal_flip
