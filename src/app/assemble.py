@@ -95,7 +95,8 @@ class Experiment:
     def scores(self) -> dict[str, float]:
         """The latest scores and validation losses by name, the monitored score first."""
         losses = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        return {**(self.tracker.latest if self.tracker else {}), **losses}
+        latest = self.tracker.latest if self.tracker else None
+        return {**(latest.scores if latest else {}), **losses}
 
 
 def assemble(config: DictConfig, folder: Path) -> Experiment:
@@ -213,9 +214,10 @@ def callbacks_of(
             **recipe.record(denoiser.variance, evaluations),
         }
 
-    device_batch = config.max_device_batch or config.batch_size
+    # a bound that training keeps, sampling keeps too
+    fits = {"device_batch": config.max_device_batch or 256}
     joined: dict[str, dict[str, Any]] = {
-        "sample_images": {"recipe": recipe, "folder": folder / "samples", "device_batch": device_batch},
+        "sample_images": {"recipe": recipe, "folder": folder / "samples", **fits},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
         "track_fidelity": {
             "scores": scores,
@@ -224,6 +226,7 @@ def callbacks_of(
             "cache": config.cache,
             "best": folder / CHECKPOINTS / BEST_FILE,
             "record": record,
+            **fits,
         },
     }
     kinds = {"sample_images": SampleImages, "checkpoints": Checkpoints, "track_fidelity": TrackFidelity}

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `--help` and a mistyped option answer at once.
 """
 
+import json
 import os
 import signal
 import sys
@@ -87,7 +88,7 @@ def help_text(entry_point: str) -> str:
             text.append(f"    {path.stem:<26} {first}")
     text += ["", "Single options, with their defaults:"]
     for option in OPTIONS[entry_point]:
-        default = {None: "null", True: "true", False: "false"}.get(option.default, option.default)
+        default = option.default if isinstance(option.default, str) else json.dumps(option.default)
         text.append(f"    {f'{option.name}={default}':<34}{option.help}")
     text += [
         "",

@@ -65,7 +65,7 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
         range(first, min(first + config.batch_size, config.n))
         for first in range(0, config.n, config.batch_size)
     ]
-    description = f"{', '.join(scores.names)}: generating"
+    description = f"{scores.names}: generating"
     evaluations = 0
     for numbers in track(
         batches[rank() :: world_size()], description=description, transient=True, disable=rank() > 0

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from src.app.build import build, check_value, resolve
+from src.app.options import CONF
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
@@ -42,6 +43,11 @@ def source_of(config: DictConfig) -> ImageSource:
     if config.conditioning and not source.num_classes and _takes(config.conditioning, "num_classes"):
         raise UserError("conditioning=class: these data have no labels; choose conditioning=none")
     return source
+
+
+def source_named(name: str) -> ImageSource:
+    """The data set of conf/data/<name>.yaml, with its defaults."""
+    return build(OmegaConf.load(CONF / "data" / f"{name}.yaml"), ImageSource, "data")
 
 
 def codec_of(config: DictConfig, source: ImageSource) -> Codec:

@@ -58,7 +58,8 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
     scores = experiment.scores()
     if trainer.is_global_zero:
         tracker = experiment.tracker
-        Record(scores, tracker.protocol if tracker else {}).write(folder / SCORES_FILE)
+        latest = tracker.latest if tracker else None
+        Record(scores, latest.protocol if latest else {}).write(folder / SCORES_FILE)
         log.info("%s", closing_summary(folder, trainer.global_step, scores))
     return scores
 

@@ -1,24 +1,22 @@
 """Bits per dimension of images under a trained model: `metrics=nll` and `metrics=nll_flow` of src.evaluate."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.data.source import ImageSet, ImageSource
-from src.data.transforms import to_model_range
+from src.conditioning import Condition
 from src.diffusion.denoiser import BaseDenoiser
 from src.diffusion.likelihood import Chain, bound_terms, flow_likelihood
 from src.diffusion.sampler import NoiseSource, PerImageNoise
 from src.diffusion.schedule import DiscreteSchedule
 from src.errors import UserError
 from src.evaluation.record import Record
+from src.generation.loaded import LoadedRun
 from src.generation.recipe import describe
-from src.runs.files import digest_of
 
 
 class Likelihood(ABC):
@@ -40,7 +38,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def terms(
-        self, denoiser: BaseDenoiser, x0: Tensor, condition: Tensor | None, noise: NoiseSource
+        self, denoiser: BaseDenoiser, x0: Tensor, condition: Condition | None, noise: NoiseSource
     ) -> Iterator[Tensor]:
         """Yield summands of -log2 p(x0) per dimension, each (B,), of images x0 (B, C, H, W) in [-1, 1].
 
@@ -107,75 +105,46 @@ class FlowBits(Likelihood):
         return {"bits_per_dim_flow": summands.sum(dim=0).mean().item()}
 
 
-def evaluate(
-    likelihood: Likelihood,
-    denoiser: BaseDenoiser,
-    images: ImageSet,
-    condition: Callable[[range], Tensor | None],
-    batch_size: int,
-    seed: int,
-    n: int | None = None,
-) -> Tensor:
-    """The summands of the bits per dimension of images, with a progress bar.
+def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_size: int, seed: int) -> Record:
+    """The bits per dimension of the first n images of the split, with a progress bar.
+
+    The record's curve holds the mean of each term, in the order of `Likelihood.terms`.
 
     Args:
+        loaded: the trained run.
         likelihood: what is computed.
-        denoiser: clipped if `likelihood.clipped` says so and sampling clips.
-        images: uint8 images.
-        condition: what the images with these indices are conditioned on, on the denoiser's device.
-        batch_size: images per call of the network.
+        n: number of images; at most those of the split.
+        batch_size: images in a call of the network.
         seed: of the noise.
-        n: number of images, from the first on; None for all.
-
-    Returns:
-        float64 (number of terms, n), on the CPU.
 
     Raises:
         UserError: the likelihood is not defined for this denoiser.
     """
-    n = len(images) if n is None else min(n, len(images))
-    device = next(denoiser.parameters()).device
+    loaded.source.prepare()
+    n = min(n, len(loaded.source.split(likelihood.split)))
+    denoiser = loaded.recipe.around(loaded.denoiser) if likelihood.clipped else loaded.denoiser
     blocks = []
     with tqdm(desc="bits per dimension", total=n, unit="image", delay=2, leave=False) as progress:
         for start in range(0, n, batch_size):
             chosen = range(start, min(start + batch_size, n))
-            x0 = to_model_range(images.images(chosen).to(device))
-            terms = likelihood.terms(denoiser, x0, condition(chosen), PerImageNoise(seed, chosen))
+            x0, condition = loaded.data(likelihood.split, chosen)
+            terms = likelihood.terms(denoiser, x0, condition, PerImageNoise(seed, chosen))
             try:
                 blocks.append(torch.stack([term.double().cpu() for term in terms]))
             except ValueError as error:
                 raise UserError(f"metrics: {error}") from None
             progress.update(len(chosen))
-    return torch.cat(blocks, dim=1)
-
-
-def record_of(
-    likelihood: Likelihood, summands: Tensor, source: ImageSource, seed: int, recipe: Mapping[str, Any]
-) -> Record:
-    """The record of `evaluate`: the scores, all that they depend on, and the mean of each term as a curve.
-
-    Args:
-        likelihood: what was computed.
-        summands: as returned by `evaluate`.
-        source: the data of the images.
-        seed: of the noise.
-        recipe: how the model makes images, with the entries training_steps, weights, ema_decay and those in
-            `likelihood.depends_on`; others are left out.
-    """
+    summands = torch.cat(blocks, dim=1)
+    recipe = loaded.record(evaluations=0)
     used = ("training_steps", "weights", "ema_decay", *likelihood.depends_on)
     protocol = {
         "likelihood": describe(likelihood),
-        "data": source.name,
+        "data": loaded.source.name,
         "split": likelihood.split,
-        "fingerprint": source.fingerprint(likelihood.split),
-        "num_images": summands.shape[1],
+        "fingerprint": loaded.source.fingerprint(likelihood.split),
+        "num_images": n,
         "seed": seed,
         **{name: recipe[name] for name in used},
     }
     curve = {"bits_per_dim": summands.mean(dim=1).tolist()}
     return Record(likelihood.scores(summands), protocol, curve)
-
-
-def folder(parent: Path, protocol: Mapping[str, Any]) -> Path:
-    """The folder of a likelihood's record: one for each protocol."""
-    return parent / f"nll_seed-{protocol['seed']}_{digest_of(protocol)}"

@@ -11,8 +11,6 @@ from src.errors import UserError
 from src.metrics.fidelity import FidelityScore
 from src.runs.files import write_json
 
-QUANTISATION = "clip(round((x + 1) * 127.5), 0, 255) to uint8"
-
 
 @dataclass(frozen=True)
 class Record:
@@ -88,7 +86,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def protocol_of(scores: Sequence[FidelityScore], recipe: Mapping[str, Any]) -> dict[str, Any]:
+def protocol_of(
+    scores: Sequence[FidelityScore], recipe: Mapping[str, Any], quantisation: str
+) -> dict[str, Any]:
     """All that the last results of these scores depend on, as primitives for JSON.
 
     Entries of the result:
@@ -108,6 +108,7 @@ def protocol_of(scores: Sequence[FidelityScore], recipe: Mapping[str, Any]) -> d
         scores: at least one, after `compute` on the same images.
         recipe: training_steps, weights, ema_decay, sampler, spacing, variance, guidance, clipping, labels, steps,
             network_evaluations, seed.
+        quantisation: how the images became bytes, in words.
     """
     single = len(scores) == 1
 
@@ -120,6 +121,6 @@ def protocol_of(scores: Sequence[FidelityScore], recipe: Mapping[str, Any]) -> d
         "features": each({s.name: s.features.describe() for s in scores}),
         "settings": each({s.name: s.settings() for s in scores}),
         "recipe": dict(recipe),
-        "quantisation": QUANTISATION,
+        "quantisation": quantisation,
         "versions": {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")},
     }

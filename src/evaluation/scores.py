@@ -12,6 +12,7 @@ from src.data.source import ImageSource
 from src.evaluation.record import protocol_of
 from src.evaluation.reference import ReferenceCache, share_of
 from src.metrics.fidelity import FidelityScore, Reference
+from src.runs import processes
 
 T = TypeVar("T")
 
@@ -156,11 +157,11 @@ class ScoreSet:
             unit="image",
             delay=2,
             leave=False,
-            disable=_rank() > 0,
+            disable=processes.rank() > 0,
         ) as progress:
             for batch in batches:
                 self.update(batch.to(self.monitored.device))
-                progress.update(len(batch) * _world_size())
+                progress.update(len(batch) * processes.world_size())
         for score in self.scores:
             with score.sync_context():
                 states = {name: tensor.cpu() for name, tensor in score.states("the reference").items()}
@@ -168,27 +169,19 @@ class ScoreSet:
             if store:
                 store.write(score, reference, states)
 
-    def protocol(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def protocol(self, recipe: Mapping[str, Any], quantisation: str) -> dict[str, Any]:
         """All that the result of the last `compute` depends on; see `src.evaluation.record.protocol_of`.
 
         Args:
             recipe: how the images were made, as primitives.
+            quantisation: how they became bytes, in words.
         """
-        return protocol_of(self.scores, recipe)
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _world_size() > 1 else 0
-
-
-def _world_size() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
+        return protocol_of(self.scores, recipe, quantisation)
 
 
 def _from_rank_zero(value: T) -> T:
     """Rank 0's value on all ranks."""
-    if _world_size() == 1:
+    if processes.world_size() == 1:
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)

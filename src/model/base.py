@@ -65,7 +65,7 @@ class ForeignNetwork(Network):
         super().__init__()
         self.module = module
         self.image_shape = tuple(image_shape)
-        declared = getattr(module, "out_channels", None)
+        declared = vars(module).get("out_channels")
         if out_channels is None:
             out_channels = declared if isinstance(declared, int) else image_shape[0]
         self.out_channels = out_channels

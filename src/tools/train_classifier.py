@@ -4,17 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import trange
 
+from src.app.parts import source_named
 from src.errors import UserError
 from src.metrics.classifier import SmallClassifier, save_classifier
 from src.metrics.features import WEIGHTS_FOLDER
 from src.randomness import generator
-
-CONF = Path(__file__).parents[2] / "conf" / "data"
 
 ARCHITECTURES = {
     # 64 features: a covariance of full rank needs more images than features, and digits has 1,504
@@ -84,7 +81,7 @@ def main() -> None:
     if name not in ARCHITECTURES:
         parser.error(f"data={name}: no classifier for it; choose one of {', '.join(ARCHITECTURES)}")
 
-    source = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    source = source_named(name)
     try:
         train_set, test_set = source.split("train"), source.split("test")
     except UserError as error:

@@ -15,7 +15,7 @@ from src.data.source import ImageSource
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.evaluation.scores import ScoreSet
-from src.generation.recipe import Generation
+from src.generation.recipe import Recipe
 from src.runs.files import forgiving
 from src.training.callbacks.every import EverySteps
 
@@ -31,10 +31,10 @@ class TrackFidelity(EverySteps):
 
     Args:
         scores: what is measured; the first decides which checkpoint is the best.
-        generation: how the images are made.
+        recipe: how the images are made.
         source: the data with the reference sets.
         best: file of the best checkpoint.
-        recipe: the record of how images are made, from the number of training steps and the network evaluations
+        record: how the images are made as primitives, from the number of training steps and the network evaluations
             per image.
         cache: folder of the cached reference statistics; None for no cache.
         device_batch: images per call of the network that fit on a device, e.g. the micro-batch of training.
@@ -54,10 +54,10 @@ class TrackFidelity(EverySteps):
     def __init__(
         self,
         scores: ScoreSet,
-        generation: Generation,
+        recipe: Recipe,
         source: ImageSource,
         best: Path,
-        recipe: Callable[[int, int], dict[str, Any]],
+        record: Callable[[int, int], dict[str, Any]],
         cache: str | Path | None = None,
         device_batch: int = 256,
         every: int = 2000,
@@ -71,10 +71,10 @@ class TrackFidelity(EverySteps):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 image or null, got {batch_size}")
         self.scores = scores
-        self.generation = generation
+        self.recipe = recipe
         self.source = source
         self.best = Path(best)
-        self.recipe = recipe
+        self.record = record
         self.cache = cache
         self.n = n
         self.batch_size = batch_size or device_batch
@@ -105,8 +105,8 @@ class TrackFidelity(EverySteps):
         except UserError as error:  # on all ranks alike
             log.error("step %d: %s; training continues", trainer.global_step, error)
             return
-        recipe = self.recipe(trainer.global_step, evaluations)
-        self.latest = Record(found, scores.protocol(recipe))
+        made = self.record(trainer.global_step, evaluations)
+        self.latest = Record(found, scores.protocol(made, self.recipe.codec.describe()))
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.global_step)
         name = scores.monitored.name
@@ -124,7 +124,7 @@ class TrackFidelity(EverySteps):
         """
         is_main = trainer.is_global_zero
         if is_main:
-            steps = self.generation.steps
+            steps = self.recipe.steps
             log.info(
                 "score       %s of %s images, %d sampler steps each", self.scores.names, f"{self.n:,}", steps
             )
@@ -134,10 +134,10 @@ class TrackFidelity(EverySteps):
         evaluations, fits = 0, True
         try:
             with module.averaged() as denoiser, bar:
-                for images in self.generation.images(denoiser, mine, self.batch_size):
-                    self.scores.update(images)
-                    bar.update(len(images))
-                    evaluations = max(evaluations, self.generation.network_evaluations)
+                for made in self.recipe.images(denoiser, mine, self.batch_size):
+                    self.scores.update(made.images)
+                    bar.update(len(made.images))
+                    evaluations = max(evaluations, made.evaluations)
         except RuntimeError as error:
             if not is_oom_error(error):
                 raise
