@@ -1,9 +1,11 @@
 """Signals: saved at the next step boundary, exit status 128 + signal, nothing hangs."""
 
 import csv
+import ctypes
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -96,17 +98,29 @@ def one_second(original, call, *arguments):
 
 
 def hang(original, call, *arguments):
-    """As a queue whose other end is gone: signals are handled, and waiting starts again."""
+    """As a queue whose other end is gone: handlers run, and waiting starts again."""
     if call == 5:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
     return original(*arguments)
 
 
-@pytest.mark.parametrize("place", [STEP, "src.data.datamodule:_already_a_batch"])
-def test_a_hang_is_ended(tmp_path, place):
+def block(original, call, *arguments):
+    """As a collective whose other rank is gone: the main thread is in C and runs no handlers."""
+    if call == 5:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+        for _ in range(2):  # the second waits for the first
+            library.pthread_mutex_lock(mutex)
+    return original(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "how"), [(STEP, hang), (STEP, block), ("src.data.datamodule:_already_a_batch", hang)]
+)
+def test_a_hang_is_ended(tmp_path, place, how):
     patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
-    ended = train(tmp_path, faults=[patience, Replacement(place, hang)])
+    ended = train(tmp_path, faults=[patience, Replacement(place, how)])
     assert ended.status == 128 + signal.SIGTERM, ended.output
     assert "SIGTERM: nothing has moved for" in ended.output
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt"
