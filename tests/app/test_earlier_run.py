@@ -56,7 +56,11 @@ def test_its_configuration_in_todays_words():
     config = upgrade(stored)
     assert json.dumps(stored) == before
     assert "class_conditional" not in config
-    assert config["conditioning"] == {"_target_": "src.conditioning.ByClass", "num_classes": 10, "dropout": 0.0}
+    assert config["conditioning"] == {
+        "_target_": "src.conditioning.ByClass",
+        "num_classes": 10,
+        "dropout": 0.0,
+    }
     assert config["codec"] == {"_target_": "src.data.codec.Pixels"}
     assert "out_channels" not in config["model"]
     assert upgrade(config) == config
