@@ -1,4 +1,4 @@
-"""docs/your_own.md works as printed: its files are written into a folder outside the repository, its commands are run."""
+"""docs/your_own.md works as printed: its files are written outside the repository, its commands are run."""
 
 import json
 import os

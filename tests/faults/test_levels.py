@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from src.app.options import effect_of
 from src.runs.files import sidecar_path
 from src.runs.folder import LOCK_FILE, locked
-from src.training.resume import compare, effect_of, flat
+from src.training.resume import compare, flat
 from tests.faults.processes import Replacement, resume, run, run_folder, train
 from tests.faults.states import training_state
 
@@ -47,7 +48,7 @@ ORIGIN = {
     ],
 )
 def test_levels(change, expected, word):
-    found = compare(ORIGIN, {**ORIGIN, **change})
+    found = compare(ORIGIN, {**ORIGIN, **change}, effect_of)
     assert found.level == expected
     assert [word in difference for difference in found.differences] == ([] if word is None else [True])
 
@@ -81,7 +82,7 @@ PRUNING = {"callbacks.x._target_": "lightning.pytorch.callbacks.ModelPruning", "
 )
 def test_callbacks_that_may_change_the_numbers(before, after, expected, refused):
     then, now = ({**ORIGIN, "config": {**ORIGIN["config"], **each}} for each in (before, after))
-    found = compare(then, now)
+    found = compare(then, now, effect_of)
     assert (found.level, bool(found.experiment)) == (expected, refused)
 
 

@@ -40,7 +40,7 @@ def no_memory_for_three(original, call, self, denoiser, indices):
     return original(self, denoiser, indices)
 
 
-TRAJECTORY = "src.generation.recipe:Generation.trajectory"
+TRAJECTORY = "src.generation.recipe:Recipe.trajectory"
 QUIET = ("metrics=none", "callbacks.sample_images.every=3")
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from src.conditioning import ByClass
+from src.data.codec import Pixels
 from src.data.datamodule import ImageDataModule
 from src.data.digits import Digits
 from src.diffusion.denoiser import Denoiser
@@ -27,11 +29,15 @@ def test_the_code_of_a_training():
     """All that its steps run through; nothing of sampling, scoring, logging and saving."""
     network = UNet(channels=1, image_size=8, base_channels=32)
     loss = DenoisingLoss(Denoiser(network, Cosine(8), V()), SNR(), Uniform())
-    module = DiffusionModule(loss, torch.optim.Adam, partial(WarmUp, warmup_steps=3), EMA(), 0, 4)
+    warmup = partial(WarmUp, warmup_steps=3)
+    module = DiffusionModule(loss, torch.optim.Adam, warmup, EMA(), 0, 4, Pixels((1, 8, 8)), ByClass(10))
     code = code_fingerprints((module, ImageDataModule(Digits(), 4, 0)))
     assert code["format"] == FORMAT
     found = set(code["modules"])
     assert found >= {
+        "src.conditioning.condition",
+        "src.conditioning.conditioning",
+        "src.data.codec",
         "src.data.datamodule",
         "src.data.digits",
         "src.data.stream",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.app.options import effect_of
 from src.errors import UserError
 from src.runs.files import sidecar_path
 from src.runs.machine import is_first_process
@@ -50,7 +51,7 @@ def test_data_without_a_source_have_no_fingerprint():
         accumulate_grad_batches=1,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
-    check, checkpoint = ResumeCheck({}, None, False), {}
+    check, checkpoint = ResumeCheck({}, None, False, effect_of), {}
     check.setup(trainer, torch.nn.Linear(1, 1), "fit")
     check.on_save_checkpoint(trainer, None, checkpoint)
     assert checkpoint["origin"]["data"] is None
