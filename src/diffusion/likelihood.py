@@ -101,10 +101,8 @@ class Chain:
         """-ln p(x0 | x_t) in nats, x0's shape; anything finite for the images that are unused."""
         second = step.clamp(min=2)
         beta_tilde = Small()(self.level(second), self.level(second - 1), prediction)
-        mean, decoder = (
-            prediction.x0,
-            broadcast(variance.decoder(self.level(step), beta_tilde, prediction), x0),
-        )
+        mean = prediction.x0
+        decoder = broadcast(variance.decoder(self.level(step), beta_tilde, prediction), x0)
         if unused is not None:
             mean, decoder = torch.where(unused, x0, mean), torch.where(unused, 1.0, decoder)
         return -discretised_log_likelihood(x0, mean, decoder**0.5)

@@ -126,15 +126,19 @@ class Sections(IndexSpacing):
     """
 
     def __init__(self, sections: str | int | None = None):
-        text = "" if sections is None else str(sections)
+        text = str(sections)
         self.strided = text.startswith("ddim")
-        numbers = text.removeprefix("ddim")
+        self.counts: list[int] = []
+        if sections is None or text == "ddim":
+            return
         try:
-            self.counts = [int(count) for count in numbers.split(",")] if numbers else []
+            self.counts = [int(count) for count in text.removeprefix("ddim").split(",")]
         except ValueError:
             self.counts = [0]
-        if (numbers and min(self.counts) < 1) or (self.strided and len(self.counts) > 1):
-            raise ValueError(f'sections must be like "10,15,20", "ddim25", "ddim" or null, got "{text}"')
+        if min(self.counts) < 1 or (self.strided and len(self.counts) > 1):
+            raise ValueError(
+                f'sections must read like "10,15,20" or "ddim25" (null or "ddim" for all steps), got "{text}"'
+            )
 
     def indices(self, T, steps):
         counts = self.counts or [steps]

@@ -1,11 +1,12 @@
 """Every choice of sampler, spacing and clipping in the configuration is what its file says."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from src.diffusion import sampler as samplers
@@ -49,6 +50,16 @@ def test_samplers(path):
     )
     assert images.shape == (2, 1, 4, 4)
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted({OmegaConf.load(p)["_target_"] for p in _files("sampler")}))
+def test_a_class_s_defaults_are_those_of_one_of_its_files(name):
+    parameters = inspect.signature(get_class(name)).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    files = [OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in _files("sampler")]
+    assert any(
+        file["_target_"] == name and {key: file.get(key) for key in defaults} == defaults for file in files
+    )
 
 
 def test_every_sampler_has_a_file():
