@@ -281,7 +281,7 @@ def test_the_flow_s_bits_agree_with_the_exact_likelihood_of_a_discretised_mixtur
     mixture = _pixels()
     x0, bits = _bytes_of(mixture, 4000)
     result = flow_likelihood(MixtureDenoiser(mixture, VP()), x0, noise=Normal())
-    # the outer bytes also hold what lies beyond [-1, 1]: no density says that
+    # the outer bytes also hold the mass beyond [-1, 1], which no density covers
     inner = x0.flatten().abs() < 0.99
     assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
 

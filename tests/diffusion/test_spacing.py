@@ -276,5 +276,5 @@ def test_rows_of_a_table_are_not_looked_for_elsewhere(spacing):
 def test_pure_noise_has_no_log_snr(spacing):
     with pytest.raises(ValueError, match=r"^steps cannot be spaced in log-SNR from pure noise"):
         spacing(RectifiedFlow(), 10)
-    # with an end of its own it can
+    # a given sigma_max has one
     assert len(Karras(sigma_max=100.0)(RectifiedFlow(), 10)) == 11

@@ -56,7 +56,7 @@ def test_latents_are_standard_normal():
     assert torch.allclose(latents.T.cov(), torch.eye(2).double(), atol=4 * (2 / 4000) ** 0.5 + 0.03)
 
 
-def test_a_tolerance_out_of_reach_is_told():
+def test_a_tolerance_out_of_reach_is_an_error():
     with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached in 1,000 iterations"):
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=1e-30)
     with pytest.raises(ValueError, match=r"^tolerance must be positive"):
