@@ -46,9 +46,9 @@ def decode(content: bytes, channels: int, white: float | None = None) -> Image.I
     """The picture in a file's bytes, upright, with 8 bits per channel.
 
     The EXIF orientation is applied. Transparency is composited on white. Grey with more than 8 bits becomes
-    round(255 v / white); colour with more than 8 bits keeps the high byte. Grey is repeated into RGB; colour
-    becomes grey by ITU-R 601 luma. CMYK is converted by the plain formula; colour profiles are not applied.
-    Of several frames the first is decoded.
+    round(255 v / white), with v in [0, white]; colour with more than 8 bits keeps the high byte. Grey is
+    repeated into RGB; colour becomes grey by ITU-R 601 luma. CMYK is converted by the plain formula; colour
+    profiles are not applied. Of several frames the first is decoded.
 
     Args:
         content: the file.
@@ -129,7 +129,7 @@ def _eight_bits(values: np.ndarray, white: float, white_is_zero: bool) -> np.nda
         raise ValueError(f"values from {low:g} to {high:g}, not within [0, {white:g}]; data.white sets white")
     if white_is_zero:  # which Pillow applies to 8 bits only
         values = white - values
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    return np.rint(values * 255.0 / white).astype(np.uint8)
 
 
 def _scale_transparency(image: Image.Image, bits: int) -> None:

@@ -6,7 +6,6 @@ pixels for each folder and image shape.
 
 import json
 import os
-import stat
 import tempfile
 import time
 import warnings
@@ -45,15 +44,13 @@ class ImageFile(NamedTuple):
 
     Attributes:
         path: below the root, with forward slashes.
-        size: bytes.
-        changed: time of the last change, in nanoseconds.
-        problem: why it cannot even be opened, or None.
+        size: bytes; 0 if unknown.
+        changed: time of the last change, in nanoseconds; 0 if unknown.
     """
 
     path: str
     size: int
     changed: int
-    problem: str | None
 
 
 class Record(NamedTuple):
@@ -160,7 +157,10 @@ class FolderIndex:
             UserError: if the cache cannot be written.
         """
         known = _read_index(self._index_file)
-        records = [_remembered(known, file) for file in files]
+        records = [known.get(file.path) for file in files]
+        for row, (file, record) in enumerate(zip(files, records, strict=True)):
+            if record and (record.size, record.changed) != (file.size, file.changed):
+                records[row] = None
         series = _digest(os.path.realpath(self.root), self.image_shape, self.white)
         pixel_file = self.cache / f"{series}-{_digest(files)}.pixels"
         if None not in records:
@@ -222,11 +222,14 @@ class FolderIndex:
 
     def _examine(self, file: ImageFile, in_memory: bool) -> tuple[Record, bytes]:
         """The file's record and, where asked for and possible, its pixels."""
-        if file.problem is not None:
-            return Record(file.size, file.changed, file.problem), b""
+        path = self.root / file.path
         channels, height, width = self.image_shape
         try:
-            content = (self.root / file.path).read_bytes()
+            if not path.is_file():  # reading a pipe would wait forever
+                raise ValueError("not a regular file" if path.exists() else "dangling link")
+            content = path.read_bytes()
+            if not content:
+                raise ValueError("empty file")
             header = verify(content)
             image = decode(content, channels, self.white)
             pixels = fit(image, height, width).numpy().tobytes() if in_memory else b""
@@ -267,19 +270,9 @@ def _image_file(root: Path, path: str) -> ImageFile:
     name = Path(path).relative_to(root).as_posix()
     try:
         status = os.stat(path)
-    except OSError as error:
-        dangling = os.path.islink(path) and isinstance(error, FileNotFoundError)
-        return ImageFile(name, 0, 0, "dangling link" if dangling else str(error.strerror).lower())
-    if not stat.S_ISREG(status.st_mode):
-        return ImageFile(name, 0, 0, "not a regular file")
-    return ImageFile(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty file")
-
-
-def _remembered(known: dict[str, Record], file: ImageFile) -> Record | None:
-    if file.problem is not None:
-        return Record(file.size, file.changed, file.problem)
-    record = known.get(file.path)
-    return record if record is not None and record[:2] == (file.size, file.changed) else None
+    except OSError:  # the reason is found when the file is examined
+        return ImageFile(name, 0, 0)
+    return ImageFile(name, status.st_size, status.st_mtime_ns)
 
 
 def _digest(*parts: object) -> str:
