@@ -111,7 +111,7 @@ def list_images(root: Path, starts: list[Path]) -> Listing:
             extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):
+            if is_folder(entry):
                 (linked_folders if entry.is_symlink() else folders).append(entry.path)
             elif extension not in EXTENSIONS:
                 others[extension] += 1
@@ -264,6 +264,11 @@ class FolderIndex:
 def printable(path: str | Path) -> str:
     """A path in characters that every log can write: bytes that are not UTF-8 appear as backslash escapes."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a system call for links only, unlike Path.is_dir."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _image_file(root: Path, path: str) -> ImageFile:

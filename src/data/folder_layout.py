@@ -4,7 +4,7 @@ import os
 from hashlib import blake2b
 from pathlib import Path
 
-from src.data.folder_index import printable
+from src.data.folder_index import is_folder, printable
 from src.data.source import Split
 from src.errors import UserError
 
@@ -69,4 +69,5 @@ class FolderLayout:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with os.scandir(folder) as entries:  # several times faster than Path.iterdir in folders of many files
+        return sorted(entry.name for entry in entries if is_folder(entry) and entry.name[0] != ".")

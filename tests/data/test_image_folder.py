@@ -448,7 +448,8 @@ def test_circles_of_links_end_and_nothing_is_taken_twice(root, tmp_path, caplog)
     for i in range(24):
         (inner / f"{i}.png").write_bytes(encoded(noise(i)))
     (inner / "up").symlink_to(root)
-    (root / "a" / "self").symlink_to(root / "a" / "self")
+    for folder in (root, root / "a"):
+        (folder / "self").symlink_to(folder / "self")
     (root / "again").symlink_to(inner)
     (root / "again.png").symlink_to(inner / "3.png")
     elsewhere = tmp_path / "elsewhere"
