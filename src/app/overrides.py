@@ -3,20 +3,72 @@
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
+from src.app.messages import check_names
+from src.app.options import CONF, effect_of
 from src.errors import UserError
 from src.runs.files import write_atomically
 from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, checkpoints_by_step, find_run, newest_run
 from src.runs.machine import slurm_job
 
-CONF = Path(__file__).parents[2] / "conf"
-# Where Hydra keeps them; written by us, for Hydra does so before anything is checked.
+# Where Hydra keeps them; written by us, since Hydra would do so before anything is checked.
 OVERRIDES_FILE = ".hydra/overrides.yaml"
-# Of one start of a training, not of the training: a permission and a checkpoint are never remembered.
-ONCE = ("ckpt", "allow_changes")
+
+
+def prepare(entry_point: str, arguments: list[str]) -> list[str]:
+    """The command line that Hydra is given.
+
+    Short forms are written out, a training that is continued gets the overrides of its run, and names are checked.
+
+    Args:
+        entry_point: "train", "sample" or "evaluate".
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: there is no such run, its stored overrides are not harmless, or an override names nothing.
+    """
+    arguments = [part for argument in arguments for part in written_out(argument)]
+    folders = trusted_folders(arguments)
+    check_names(entry_point, arguments, [CONF, *folders])
+    if entry_point == "train":
+        arguments = resume_overrides(arguments)
+    if folders:
+        places = ",".join(f"'file://{folder}'" for folder in folders)
+        arguments = [*arguments, f"hydra.searchpath=[{places}]"]
+    return arguments
+
+
+def trusted_folders(arguments: list[str]) -> list[Path]:
+    """The conf/ folders of the packages in `trust=[...]`, whose choices are added to those of this repository."""
+    match = next(
+        (re.fullmatch(r"trust=\[?([\w.,\s]*)\]?", a) for a in arguments if a.startswith("trust=")), None
+    )
+    folders = []
+    for name in match[1].split(",") if match else ():
+        try:
+            spec = find_spec(name.strip())
+        except (ImportError, ValueError):
+            continue  # `trusting` reports it
+        if spec is not None:
+            folders += [Path(place) / "conf" for place in spec.submodule_search_locations or ()]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def written_out(argument: str) -> list[str]:
+    """An argument in Hydra's words: `metrics=[a,b]` as several choices, class_conditional as `conditioning`."""
+    if match := re.fullmatch(r"metrics=\[(.*)\]", argument):
+        names = [name.strip() for name in match[1].split(",") if name.strip()]
+        return ["metrics=none", *(f"+metrics@metrics.{name}={name}" for name in names)]
+    if match := re.fullmatch(r"class_conditional=([\w,]+)", argument):
+        words = {"true": "class", "false": "none"}
+        values = match[1].lower().split(",")
+        if set(values) <= set(words):
+            return [f"conditioning={','.join(words[value] for value in values)}"]
+    return [argument]
 
 
 def quoted(path: Path) -> str:
@@ -26,20 +78,29 @@ def quoted(path: Path) -> str:
 
 
 def unquoted(value: str) -> str:
-    """What `quoted` was made of; a value that is not quoted is left as it is."""
+    """What `quoted` was made of; a value that is not quoted is returned as it is."""
     if len(value) < 2 or value[0] != "'" or value[-1] != "'":
         return value
     return value[1:-1].replace("\\'", "'").replace("\\\\", "\\")
 
 
+def in_override(path: Path) -> str:
+    """A path as it can stand in an override: as it is where Hydra understands it so, else quoted."""
+    return str(path) if re.fullmatch(r"[\w./+:-]+", str(path)) else quoted(path)
+
+
 def lasting(overrides: list[str]) -> list[str]:
-    """Those of a training's overrides that hold when it goes on: neither `ONCE` nor Hydra's own."""
-    names = [re.split(r"\W", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
-    return [override for override, name in zip(overrides, names, strict=True) if name not in (*ONCE, "hydra")]
+    """Those of a training's overrides that hold when it is continued: neither of one start only nor Hydra's own."""
+
+    def lasts(override: str) -> bool:
+        name = re.split(r"\W", override.lstrip("+~"), maxsplit=1)[0]
+        return name != "hydra" and effect_of(name) != "once"
+
+    return [override for override in overrides if lasts(override)]
 
 
 def refuse_harmful(overrides: list[str], origin: Path) -> None:
-    """Holds overrides that could be a stranger's against what Hydra would do with them.
+    """Checks stored overrides, which may be untrusted, against what Hydra would do with them.
 
     Args:
         overrides: as read from a file.
@@ -60,21 +121,21 @@ def refuse_harmful(overrides: list[str], origin: Path) -> None:
             override = None
         if override is None or not _harmless(override.key_or_group, override.package, text.partition("=")[2]):
             raise UserError(
-                f"{origin}: {str(text)[:100]!r} is not allowed in stored options, which could be a stranger's: remove"
-                " that line, and say it on the command line if you trust it"
+                f"{origin}: {str(text)[:100]!r} is not allowed in stored options, which may be untrusted: remove that"
+                " line, and give it on the command line if you trust it"
             )
 
 
 def _harmless(key: str, package: str | None, value: str) -> bool:
-    if "hydra" in re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}"):
+    if {"hydra", "trust"} & set(re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}")):
         return False
-    # what is chosen of a group is the name of a file
+    # a choice of a group is the name of a file
     return not (CONF / key).is_dir() or re.search(r"[./\\$]", value) is None
 
 
-def in_override(path: Path) -> str:
-    """A path as it can stand in an override: as it is where Hydra understands it so, else quoted."""
-    return str(path) if re.fullmatch(r"[\w./+:-]+", str(path)) else quoted(path)
+def _name(override: str) -> str:
+    """The option or the group that an override sets."""
+    return re.split(r"[@=]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def requeued_run(runs: Path, overrides: list[str]) -> Path | None:
@@ -98,7 +159,7 @@ def requeued_run(runs: Path, overrides: list[str]) -> Path | None:
 
 
 def stored_overrides(folder: Path) -> list[str]:
-    """What a run was composed with; empty if it is not known.
+    """The overrides that a run was composed with, in today's words; empty if they are not known.
 
     Raises:
         UserError: the file is damaged, or not harmless (see `refuse_harmful`).
@@ -111,18 +172,18 @@ def stored_overrides(folder: Path) -> list[str]:
     if not isinstance(stored, list):
         raise UserError(f"{file} is damaged: it must be a list of options")
     refuse_harmful(stored, file)
-    return lasting(stored)
+    return [part for override in lasting(stored) for part in written_out(override)]
 
 
 def write_overrides(folder: Path, overrides: list[str]) -> None:
-    """Keeps those overrides of a run that hold when it goes on."""
+    """Keeps those overrides of a run that hold when it is continued."""
     file = folder / OVERRIDES_FILE
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, yaml.safe_dump(lasting(overrides)).encode())
 
 
 def resume_overrides(arguments: list[str]) -> list[str]:
-    """The command line of a run that goes on: that of the run itself, and what is said anew.
+    """The command line of a run that is continued: that of the run itself, and what is given anew.
 
     With `ckpt=` among the arguments, or in a SLURM job that was put back into the queue, the stored overrides of
     that run come first, its folder is used again, and `ckpt` becomes the checkpoint file. Otherwise the
@@ -134,8 +195,7 @@ def resume_overrides(arguments: list[str]) -> list[str]:
     Raises:
         UserError: there is no such run, or its stored overrides are not harmless.
     """
-    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
-    given = {name: unquoted(value) for name, value in pairs}
+    given = {_name(a): unquoted(a.partition("=")[2]) for a in arguments if "=" in a}
     runs = Path(given.get("runs", "runs"))
     if given.get("ckpt", "null") != "null":
         run = find_run(newest_run(runs) if given["ckpt"] == "last" else given["ckpt"], option="ckpt")
@@ -146,7 +206,7 @@ def resume_overrides(arguments: list[str]) -> list[str]:
     kept = [
         override
         for override in stored_overrides(run.folder)
-        if override not in arguments and override.split("=", 1)[0] not in given
+        if override not in arguments and _name(override) not in given
     ]
     own = [argument for argument in arguments if not argument.startswith("ckpt=")]
     return [*kept, *own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]

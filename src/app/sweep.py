@@ -1,22 +1,26 @@
-"""Folders and the closing table of Hydra runs."""
+"""Folders of Hydra runs, and the table that closes a sweep."""
 
 import json
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from src.app.cli import OUTCOME_FILE
+OUTCOME_FILE = "outcome.json"
+_report: ContextVar[list[int] | None] = ContextVar("report", default=None)
 
 
-def register_resolvers() -> None:
-    """Resolvers that conf/hydra uses.
+def register() -> None:
+    """Registers the resolvers that conf/ uses.
 
     `unique:` four hexadecimal digits, the same throughout a process: two runs of one second differ.
-    `folder_name:` a text with what folders, shells or overrides could take amiss replaced.
+    `folder_name:` a text without the characters that folders, shells or overrides treat specially.
     """
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(2), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -30,20 +34,28 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text.replace(",", "_"))[:100]
 
 
-class SweepTable(Callback):
-    """Prints what became of each job of a sweep, and keeps it as sweep.json in the sweep's folder."""
+@contextmanager
+def reporting_to(failed: list[int]) -> Iterator[None]:
+    """Within it, `SweepTable` appends the number of failed jobs to the list."""
+    token = _report.set(failed)
+    try:
+        yield
+    finally:
+        _report.reset(token)
 
-    failed: ClassVar[int] = 0
+
+class SweepTable(Callback):
+    """Prints the outcome of each job of a sweep, and keeps it as sweep.json in the sweep's folder."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        outcomes = {}
-        for path in folder.glob(f"*/{OUTCOME_FILE}"):
-            outcomes[path.parent.name] = json.loads(path.read_text())
-        jobs = sorted(outcomes, key=lambda name: int(name.split("_")[0]))
-        SweepTable.failed = sum("error" in outcomes[job] for job in jobs)
-        (folder / "sweep.json").write_text(json.dumps({job: outcomes[job] for job in jobs}, indent=2))
-        self._print(folder, {job: outcomes[job] for job in jobs})
+        found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob(f"*/{OUTCOME_FILE}")}
+        outcomes = {job: found[job] for job in sorted(found, key=lambda name: int(name.split("_")[0]))}
+        report = _report.get()
+        if report is not None:
+            report.append(sum("error" in outcome for outcome in outcomes.values()))
+        (folder / "sweep.json").write_text(json.dumps(outcomes, indent=2))
+        self._print(folder, outcomes)
 
     def _print(self, folder: Path, outcomes: dict[str, dict[str, Any]]) -> None:
         from rich.console import Console

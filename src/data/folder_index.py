@@ -221,7 +221,7 @@ class FolderIndex:
             store.write(crc.to_bytes(4))
 
     def _examine(self, file: ImageFile, in_memory: bool) -> tuple[Record, bytes]:
-        """The file's record and, where asked for and possible, its pixels."""
+        """The file's record, and its pixels if `in_memory` and it has no problem."""
         path = self.root / file.path
         channels, height, width = self.image_shape
         try:

@@ -36,10 +36,9 @@ class ImageSet(ABC):
         """The images at `indices`, in that order: a fresh uint8 tensor (b, C, H, W)."""
 
     def condition(self, indices: Tensor | Sequence[int]) -> Condition:
-        """What the images at `indices` are conditioned on, in that order: their labels, if there are any."""
-        if self.labels is None:
-            return Condition()
-        return Condition(labels=self.labels[torch.as_tensor(indices, dtype=torch.int64)])
+        """What the images at `indices` are conditioned on: by default their labels, where there are any."""
+        labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return Condition(labels=labels)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -8,33 +8,44 @@ the number of devices, workers and accumulated micro-batches changes nothing abo
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from src.conditioning import Condition
 from src.data.source import ImageSet
-from src.data.transforms import to_model_range
 from src.randomness import generator
 
 
-class Batch(NamedTuple):
-    """What a step gets. A NamedTuple, since DataLoader pins and Lightning moves those without being told how.
+@dataclass(frozen=True)
+class Batch:
+    """What a step gets.
 
     Attributes:
-        images: float32 (b, C, H, W) in [-1, 1].
-        labels: int64 (b,), or None where the source is unlabelled.
-        positions: int64 (b,): places in the training stream; in validation and test the images' indices.
+        images: uint8, shape (b, C, H, W).
+        condition: what the data know about each image, e.g. its label.
+        positions: places in the training stream, int64, shape (b,), always on the CPU, where they key the draws; in
+            validation and test the images' indices.
     """
 
     images: Tensor
-    labels: Tensor | None
+    condition: Condition
     positions: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The batch on a device; positions stay on the CPU, so that reading them waits for nothing."""
+        images = self.images.to(device, non_blocking=non_blocking)
+        return replace(self, images=images, condition=self.condition.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, for DataLoader."""
+        return replace(self, images=self.images.pin_memory(), condition=self.condition.pin_memory())
 
 
 class TrainingStream(Dataset):
-    """Position p -> image, label, flip; whole batches at a time.
+    """Position p -> image, condition, flip; whole batches at a time.
 
     Args:
         image_set: n >= 1 images.
@@ -81,8 +92,7 @@ class TrainingStream(Dataset):
             # On bytes, and by picking whole rows: several times faster than torch.where or index_copy.
             either = torch.cat([images, images.flip(-1)])
             images = either.index_select(0, torch.arange(len(places)) + len(places) * self.flips(places))
-        labels = self.image_set.labels
-        return Batch(to_model_range(images), None if labels is None else labels[indices], places)
+        return Batch(images, self.image_set.condition(indices), places)
 
     def _permutation(self, k: int) -> Tensor:
         if k not in self._permutations:
@@ -102,9 +112,7 @@ class FixedOrder(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         places = torch.as_tensor(indices, dtype=torch.int64)
-        labels = self.image_set.labels
-        images = to_model_range(self.image_set.images(places))
-        return Batch(images, None if labels is None else labels[places], places)
+        return Batch(self.image_set.images(places), self.image_set.condition(places), places)
 
 
 class PositionSampler(Sampler[range]):

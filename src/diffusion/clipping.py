@@ -1,7 +1,7 @@
 """Keeping the estimate of x0 inside the range of images: denoisers around denoisers.
 
 After x0 has been clipped, eps is computed anew, so that x_t = alpha_t x0 + sigma_t eps still holds
-(improved DDPM's code does so; diffusers keeps the raw eps unless it is asked).
+(as improved DDPM's code does; diffusers keeps the raw eps unless use_clipped_model_output is set).
 """
 
 import torch
@@ -14,7 +14,7 @@ class StaticClipping(WrappedDenoiser):
     """Clips x0 to [-bound, bound] (DDPM's code; "static thresholding" of Imagen, Saharia et al. 2022).
 
     Args:
-        inner: the denoiser that is asked.
+        inner: the denoiser whose x0 is clipped.
         bound: 1 for images in [-1, 1].
 
     Raises:
@@ -27,8 +27,8 @@ class StaticClipping(WrappedDenoiser):
             raise ValueError(f"bound must be positive, got {bound}")
         self.bound = bound
 
-    def forward(self, x_t, level, condition=None):
-        prediction = self.inner(x_t, level, condition)
+    def forward(self, x_t, level, condition=None, to=None):
+        prediction = self.inner(x_t, level, condition, to)
         # mix makes a new tensor, which may be clipped in place
         return prediction.with_x0(prediction.mix(1.0, 0.0).clamp_(-self.bound, self.bound))
 
@@ -41,7 +41,7 @@ class DynamicThresholding(WrappedDenoiser):
     so that pixels are kept from saturating under strong guidance.
 
     Args:
-        inner: the denoiser that is asked.
+        inner: the denoiser whose x0 is clipped.
         quantile: of the absolute pixel values of each image, in (0, 1].
         bound: 1 for images in [-1, 1].
 
@@ -57,8 +57,8 @@ class DynamicThresholding(WrappedDenoiser):
             raise ValueError(f"bound must be positive, got {bound}")
         self.quantile, self.bound = quantile, bound
 
-    def forward(self, x_t, level, condition=None):
-        prediction = self.inner(x_t, level, condition)
+    def forward(self, x_t, level, condition=None, to=None):
+        prediction = self.inner(x_t, level, condition, to)
         threshold = self._quantiles(prediction.x0).clamp(min=self.bound)
         return prediction.with_x0(prediction.x0.clamp(-threshold, threshold) * (self.bound / threshold))
 

@@ -1,4 +1,4 @@
-"""The denoiser: a network, its schedule and the meaning of its output, asked about a noisy image.
+"""The denoiser: a network, its schedule and the meaning of its output.
 
     denoiser(x_t, level, condition) -> Prediction(x0, eps)
     denoiser.reverse(x_t, t, s, condition) -> Gaussian, p(x_s | x_t)
@@ -8,10 +8,14 @@ Guidance, clipping and the like are denoisers around denoisers (`WrappedDenoiser
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from src.conditioning import Condition
 
 from .noise_level import NoiseLevel, broadcast, conditional_variance
 from .parameterization import Parameterization, Prediction
@@ -45,27 +49,45 @@ def posterior_mean(x0: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Ten
 
 
 class BaseDenoiser(nn.Module, ABC):
-    """Anything that can be asked for a prediction: what samplers, losses and likelihoods are written for.
+    """Anything that predicts x0 and eps from x_t: what samplers, losses and likelihoods are written for.
 
     Attributes:
         schedule: which level a time has.
         variance: how p(x_s | x_t) gets its variance.
+        evaluated_images: images that have passed through the network so far, guidance's second pass included.
     """
 
     schedule: Schedule
     variance: Variance
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluated_images = 0
+
+    def __call__(self, x_t: Tensor, *arguments: Any, **named: Any) -> Prediction:
+        self.evaluated_images += len(x_t)
+        return super().__call__(x_t, *arguments, **named)
+
     @abstractmethod
-    def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
+    def forward(
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
+        to: NoiseLevel | None = None,
+    ) -> Prediction:
         """The estimates of x0 and eps.
 
         Args:
             x_t: noisy images, shape (B, C, H, W).
             level: one level of floats for all images, or levels of shape (B,); sigma > 0.
-            condition: what the network is conditioned on, e.g. class labels of shape (B,); None for nothing.
+            condition: what the images are conditioned on; None for nothing.
+            to: the level of a second time, for networks that predict a step from `level` to it.
         """
 
-    def reverse(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Tensor | None = None) -> Gaussian:
+    def reverse(
+        self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Condition | None = None
+    ) -> Gaussian:
         """p(x_s | x_t) = q(x_s | x_t, x0_hat) with the chosen variance (Ho et al. 2020, eq. 1 and 7)."""
         prediction = self(x_t, t, condition)
         mean = posterior_mean(prediction.x0, x_t, t, s)
@@ -100,71 +122,110 @@ class Denoiser(BaseDenoiser):
         self.variance = variance or Small()
         parameterization.check(schedule)
         self.variance.check(schedule)
-        # networks from elsewhere need not say how many channels they have
-        channels, out_channels = getattr(network, "channels", None), getattr(network, "out_channels", None)
-        if None not in (channels, out_channels) and out_channels < (
-            needed := channels * self.variance.outputs
-        ):
+        # a plain module need not declare its shapes
+        shape, out_channels = getattr(network, "image_shape", None), getattr(network, "out_channels", None)
+        if shape is not None and out_channels is not None and out_channels < shape[0] * self.variance.outputs:
+            needed = shape[0] * self.variance.outputs
             raise ValueError(
-                f"model.out_channels={out_channels}: leave it out, or say +model.out_channels={needed}; with images of"
-                f" {channels} channels and this variance ({type(self.variance).__name__}) the network's output needs"
-                f" {needed}"
+                f"model.out_channels={out_channels}: leave it out, or give +model.out_channels={needed}; with images of"
+                f" {shape[0]} channels and this variance ({type(self.variance).__name__}) the network needs {needed}"
+                " output channels"
             )
 
     def output(
-        self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
+        to: NoiseLevel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """F(c_in x_t, label) and what the network says about the variance (or None), both of x_t's shape and dtype."""
+        """F(c_in x_t, label) and the network's output for the variance (or None), both of x_t's shape and dtype."""
         c_in, _, _ = self.parameterization.coefficients(level)
         if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # no pass over x_t without need
             x_t = broadcast(c_in, x_t) * x_t
-        label = self.parameterization.label(level)
-        if isinstance(label, float):
-            label = torch.full((x_t.shape[0],), label, dtype=x_t.dtype, device=x_t.device)
-        else:
-            label = label.to(x_t.device, x_t.dtype, non_blocking=True)
-        output = self.network(x_t, label, condition).to(x_t.dtype)
+        label = self._label(level, x_t)
+        second = {} if to is None else {"to_label": self._label(to, x_t)}
+        weight = next(self.network.parameters(), x_t)
+        # float32 images pass through a network of bfloat16 weights, and the sampler's arithmetic stays in float32
+        output = self.network(x_t.to(weight.dtype), label, condition, **second).to(x_t.dtype)
         channels = x_t.shape[1]
         if output.shape[1] <= channels:
             return output, None
         return output[:, :channels], output[:, channels:]
 
-    def forward(self, x_t: Tensor, level: NoiseLevel, condition: Tensor | None = None) -> Prediction:
-        output, variance = self.output(x_t, level, condition)
+    def _label(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
+        """The label as the network gets it, shape (B,), in float32 at least: bfloat16 would round 999 to 1000."""
+        label = self.parameterization.label(level)
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        if isinstance(label, float):
+            return torch.full((x_t.shape[0],), label, dtype=dtype, device=x_t.device)
+        return label.to(x_t.device, dtype, non_blocking=True)
+
+    def forward(self, x_t, level, condition=None, to=None):
+        output, variance = self.output(x_t, level, condition, to)
         if variance is None and self.variance.outputs > 1:
             raise ValueError(
-                f"variance: {type(self.variance).__name__} is told by the network, whose output has no channels for it:"
-                f" give it {x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
+                f"variance: {type(self.variance).__name__} is predicted by the network, whose output has no channels"
+                f" for it: give it {x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
             )
         prediction = self.parameterization.predict(x_t, output, level)
         return prediction if variance is None else prediction.with_variance(variance)
 
 
 class WrappedDenoiser(BaseDenoiser):
-    """A denoiser around a denoiser: changes what it predicts, and leaves schedule and variance as they are.
+    """A denoiser around a denoiser: changes what it predicts; schedule and variance are the inner one's.
+
+    Subclasses write `forward`. Evaluations are counted where the networks are called, so that a wrapper that calls the
+    inner denoiser twice costs two.
 
     Args:
-        inner: the denoiser that is asked.
+        inner: the denoiser that it calls.
     """
 
     def __init__(self, inner: BaseDenoiser):
-        super().__init__()
+        nn.Module.__init__(self)
         self.inner = inner
-        self.schedule = inner.schedule
-        self.variance = inner.variance
+
+    def __call__(self, *arguments: Any, **named: Any) -> Prediction:
+        return nn.Module.__call__(self, *arguments, **named)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.inner.schedule
+
+    @property
+    def variance(self) -> Variance:
+        return self.inner.variance
+
+    @property
+    def evaluated_images(self) -> int:
+        return self.inner.evaluated_images
+
+
+Wrapper = Callable[[BaseDenoiser], BaseDenoiser]
+
+
+def wrapped(denoiser: BaseDenoiser, wrappers: Iterable[Wrapper]) -> BaseDenoiser:
+    """The denoiser inside these wrappers, the first one innermost."""
+    for wrap in wrappers:
+        denoiser = wrap(denoiser)
+    return denoiser
 
 
 class Conditioned(WrappedDenoiser):
     """A denoiser with its condition filled in, so that a sampler need not carry it.
 
     Args:
-        inner: the denoiser that is asked.
-        condition: given to it at each call, shape (B, ...).
+        inner: the denoiser that it calls.
+        condition: given to it at each call, of B images; None for nothing.
     """
 
-    def __init__(self, inner: BaseDenoiser, condition: Tensor | None):
+    def __init__(self, inner: BaseDenoiser, condition: Condition | None):
         super().__init__(inner)
         self.condition = condition
 
-    def forward(self, x_t, level, condition=None):
-        return self.inner(x_t, level, self.condition)
+    def forward(self, x_t, level, condition=None, to=None):
+        return self.inner(x_t, level, self.condition, to)
+
+    def reverse(self, x_t, t, s, condition=None):
+        return self.inner.reverse(x_t, t, s, self.condition)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.conditioning import Condition
+
 from .denoiser import BaseDenoiser
 from .forward import diffuse
 from .noise_level import NoiseLevel, as_times, broadcast, conditional_variance
@@ -155,7 +157,7 @@ def bound_terms(
     denoiser: BaseDenoiser,
     chain: Chain,
     x0: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     noise: NoiseSource = global_noise,
 ) -> Iterator[Tensor]:
     """Yields the terms of steps 1, 2, ..., S, each (B,), in bits per dimension: one network evaluation each.
@@ -164,7 +166,7 @@ def bound_terms(
         denoiser: in eval mode; may clip x0, as published bounds do.
         chain: the steps.
         x0: images, bytes/127.5 - 1, shape (B, C, H, W).
-        condition: class labels, shape (B,), or None.
+        condition: what the images are conditioned on; None for nothing.
         noise: of x_t.
     """
     for number in range(1, len(chain) + 1):
@@ -179,7 +181,7 @@ def variational_bound(
     denoiser: BaseDenoiser,
     chain: Chain,
     x0: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     noise: NoiseSource = global_noise,
 ) -> VariationalBound:
     """All terms of the bound, with the arguments of `bound_terms`."""
@@ -206,7 +208,7 @@ class FlowLikelihood:
 def flow_log_density(
     denoiser: BaseDenoiser,
     x: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     noise: NoiseSource = global_noise,
     tolerance: float = 1e-5,
 ) -> tuple[Tensor, Tensor, int]:
@@ -223,7 +225,7 @@ def flow_log_density(
     Args:
         denoiser: in eval mode, unclipped: clipping x0 is not differentiable everywhere.
         x: shape (B, C, H, W).
-        condition: class labels, shape (B,), or None.
+        condition: what the images are conditioned on; None for nothing.
         noise: of the probe, whose sign counts.
         tolerance: relative and absolute, of each step of the integration.
 
@@ -272,7 +274,7 @@ def flow_log_density(
 def flow_likelihood(
     denoiser: BaseDenoiser,
     x0: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     noise: NoiseSource = global_noise,
     tolerance: float = 1e-5,
 ) -> FlowLikelihood:
@@ -281,7 +283,7 @@ def flow_likelihood(
     Args:
         denoiser: in eval mode, unclipped.
         x0: bytes/127.5 - 1, shape (B, C, H, W).
-        condition: class labels, shape (B,), or None.
+        condition: what the images are conditioned on; None for nothing.
         noise: of the dequantisation and the probe.
         tolerance: relative and absolute, of each step of the integration.
     """

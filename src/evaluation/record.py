@@ -1,82 +1,126 @@
-"""What a score depends on, told beside it."""
+"""The record of a score: its numbers together with all that they depend on, in one JSON shape."""
 
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from src.metrics.fidelity import FidelityScore, Reference
+from src.errors import UserError
+from src.metrics.fidelity import FidelityScore
+from src.runs.files import write_json
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How generated images were made, in words and numbers for the protocol.
+class Record:
+    """Scores as they are stored, in <run>/scores.json, best.json and <run>/scores/<recipe>/scores.json.
 
     Attributes:
-        training_steps: optimiser steps that the weights have seen.
-        weights: "ema", "raw" or the length of a power-function average, "ema std=0.1".
-        ema_decay: final decay of averaged weights that have one, else None.
-        sampler, spacing, variance, guidance, clipping: the choices, in words.
-        labels: which label each image has, in words.
-        steps: sampler steps.
-        network_evaluations: calls of the network per image, guidance included.
-        seed: seed of the noise.
+        scores: by name, the monitored one first.
+        protocol: all that the scores depend on; `protocol_of` describes its entries. Empty in files of earlier
+            versions that hold scores alone.
+        curve: lists of numbers that belong to the scores, by name, e.g. the terms of a likelihood; None for none.
     """
 
-    training_steps: int
-    weights: str
-    ema_decay: float | None
-    sampler: str
-    spacing: str
-    variance: str
-    guidance: str
-    clipping: str
-    labels: str
-    steps: int
-    network_evaluations: int
-    seed: int
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+    curve: dict[str, list[float]] | None = None
 
+    def write(self, path: Path) -> None:
+        """Write {"scores", "protocol"} and, if there is one, "curve" as JSON, atomically; makes the folder.
 
-@dataclass(frozen=True)
-class Protocol:
-    """All that a score depends on; stored beside every score.
-
-    Attributes:
-        num_images: number of generated images.
-        reference: the reference set, None for scores without one.
-        features: name, size, sha256 and origin of the feature space.
-        settings: the score's own numbers, e.g. subset sizes of KID.
-        recipe: how the images were made.
-        quantisation: how images became bytes.
-        versions: of the libraries that computed it.
-    """
-
-    num_images: int
-    reference: Reference | None
-    features: dict[str, Any]
-    settings: dict[str, Any]
-    recipe: Recipe
-    quantisation: str = "clip(round((x + 1) * 127.5), 0, 255) to uint8"
-    versions: dict[str, str] = field(
-        default_factory=lambda: {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")}
-    )
+        Raises:
+            OSError: the file cannot be written.
+        """
+        content = asdict(self)
+        if self.curve is None:
+            del content["curve"]
+        write_json(path, content)
 
     @classmethod
-    def of(cls, score: FidelityScore, recipe: Recipe) -> "Protocol":
-        """The protocol of what `score.compute()` returned last."""
-        space = score.features
-        return cls(
-            num_images=score.num_images,
-            reference=score.reference,
-            features={
-                "name": space.name,
-                "num_features": space.num_features,
-                "sha256": space.sha256,
-                "origin": space.origin,
-            },
-            settings=score.settings(),
-            recipe=recipe,
-        )
+    def read(cls, path: Path) -> "Record":
+        """The record in a file, also of earlier versions, which wrote {"fid": 3.1} as <run>/scores.json.
 
-    def as_dict(self) -> dict[str, Any]:
-        """Nested dicts of numbers and strings, ready for JSON."""
-        return asdict(self)
+        Raises:
+            UserError: no such file, or its content is not a record.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is damaged: it is not JSON") from None
+        if isinstance(content, dict) and "scores" not in content:
+            content = {"scores": content, "protocol": {}}
+        wrong = _fault(content)
+        if wrong:
+            raise UserError(f"{path} is not a record of scores: {wrong}")
+        return cls(content["scores"], content["protocol"], content.get("curve"))
+
+
+def _fault(content: Any) -> str | None:
+    """What makes parsed JSON something else than a record; None if it is one."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}, not an object"
+    if unknown := set(content) - {"scores", "protocol", "curve"}:
+        return f"unknown entry {min(unknown)!r}"
+    scores, protocol, curve = (content.get(name) for name in ("scores", "protocol", "curve"))
+    if not isinstance(scores, dict):
+        return "scores is not an object"
+    for name, value in scores.items():
+        if not _is_number(value):
+            return f"scores.{name} is not a number"
+    if not isinstance(protocol, dict):
+        return "protocol is missing or not an object"
+    if curve is not None:
+        if not isinstance(curve, dict):
+            return "curve is not an object"
+        for name, values in curve.items():
+            if not isinstance(values, list) or not all(map(_is_number, values)):
+                return f"curve.{name} is not a list of numbers"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def protocol_of(
+    scores: Sequence[FidelityScore], recipe: Mapping[str, Any], quantisation: str
+) -> dict[str, Any]:
+    """All that the last results of these scores depend on, as primitives for JSON.
+
+    Entries of the result:
+
+    - num_images: number of generated images;
+    - reference: data, split, count and fingerprint of the reference set; None for a score without one;
+    - features: name, num_features, sha256 and origin of the feature space;
+    - settings: the score's own numbers, e.g. the subset size of KID;
+    - recipe: how the images were made, as given;
+    - quantisation: how images became bytes;
+    - versions: of the libraries that computed the scores.
+
+    Of several scores, `reference`, `features` and `settings` each hold one such entry per score, by its name:
+    {"features": {"fid": {"name": "inception", ...}, "kid": {...}}, ...}.
+
+    Args:
+        scores: at least one, after `compute` on the same images.
+        recipe: training_steps, weights, ema_decay, sampler, spacing, variance, guidance, clipping, labels, steps,
+            network_evaluations, seed.
+        quantisation: how the images became bytes, in words.
+    """
+    single = len(scores) == 1
+
+    def each(entry: dict[str, Any]) -> Any:
+        return entry[scores[0].name] if single else entry
+
+    return {
+        "num_images": scores[0].num_images,
+        "reference": each({s.name: s.reference and asdict(s.reference) for s in scores}),
+        "features": each({s.name: s.features.describe() for s in scores}),
+        "settings": each({s.name: s.settings() for s in scores}),
+        "recipe": dict(recipe),
+        "quantisation": quantisation,
+        "versions": {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")},
+    }

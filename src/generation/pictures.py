@@ -1,4 +1,4 @@
-"""Images as pictures: grids and animations."""
+"""Images as picture files: grids, single images and animations."""
 
 import math
 import os
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.data.transforms import to_uint8
+from src.data.codec import Codec
 from src.diffusion.sampler import State
 
 
@@ -19,14 +19,16 @@ def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) 
     """A grid of images with thin gaps, as square as can be.
 
     Args:
-        images: uint8, shape (B, C, H, W), C = 1 or 3.
+        images: uint8, shape (B, C, H, W); other channels than 1 or 3 are shown side by side, in grey.
         columns: images in a row; by default the square root of B.
         smallest: small pictures are enlarged by a whole factor to at least this width, each pixel a block.
     """
     from torchvision.utils import make_grid
 
     columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
+    if images.shape[1] not in (1, 3):
+        images = images.movedim(1, 2).flatten(2)[:, None]
+    grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=128)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     factor = max(1, math.ceil(smallest / picture.width))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -35,37 +37,48 @@ def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) 
 def save_images(images: Tensor, folder: Path, first: int) -> None:
     """Writes images as <folder>/000000.png, ..., numbered from `first`; uint8, shape (B, C, H, W).
 
-    A kill leaves no half image: each gets its name when it is complete.
+    With other channels than 1 or 3 they are NumPy files, <folder>/000000.npy. A kill leaves no half image: each gets
+    its name when it is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images.cpu(), start=first):
-        pixels = image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0)
+    for number, image in enumerate(images.cpu().numpy(), start=first):
+        path = image_path(folder, number, len(image))
         unfinished = folder / f".{number:06d}.{os.getpid()}.tmp"
-        Image.fromarray(pixels.numpy()).save(unfinished, "PNG")
-        unfinished.replace(image_path(folder, number))
+        with unfinished.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, image)
+            else:
+                Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "PNG")
+        unfinished.replace(path)
 
 
-def read_images(folder: Path, numbers: range) -> Tensor | None:
+def read_images(folder: Path, numbers: range, channels: int) -> Tensor | None:
     """The images that `save_images` wrote under these numbers, uint8 (B, C, H, W); None if one is missing or broken."""
     images = []
     for number in numbers:
+        path = image_path(folder, number, channels)
         try:
-            with Image.open(image_path(folder, number)) as image:
-                pixels = torch.from_numpy(np.array(image))
-        except OSError:
+            if path.suffix == ".npy":
+                pixels = np.load(path, allow_pickle=False)
+            else:
+                with Image.open(path, formats=["PNG"]) as image:
+                    pixels = np.array(image)
+        except (OSError, ValueError, SyntaxError):
             return None
-        images.append(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+        if path.suffix == ".png":
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        images.append(torch.from_numpy(np.ascontiguousarray(pixels)))
     return torch.stack(images)
 
 
-def image_path(folder: Path, number: int) -> Path:
-    """Where the image of this number lies."""
-    return folder / f"{number:06d}.png"
+def image_path(folder: Path, number: int, channels: int) -> Path:
+    """The file of the image with this number."""
+    return folder / f"{number:06d}.{'png' if channels in (1, 3) else 'npy'}"
 
 
 @dataclass(frozen=True)
 class Animation:
-    """Pictures one after the other."""
+    """A sequence of pictures."""
 
     frames: list[Image.Image]
 
@@ -77,12 +90,12 @@ class Animation:
         first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def animation(states: Iterable[State]) -> Animation:
+def animation(states: Iterable[State], codec: Codec) -> Animation:
     """The states of a trajectory as grids: x_t on the left, the estimate of x0 at that time on the right."""
     frames = []
     for state in states:
         estimate = state.x if state.prediction is None else state.prediction.x0
-        left, right = (image_grid(to_uint8(images).cpu()) for images in (state.x, estimate))
+        left, right = (image_grid(codec.decode(images)) for images in (state.x, estimate))
         frame = Image.new(left.mode, (left.width + right.width + 16, left.height), "white")
         frame.paste(left, (0, 0))
         frame.paste(right, (left.width + 16, 0))

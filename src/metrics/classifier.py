@@ -1,4 +1,4 @@
-"""The small classifier whose penultimate layer is a feature space where Inception is not at home."""
+"""A small classifier whose penultimate layer is the feature space for data far from InceptionV3's, such as digits."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from src.errors import UserError
 
 
 class SmallClassifier(nn.Module):
-    """Convolutions with 2x2 max-pooling, one convolution over all that is left, and a linear head.
+    """Convolutions with 2x2 max-pooling, one convolution over the remaining map, and a linear head.
 
-    The last convolution spans the whole map, so its `num_features` outputs keep where things are; a global
-    average would not. All layers of the feature path are convolutions: one switch governs their precision.
+    The last convolution covers the whole map, so that its `num_features` outputs depend on positions; a global
+    average would not. All layers up to the features are convolutions, so that `full_precision` covers them.
 
     Args:
         channels: image channels.
@@ -23,6 +23,9 @@ class SmallClassifier(nn.Module):
         widths: channels of the convolutions; each is followed by batch norm, SiLU and pooling.
         num_features: size of the penultimate layer.
         num_classes: number of logits.
+
+    Raises:
+        ValueError: more poolings than the image size allows.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class SmallClassifier(nn.Module):
             ]
             previous, size = width, size // 2
         if size < 1:
-            raise ValueError(f"widths: {len(widths)} poolings leave nothing of {image_size} pixels")
+            raise ValueError(f"widths: {len(widths)} poolings reduce {image_size} pixels to none")
         layers += [
             nn.Conv2d(previous, num_features, size, bias=False),
             nn.BatchNorm2d(num_features),
@@ -67,7 +70,11 @@ class SmallClassifier(nn.Module):
 
 
 def save_classifier(classifier: SmallClassifier, path: Path, metadata: dict[str, str]) -> None:
-    """Write weights, architecture and `metadata` (data set, accuracy, command) to one safetensors file."""
+    """Write weights, architecture and `metadata` (data set, accuracy, command) to one safetensors file.
+
+    Raises:
+        SafetensorError: the file cannot be written.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(tensors, path, {**metadata, "architecture": json.dumps(classifier.architecture)})
 
@@ -76,13 +83,13 @@ def load_classifier(path: Path) -> tuple[SmallClassifier, dict[str, str]]:
     """The classifier in `path` and its metadata.
 
     Raises:
-        UserError: the file is missing, or is not one that `save_classifier` wrote.
+        UserError: the file is missing, or was not written by `save_classifier`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        # on the meta device no initial weights are drawn: loading leaves the random state as it was
+        # on the meta device no initial weights are drawn, so that loading does not change the random state
         with torch.device("meta"):
             classifier = SmallClassifier(**json.loads(metadata["architecture"]))
         classifier.load_state_dict(tensors, assign=True)

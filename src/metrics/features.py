@@ -1,9 +1,10 @@
-"""Feature spaces in which sets of images are compared: fixed networks, identified by their weights."""
+"""Feature spaces in which sets of images are compared: fixed networks, identified by the hash of their weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ from src.metrics.inception import LAYERS, build_network, find_weights, fold_batc
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
-def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of the tensors: independent of the file that held them."""
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, hexadecimal, over names, types, shapes and bytes of the tensors, independent of a file's format."""
     digest = sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -26,13 +27,13 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions in full float32 on the GPU: cuDNN's default, TF32, moves features by about 1e-3."""
+    """Run convolutions in full float32 on the GPU: cuDNN's default, TF32, changes features by about 1e-3."""
     cudnn = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):  # before torch 2.9
         with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
         return
-    # not `cudnn.flags`, which raises where the precision was set through the interface of torch 2.9
+    # `cudnn.flags` raises if the precision was set through the interface of torch 2.9
     before = cudnn.conv.fp32_precision
     cudnn.conv.fp32_precision = "ieee"
     try:
@@ -50,8 +51,8 @@ class FeatureExtractor(nn.Module):
     Attributes:
         name: name of the feature space; part of every score's name.
         num_features: length of a feature vector.
-        sha256: hash of the weights, see `hash_weights`.
-        origin: where the weights come from, in words, for the protocol.
+        sha256: hash of the weights, see `hash_tensors`. Two extractors with equal name and sha256 are one space.
+        origin: where the weights come from, for the protocol.
     """
 
     def __init__(self, name: str, num_features: int, sha256: str, origin: str):
@@ -62,14 +63,27 @@ class FeatureExtractor(nn.Module):
         self.origin = origin
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of checked images (B, C, H, W), uint8; subclasses write this one."""
+        """Features (B, num_features) of images (B, C, H, W), uint8; to be defined by subclasses.
+
+        Raises:
+            ValueError: images of another shape.
+        """
         raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The feature space, for the protocol."""
+        return {
+            "name": self.name,
+            "num_features": self.num_features,
+            "sha256": self.sha256,
+            "origin": self.origin,
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
-                f"features of {self.name!r} are of uint8 images (B, C, H, W), "
-                f"not {images.dtype} {tuple(images.shape)}"
+                f"images for the features {self.name!r} must be uint8 (B, C, H, W), "
+                f"got {images.dtype} {tuple(images.shape)}"
             )
         with (
             torch.no_grad(),
@@ -79,7 +93,7 @@ class FeatureExtractor(nn.Module):
             return self.extract(images).float()
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
 
@@ -88,10 +102,10 @@ class ClassifierFeatures(FeatureExtractor):
 
     Args:
         weights: name of a classifier that comes with this project ("digits", "fashion_mnist"), or the path of
-            a safetensors file that `src.train_classifier` wrote.
+            a safetensors file written by `src.train_classifier`.
 
     Raises:
-        UserError: no such file, or another kind of file.
+        UserError: no such file, or a file of another kind.
     """
 
     def __init__(self, weights: str):
@@ -101,7 +115,7 @@ class ClassifierFeatures(FeatureExtractor):
         super().__init__(
             name=path.stem,
             num_features=architecture["num_features"],
-            sha256=hash_weights(classifier.state_dict()),
+            sha256=hash_tensors(classifier.state_dict()),
             origin=(
                 f"{path.name}: classifier of {metadata.get('data', 'unknown data')}, test accuracy "
                 f"{metadata.get('test_accuracy', 'unknown')}, made by {metadata.get('command', 'unknown')}"
@@ -114,8 +128,8 @@ class ClassifierFeatures(FeatureExtractor):
     def extract(self, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"features of {self.name!r} are of images {self.image_shape}, not {tuple(images.shape[1:])}: "
-                "choose metrics=fid, or train a classifier of this data set"
+                f"images for the features {self.name!r} must have shape {self.image_shape}, "
+                f"got {tuple(images.shape[1:])}: choose metrics=fid, or train a classifier on this data set"
             )
         return self.classifier.features(images)
 
@@ -123,25 +137,27 @@ class ClassifierFeatures(FeatureExtractor):
 class InceptionFeatures(FeatureExtractor):
     """InceptionV3 of the original TensorFlow graph, as FID uses it (Heusel et al. 2017).
 
-    The network is torch-fidelity's. Images are resized to 299 x 299 as TensorFlow 1 did, without antialias;
-    grey images are repeated into RGB.
+    The network is torch-fidelity's. It resizes images of any height and width to 299 x 299 as TensorFlow 1 does:
+    bilinear, without antialiasing, without keeping the aspect ratio. Grey images are repeated into RGB.
 
     Args:
         weights: path of the weights (safetensors or a PyTorch state dict). None looks for the file that
-            `make inception` makes, then for torch-fidelity's own, which is downloaded if need be.
+            `make inception` writes, then for torch-fidelity's file, which is downloaded if it is missing.
         layer: torch-fidelity's name of the layer. "2048" is FID's; the space is then called "inception", and
             "inception_<layer>" otherwise. "logits_unbiased" is for the Inception Score.
-        chunk: images in the network at once.
+        chunk: largest number of images in one call of the network.
 
     Raises:
-        ValueError: no such layer.
-        UserError: no weights, or a file that is not what it says.
+        ValueError: no such layer, or chunk is below 1.
+        UserError: no weights, or a file without InceptionV3's weights.
     """
 
     def __init__(self, weights: str | None = None, layer: str = "2048", chunk: int = 64):
         layer = str(layer)
         if layer not in LAYERS:
             raise ValueError(f"layer={layer!r}: choose one of {', '.join(LAYERS)}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         path = find_weights(weights, layer)
         tensors = read_weights(path)
         network = build_network(tensors, layer, str(path))
@@ -154,7 +170,7 @@ class InceptionFeatures(FeatureExtractor):
         super().__init__(
             name="inception" if layer == "2048" else f"inception_{layer}",
             num_features=LAYERS[layer],
-            sha256=hash_weights(used),
+            sha256=hash_tensors(used),
             origin=f"{path.name}: InceptionV3 of TensorFlow's graph of 2015-12-05 in torch-fidelity",
         )
         fold_batch_norms(network)
@@ -164,6 +180,6 @@ class InceptionFeatures(FeatureExtractor):
 
     def extract(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"Inception takes images of 1 or 3 channels, not {images.shape[1]}")
+            raise ValueError(f"images for InceptionV3 must have 1 or 3 channels, got {images.shape[1]}")
         images = images.expand(-1, 3, -1, -1)
         return torch.cat([self.network(chunk)[0] for chunk in images.split(self.chunk)])

@@ -1,63 +1,26 @@
-"""Distances between generated images and a reference set.
+"""Distances between generated images and a reference set: the formulas, as torchmetrics `Metric`s.
 
-A score is a torchmetrics `Metric`: its sums over the generated images are kept per process and added over
-the ranks in `compute`. The reference is no such state: each rank reads its share of it once
-(`set_reference`), the sums are added, and all ranks hold the result: it is never counted once per rank.
+A score keeps sums or features of the generated images per process; `compute` combines them over the ranks. The
+states of the reference set are already combined when `set_reference` receives them, and each rank holds a copy, so
+that no reference image counts once per rank. `src.evaluation.reference` computes and caches them.
 """
 
-import json
 import logging
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics import Metric
-from tqdm import tqdm
 
 from src.errors import UserError
 from src.metrics.features import FeatureExtractor
+from src.metrics.frechet import Moments, frechet_distance
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
-"""Part of every cache key; to be raised when the stored statistics change their meaning."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean (d,) and covariance (d, d, divided by n - 1) of features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of_sums(cls, count: Tensor, total: Tensor, outer: Tensor) -> "Moments":
-        """From n, sum f and sum f f^T over n >= 2 feature vectors f."""
-        mean = total / count
-        return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
-
-        |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^(1/2) C_b C_a^(1/2))^(1/2))
-
-    The symmetric form needs eigenvalues of symmetric matrices only, so singular covariances (fewer images
-    than features) are no special case.
-    """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ b.covariance @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return distance.item()
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -77,36 +40,27 @@ class Reference:
     fingerprint: str
 
 
-def shares(images: Any, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-    """This rank's share of an image set, in uint8 batches: images rank, rank + world_size, ...
-
-    Args:
-        images: has a length and `images(indices) -> uint8 (n, C, H, W)`.
-        batch_size: largest batch.
-    """
-    indices = torch.arange(len(images))[rank::world_size]
-    for start in range(0, len(indices), batch_size):
-        yield images.images(indices[start : start + batch_size])
-
-
 class FidelityScore(Metric):
-    """A number that says how good a set of generated images is, mostly by its distance to a reference set.
+    """A number that says how good a set of generated images is, usually its distance to a reference set.
 
-    Use: `set_reference` once, then `update` with each rank's generated images and `compute`; `reset` forgets
-    the generated images and keeps the reference. `compute` returns the same dict of floats on all ranks.
+    Use: `set_reference` once, then `update` with each rank's generated images, and `compute`. `reset` drops
+    the generated images and keeps the reference. `src.evaluation.scores.ScoreSet` does this for several scores at
+    once and computes the references.
 
     Subclasses add states with `add_state`, fill them from features in `accumulate`, and compare two sets of
-    states, the generated images' and the reference's, in `compare`. States whose reduction is "sum" are added
-    over the ranks, those with "cat" are concatenated.
+    states, the generated images' and the reference's, in `compare`. Over the ranks, states with the reduction
+    "sum" are added and those with "cat" are concatenated.
 
     Args:
+        name: key of the number to monitor in the result of `compute`. It contains the feature space.
         features: the feature space.
-        reference_split: which split of the data is the reference; the papers use the whole training set.
+        reference_split: the split of the data that serves as the reference; the papers use the training set.
+        smallest: number of images that the generated set and the reference must each have.
+        because: the option that sets `smallest`, with its value, for messages.
 
     Attributes:
-        name: key of the number to monitor in what `compute` returns. It says the feature space.
         num_images: number of generated images in the last `compute`, over all ranks.
-        reference: what `set_reference` was given, or None.
+        reference: the reference set in use; None before `set_reference`.
         needs_reference: False for a score of the generated images alone.
     """
 
@@ -115,113 +69,126 @@ class FidelityScore(Metric):
     higher_is_better = False
     needs_reference = True
 
-    def __init__(self, name: str, features: FeatureExtractor, reference_split: str):
+    def __init__(
+        self,
+        name: str,
+        features: FeatureExtractor,
+        reference_split: str,
+        smallest: int = 2,
+        because: str = "",
+    ):
         super().__init__()
         self.name = name
         self.features = features
         self.reference_split = reference_split
+        self.smallest = max(smallest, 2)
+        self.because = because
         self.reference: Reference | None = None
         self.num_images = 0
         self._reference_states: dict[str, Tensor] = {}
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def state_names(self) -> list[str]:
+        """The names of the states, sorted."""
+        return sorted(self._defaults)
 
     def settings(self) -> dict[str, Any]:
         """Numbers that the score depends on besides images and features, for the protocol."""
         return {}
 
     def accumulate(self, features: Tensor) -> None:
-        """Take features (B, num_features) into the states."""
+        """Add features (B, num_features), float32, to the states."""
         raise NotImplementedError
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         """The score of two sets of states, both over all ranks."""
         raise NotImplementedError
 
-    def update(self, images: Tensor) -> None:
-        """Take in generated images, uint8 (B, C, H, W), on the score's device."""
-        self.accumulate(self.features(images))
+    def update(self, images: Tensor, features: Tensor | None = None) -> None:
+        """Add images.
+
+        Args:
+            images: uint8 (B, C, H, W), on the score's device.
+            features: of these images (B, num_features), where they are known already.
+        """
+        self.accumulate(self.features(images) if features is None else features)
         self.count += len(images)
 
     def compute(self) -> dict[str, float]:
-        """The score of all images since `reset`, over all ranks.
+        """The score of all images since `reset`, over all ranks, as the same dict of floats on each rank.
 
         Raises:
-            UserError: fewer than two images, no reference, or features that are not finite.
+            UserError: too few images, no reference, or features or a score that are not finite.
         """
         if self.needs_reference and self.reference is None:
             raise UserError(f"{self.name}: no reference set; call set_reference before compute")
-        generated = self._states(f"{self.name}: generated images")
+        generated = self.states("the generated set")
+        self.check_count(int(generated["count"]), "the generated set")
         reference = {name: tensor.to(self.device) for name, tensor in self._reference_states.items()}
         self.num_images = int(generated["count"])
         scores = self.compare(generated, reference)
         for name, value in scores.items():
-            if not torch.tensor(value).isfinite():
-                raise UserError(f"{name} is {value} over {self.num_images} images: no score was kept")
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} over {self.num_images} images")
         return scores
 
-    def set_reference(
-        self, batches: Iterable[Tensor], reference: Reference, cache_dir: str | Path | None = None
-    ) -> None:
-        """Learn the reference set, or read what was learned before. All ranks call it.
-
-        Generated images taken in before are dropped.
-
-        The cache is keyed by the hash of the data, the hash of the weights, split and count: another set, or
-        another network, is never taken for this one.
+    def check_count(self, count: int, whose: str) -> None:
+        """Check the size of a set of images.
 
         Args:
-            batches: this rank's share of the reference images, uint8 (B, C, H, W); see `shares`. Read only
-                when the cache does not have them.
-            reference: says what `batches` are.
-            cache_dir: folder of the cached statistics; None keeps nothing.
+            count: number of images.
+            whose: names the set in messages, e.g. "the generated set".
 
         Raises:
-            ValueError: the wrong split, or the ranks' shares together are not `reference.count` images.
+            UserError: the score needs more images.
+        """
+        if count < self.smallest:
+            because = f" ({self.because})" if self.because else ""
+            raise UserError(
+                f"{self.name} needs at least {self.smallest} images{because}, but {whose} has {count}"
+            )
+
+    def set_reference(self, reference: Reference, states: dict[str, Tensor]) -> None:
+        """Set what generated images are compared with.
+
+        Args:
+            reference: describes the set.
+            states: the states of the score after `update` with all images of the set, over all ranks.
+
+        Raises:
+            ValueError: the wrong split, or not `reference.count` images.
         """
         if reference.split != self.reference_split:
             raise ValueError(
-                f"{self.name} compares with the split {self.reference_split!r}, not {reference.split!r}"
+                f"reference is the split {reference.split!r}, {self.name} uses {self.reference_split!r}"
             )
-        key = {
-            "format": CACHE_FORMAT,
-            "states": sorted(self._defaults),
-            "features": self.features.name,
-            "weights": self.features.sha256,
-            **asdict(reference),
-        }
-        path = None
-        if cache_dir is not None:
-            digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-            name = f"{reference.data}-{reference.split}-{self.features.name}-{digest[:16]}.safetensors"
-            path = Path(cache_dir).expanduser() / name
-
-        states = _from_rank_zero(_read_cache(path, key) if path and _rank() == 0 else None)
-        if states is None:
-            self.reset()
-            for batch in tqdm(batches, desc=f"{self.name}: reference", delay=2, disable=_rank() > 0):
-                self.update(batch.to(self.device))
-            with self.sync_context(should_sync=_world_size() > 1):
-                states = {name: t.cpu() for name, t in self._states(f"{self.name}: reference").items()}
-            self.reset()
-            if int(states["count"]) != reference.count:
-                raise ValueError(
-                    f"{self.name}: the reference was said to have {reference.count} images, but "
-                    f"{int(states['count'])} came from {_world_size()} ranks: does each give its share only?"
-                )
-            if path and _rank() == 0:
-                _write_cache(path, key, states)
-        self._reference_states = states
+        if int(states["count"]) != reference.count:
+            raise ValueError(
+                f"reference has {reference.count} images, but {self.name} saw {int(states['count'])}: each rank"
+                " must read its share of the set"
+            )
         self.reference = reference
+        self._reference_states = states
 
-    def _states(self, whose: str) -> dict[str, Tensor]:
-        if int(self.count) < 2:
-            raise UserError(f"{whose}: a score needs at least 2 images, not {int(self.count)}")
+    def states(self, whose: str) -> dict[str, Tensor]:
+        """Copies of the states by name; over all ranks inside `sync_context` and `compute`, else of this rank.
+
+        Args:
+            whose: names the images in messages, e.g. "the generated set".
+
+        Raises:
+            UserError: the features are not finite.
+        """
         states = {}
         for name in self._defaults:
             value = getattr(self, name)
-            states[name] = torch.cat(value) if isinstance(value, list) else value.clone()
+            if isinstance(value, list):
+                states[name] = torch.cat(value) if value else torch.zeros(0, device=self.device)
+            else:
+                states[name] = value.clone()
             if not states[name].isfinite().all():
-                raise UserError(f"{whose}: features of {self.features.name!r} are not finite")
+                raise UserError(f"{self.name}: features {self.features.name!r} of {whose} are not finite")
         return states
 
 
@@ -233,10 +200,10 @@ class FrechetDistance(FidelityScore):
 
     Args:
         features: the feature space.
-        reference_split: which split of the data is the reference.
+        reference_split: the split of the data that serves as the reference.
     """
 
-    def __init__(self, features: FeatureExtractor, reference_split: str = "train"):
+    def __init__(self, features: FeatureExtractor, reference_split: Split = "train"):
         name = "fid" if features.name == "inception" else f"fd_{features.name}"
         super().__init__(name, features, reference_split)
         size = features.num_features
@@ -252,7 +219,7 @@ class FrechetDistance(FidelityScore):
         fewest = min(int(generated["count"]), int(reference["count"]))
         if fewest <= self.features.num_features:
             log.warning(
-                "%s: %d images in a space of %d features leave the covariance singular; the score is far too high",
+                "%s: %d images in a space of %d features make the covariance singular; the score is far too high",
                 self.name,
                 fewest,
                 self.features.num_features,
@@ -263,13 +230,18 @@ class FrechetDistance(FidelityScore):
 class FeatureSetScore(FidelityScore):
     """A score that needs every feature vector, not only sums: it holds num_images x num_features floats.
 
-    The sets are put in an order of their own before they are compared, so that what is drawn from them does
-    not depend on how the images were dealt out to the ranks.
+    The sets are sorted before they are compared, so that random draws from them do not depend on the order of
+    the images or on which rank made them.
+
+    Args:
+        name, features, reference_split, smallest, because: as of `FidelityScore`.
     """
 
-    def __init__(self, name: str, features: FeatureExtractor, reference_split: str):
-        super().__init__(name, features, reference_split)
-        # flat, because ranks without images contribute a tensor of one dimension
+    def __init__(
+        self, name: str, features: FeatureExtractor, reference_split: str, smallest: int, because: str
+    ):
+        super().__init__(name, features, reference_split, smallest, because)
+        # flat, because torchmetrics gathers a one-dimensional empty tensor from ranks without images
         self.add_state("vectors", [], dist_reduce_fx="cat")
 
     def accumulate(self, features: Tensor) -> None:
@@ -291,22 +263,29 @@ class KernelDistance(FeatureSetScore):
 
     Args:
         features: the feature space.
+        subset_size: images in a subset, drawn from either set without replacement; 1,000 in the paper's KID.
         subsets: number of subsets.
-        subset_size: images in a subset, drawn from either set without replacement.
         seed: seed of the draws.
-        reference_split: which split of the data is the reference.
+        reference_split: the split of the data that serves as the reference.
+
+    Raises:
+        ValueError: subset_size is below 2, or subsets below 1.
     """
 
     def __init__(
         self,
         features: FeatureExtractor,
+        subset_size: int,
         subsets: int = 100,
-        subset_size: int = 1000,
         seed: int = 2020,
-        reference_split: str = "train",
+        reference_split: Split = "train",
     ):
+        if subset_size < 2:
+            raise ValueError(f"subset_size must be at least 2, got {subset_size}")
+        if subsets < 1:
+            raise ValueError(f"subsets must be at least 1, got {subsets}")
         name = "kid" if features.name == "inception" else f"kd_{features.name}"
-        super().__init__(name, features, reference_split)
+        super().__init__(name, features, reference_split, subset_size, f"subset_size={subset_size}")
         self.subsets = subsets
         self.subset_size = subset_size
         self.seed = seed
@@ -322,11 +301,6 @@ class KernelDistance(FeatureSetScore):
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         from torch_fidelity.metric_kid import kid_features_to_metric
 
-        smaller = min(int(generated["count"]), int(reference["count"]))
-        if smaller < self.subset_size:
-            raise UserError(
-                f"metrics.subset_size={self.subset_size}: {self.name} has only {smaller} images to draw from"
-            )
         result = kid_features_to_metric(
             self.feature_set(generated),
             self.feature_set(reference),
@@ -351,13 +325,19 @@ class PrecisionRecall(FeatureSetScore):
     Args:
         features: the feature space.
         neighbours: k.
-        reference_split: which split of the data is the reference.
+        reference_split: the split of the data that serves as the reference.
+
+    Raises:
+        ValueError: neighbours is below 1.
     """
 
     higher_is_better = True
 
-    def __init__(self, features: FeatureExtractor, neighbours: int = 3, reference_split: str = "train"):
-        super().__init__(f"precision_{features.name}", features, reference_split)
+    def __init__(self, features: FeatureExtractor, neighbours: int = 3, reference_split: Split = "train"):
+        if neighbours < 1:
+            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        name = f"precision_{features.name}"
+        super().__init__(name, features, reference_split, neighbours + 1, f"neighbours={neighbours}")
         self.neighbours = neighbours
 
     def settings(self) -> dict[str, Any]:
@@ -366,11 +346,6 @@ class PrecisionRecall(FeatureSetScore):
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         from torch_fidelity.metric_prc import prc_features_to_metric
 
-        smaller = min(int(generated["count"]), int(reference["count"]))
-        if smaller <= self.neighbours:
-            raise UserError(
-                f"metrics.neighbours={self.neighbours}: {self.name} has only {smaller} images in a set"
-            )
         result = prc_features_to_metric(
             self.feature_set(generated),
             self.feature_set(reference),
@@ -385,12 +360,15 @@ class PrecisionRecall(FeatureSetScore):
 class InceptionScore(FeatureSetScore):
     """Inception Score (Salimans et al. 2016), by torch-fidelity: exp of the mean KL(p(y|x) || p(y)).
 
-    It looks at generated images only, through InceptionV3's logits.
+    It uses InceptionV3's logits of the generated images and no reference set.
 
     Args:
         features: `InceptionFeatures` with layer "logits_unbiased".
-        splits: parts in which the images are scored; mean and standard deviation over them are returned.
+        splits: number of parts that are scored; `compute` returns the mean and standard deviation over them.
         seed: seed of the shuffling into parts.
+
+    Raises:
+        ValueError: other features, or splits is below 1.
     """
 
     higher_is_better = True
@@ -399,10 +377,12 @@ class InceptionScore(FeatureSetScore):
     def __init__(self, features: FeatureExtractor, splits: int = 10, seed: int = 2020):
         if features.name != "inception_logits_unbiased":
             raise ValueError(
-                f"features={features.name!r}: the Inception Score is of InceptionV3's logits; "
-                "set metrics.features.layer=logits_unbiased"
+                f"features={features.name!r}: the Inception Score needs InceptionV3's logits; "
+                "set features.layer=logits_unbiased"
             )
-        super().__init__("inception_score", features, reference_split="none")
+        if splits < 1:
+            raise ValueError(f"splits must be at least 1, got {splits}")
+        super().__init__("inception_score", features, "none", splits, f"splits={splits}")
         self.splits = splits
         self.seed = seed
 
@@ -412,48 +392,8 @@ class InceptionScore(FeatureSetScore):
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         from torch_fidelity.metric_isc import isc_features_to_metric
 
-        if int(generated["count"]) < self.splits:
-            raise UserError(f"metrics.splits={self.splits}: only {int(generated['count'])} images to split")
         result = isc_features_to_metric(self.feature_set(generated), self.splits, rng_seed=self.seed)
         return {
             self.name: result["inception_score_mean"],
             f"{self.name}_std": result["inception_score_std"],
         }
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _world_size() > 1 else 0
-
-
-def _world_size() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
-def _from_rank_zero(value: Any) -> Any:
-    """Rank 0's value, on all ranks: folders may differ between machines, the decision must not."""
-    if _world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _read_cache(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {}).get("key", "null"))
-            if stored == key:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        log.warning("%s is not readable (%s): computed anew", path, error)
-    return None
-
-
-def _write_cache(path: Path, key: dict[str, Any], states: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(states, temporary, {"key": json.dumps(key)})
-    os.replace(temporary, path)

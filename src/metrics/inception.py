@@ -1,6 +1,6 @@
 """InceptionV3 of the original TensorFlow graph (Inception-2015-12-05), the feature space of FID.
 
-The network is torch-fidelity's `FeatureExtractorInceptionV3`; here its weights are found, read, checked.
+The network is torch-fidelity's `FeatureExtractorInceptionV3`; this module finds, reads and checks its weights.
 """
 
 import io
@@ -19,55 +19,69 @@ if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 POOL3_FILE = Path("~/.cache/diffusion-lab/inception-2015-12-05-pool3.safetensors")
-"""What `make inception` writes: the weights up to the 2048 features, without the classifier's head `fc`."""
+"""File written by `make inception`: the weights up to the 2048 features, without the classifier's head `fc`."""
 
 LAYERS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008}
 """torch-fidelity's names of the layers, and their numbers of features."""
 
 
 def find_weights(weights: str | None, layer: str) -> Path:
-    """The file of the weights: the one asked for, or `make inception`'s, or torch-fidelity's own download.
+    """The file of the weights: the given one, or that of `make inception`, or torch-fidelity's, downloaded if missing.
 
     Args:
-        weights: a path, or None to look for one.
-        layer: "logits_unbiased" passes over `make inception`'s file, which ends before the logits.
+        weights: a path; None to search.
+        layer: "logits_unbiased" skips the file of `make inception`, which ends before the logits.
 
     Raises:
-        UserError: no such file; or none was found, and none could be downloaded.
+        UserError: no such file, or no file found and none could be downloaded.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = expanded(Path(weights))
         if not path.is_file():
             raise UserError(
-                f"metrics.features.weights: no file {path}; leave it null, and run `make inception`"
+                f"metrics.features.weights={path}: no such file; leave it null and run `make inception`"
             )
         return path
-    pool3 = POOL3_FILE.expanduser()
+    pool3 = expanded(POOL3_FILE)
     if layer != "logits_unbiased" and pool3.is_file():
         return pool3
-    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    downloaded = expanded(Path(torch.hub.get_dir())) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if not downloaded.is_file():
-        downloaded.parent.mkdir(parents=True, exist_ok=True)
         try:
+            downloaded.parent.mkdir(parents=True, exist_ok=True)
             # the file's name ends in the first digits of its SHA-256
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(downloaded), hash_prefix="6726825d")
         except (URLError, OSError, RuntimeError) as error:
-            cure = (
-                f"fetch {URL_INCEPTION_V3} to {downloaded} (the logits are in no other file)"
+            fix = (
+                f"fetch {URL_INCEPTION_V3} to {downloaded} (no other file has the logits)"
                 if layer == "logits_unbiased"
                 else "run `make inception`, or choose metrics=fd_digits"
             )
             raise UserError(
                 f"metrics.features.weights: no InceptionV3 weights in {pool3} or {downloaded}, "
-                f"and the download failed ({error}): {cure}"
+                f"and the download failed ({error}): {fix}"
             ) from None
     return downloaded
 
 
+def expanded(path: Path) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Raises:
+        UserError: the home folder is unknown, e.g. of a user without an entry in the password file.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"metrics.features.weights: {path} is in an unknown home folder; set the environment variable HOME"
+        ) from None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The named tensors in a safetensors file or a PyTorch state dict. No code in the file is run.
+    """The named tensors in a safetensors file or a PyTorch state dict. Code in the file is not executed.
 
     Raises:
         UserError: the file is neither.
@@ -76,21 +90,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever bytes that are no pickle make the unpickler stumble over
+    except Exception:  # arbitrary bytes can raise any exception in the unpickler
         raise UserError(
             f"metrics.features.weights: {path} is neither a safetensors file nor a PyTorch state dict"
         ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"metrics.features.weights: {path} holds no state dict of tensors")
+        raise UserError(f"metrics.features.weights: {path} is not a state dict of tensors")
     return dict(weights)
 
 
 def empty_network(layer: str) -> "FeatureExtractorInceptionV3":
-    """torch-fidelity's InceptionV3 without weights, on the meta device: no random numbers are drawn."""
+    """torch-fidelity's InceptionV3 on the meta device, without weights; draws no random numbers."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class WithoutLoading(FeatureExtractorInceptionV3):
-        """Its parent's constructor reads a file with the unsafe loader; here it gets an empty one."""
+        """The parent's constructor reads a file with the unsafe loader: give it an empty one and skip loading."""
 
         def load_state_dict(self, state_dict, *args, **kwargs):
             if state_dict:
@@ -109,17 +123,17 @@ def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "Fe
     Args:
         weights: state dict; `fc` may be missing unless `layer` is "logits_unbiased".
         layer: one of `LAYERS`.
-        origin: what error messages call the weights.
+        origin: names the weights in error messages.
 
     Raises:
-        UserError: names or shapes are not those of InceptionV3, or values are not finite.
+        UserError: other names or shapes than InceptionV3's, or values that are not finite.
     """
     weights = dict(weights)
     if "fc.weight" not in weights:
         if layer == "logits_unbiased":
             raise UserError(
-                f"metrics.features.weights: {origin} ends before the logits (no fc): there is no Inception "
-                "Score with it; use torch-fidelity's own file, or choose metrics=fid"
+                f"metrics.features.weights: {origin} ends before the logits (no fc), which the Inception Score "
+                "needs; use torch-fidelity's file, or choose metrics=fid"
             )
         weights |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
@@ -136,9 +150,9 @@ def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "Fe
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, and lay weights out channels last.
+    """Fold each batch norm into the convolution before it, and store weights channels last.
 
-    Together 1.5 times faster on a CPU, with features that differ by 1e-6 of their norm.
+    1.5 times as fast on a CPU; features change by 1e-6 of their norm.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
 from src.model.embedding import TimeEmbedding
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The DDPM U-Net, optionally class-conditional.
 
     One level for each channel multiplier; each next level has half the height and width. The encoder keeps
@@ -22,7 +23,7 @@ class UNet(nn.Module):
     (35,746,307 parameters), apart from that one's dropout of 0.1.
 
     Args:
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, in pixels; a pair [H, W] where they differ.
         channels: channels of the images.
         out_channels: channels of the output; None: as many as the images have.
         num_classes: number of classes; 0 makes an unconditional network.
@@ -33,6 +34,8 @@ class UNet(nn.Module):
             its height and width. The middle always has attention.
         dropout: probability inside the residual blocks, in [0, 1].
         groups: groups of every normalisation; must divide the channels of every level.
+        second_time: also embed the label of a second time, for losses and samplers of steps from t to s; its
+            embedding is added to that of t and is zero at first.
 
     Raises:
         ValueError: an image size that cannot be halved often enough, channels that the groups do not divide,
@@ -41,7 +44,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         channels: int,
         *,
         out_channels: int | None = None,
@@ -52,16 +55,19 @@ class UNet(nn.Module):
         attention_factors: Sequence[int] = (2,),
         dropout: float = 0.0,
         groups: int = 32,
+        second_time: bool = False,
     ):
         super().__init__()
-        self.image_size = image_size
-        self.channels = channels
+        height, width = height_and_width(image_size)
+        self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes = num_classes
+        self.reads = frozenset({"labels"} if num_classes else ())
+        self.second_time = second_time
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
-        _check_sizes(image_size, widths, blocks_per_level)
+        _check_sizes((height, width), widths, blocks_per_level)
         _check_channels(base_channels, widths, groups)
         _check_attention(attention_factors, factors)
 
@@ -69,6 +75,8 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(base_channels, embedding_channels)
         # The row after the last class stands for "no class".
         self.class_embedding = nn.Embedding(num_classes + 1, embedding_channels) if num_classes else None
+
+        self.second_time_embedding = None
 
         def block(in_channels: int, width: int, attention: bool) -> ResidualBlock:
             return ResidualBlock(
@@ -110,32 +118,31 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = zero(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
+        if second_time:  # last, so that the other initial weights are those of a network without
+            self.second_time_embedding = TimeEmbedding(base_channels, embedding_channels)
+            zero(self.second_time_embedding.linear2)
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The network's output for noisy images.
-
-        Args:
-            x: (B, channels, H, W).
-            label: (B,), float or integer: the time as the network is told it; for a discrete schedule t - 1,
-                in [0, T - 1], and not always a whole number.
-            condition: (B,), int64 classes in [0, num_classes], where num_classes itself means "no class";
-                None: no class for any image.
-
-        Returns:
-            (B, out_channels, H, W).
+    def forward(self, x, label, condition=None, to_label=None):
+        """See `Network`. A label of -1 (`NO_CLASS`) or of num_classes means "no class".
 
         Raises:
-            ValueError: classes for an unconditional network.
+            ValueError: a condition or a second time for a network that was built without.
         """
         embedding = self.time_embedding(label)
+        labels = None if condition is None else condition.labels
         if self.class_embedding is not None:
-            if condition is None:
-                condition = torch.full_like(label, self.num_classes, dtype=torch.long)
-            embedding = embedding + self.class_embedding(condition)
-        elif condition is not None:
+            if labels is None:
+                labels = torch.full_like(label, self.num_classes, dtype=torch.long)
+            embedding = embedding + self.class_embedding(labels.where(labels >= 0, self.num_classes))
+        elif labels is not None:
             raise ValueError(
                 "the network has no classes: give no condition, or build it with num_classes > 0"
             )
+        if self.second_time_embedding is not None:
+            to_label = label if to_label is None else to_label
+            embedding = embedding + self.second_time_embedding(to_label)
+        elif to_label is not None:
+            raise ValueError("the network has no second time: build it with second_time=true")
         embedding = F.silu(embedding)
 
         x = self.conv_in(x)
@@ -160,20 +167,21 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def _check_sizes(image_size: int, widths: Sequence[int], blocks_per_level: int) -> None:
+def _check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:
     if not widths:
         raise ValueError("channel_multipliers is empty: give one for each level, e.g. (1, 2, 2)")
     if blocks_per_level < 1:
         raise ValueError(f"blocks_per_level is {blocks_per_level}: it must be at least 1")
     factor = 2 ** (len(widths) - 1)
-    if image_size % factor:
-        possible = (image_size & -image_size).bit_length()
-        padded = -(-image_size // factor) * factor
-        raise ValueError(
-            f"image_size {image_size} can be halved {possible - 1} times, but {len(widths)} "
-            f"channel_multipliers halve it {len(widths) - 1} times: pad the images to {padded} pixels, or "
-            f"give at most {possible} channel_multipliers"
-        )
+    for side in size:
+        if side % factor:
+            possible = (side & -side).bit_length()
+            padded = -(-side // factor) * factor
+            raise ValueError(
+                f"image_size {side} can be halved {possible - 1} times, but {len(widths)} channel_multipliers halve it"
+                f" {len(widths) - 1} times: pad the images to {padded} pixels, or give at most {possible}"
+                " channel_multipliers"
+            )
 
 
 def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:

@@ -1,13 +1,15 @@
-"""A run's folder: where things lie in it, and how it is found again.
+"""A run's folder: what lies where, how a run is found, and the lock of a training.
 
-config.yaml        the composed configuration, interpolations filled in
+config.yaml        the composed configuration, interpolations resolved
 environment.json   versions, hardware, git revision
 checkpoints/       step_<k>.ckpt (the newest two), best.ckpt and best.json
-samples/           previews and drawn images
-.hydra/            the overrides, for going on
+ema/               snapshots of power-function averages
+samples/           previews and sampled images
+.hydra/            the overrides, with which the run is continued
 lock               held while a process trains in this folder
-csv/               the curves
+csv/               the curves; wandb/ and tensorboard/ beside it
 scores.json        the last scores and their protocol
+scores/            scores by src.evaluate, one folder a recipe
 """
 
 import fcntl
@@ -31,6 +33,7 @@ BEST_FILE = "best.ckpt"
 STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+SCORES_FILE = "scores.json"
 LOCK_FILE = "lock"
 
 
@@ -129,8 +132,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def recipe_folder(parent: Path, recipe: dict[str, Any]) -> Path:
-    """A folder of its own for each recipe: the same recipe finds its folder again, another never overwrites it."""
+def recipe_folder(parent: Path, recipe: dict[str, Any], prefix: str = "") -> Path:
+    """A separate folder for each recipe: the same recipe finds its folder again, another never overwrites it.
+
+    Args:
+        parent: the folder above.
+        recipe: primitives, with "sampler", "steps" and "seed", itself or under "recipe".
+        prefix: begins the folder's name, e.g. a task.
+    """
     made = recipe.get("recipe", recipe)
     sampler = made["sampler"].partition("(")[0].lower()
-    return parent / f"{sampler}-{made['steps']}_seed-{made['seed']}_{digest_of(recipe)}"
+    name = f"{sampler}-{made['steps']}_seed-{made['seed']}_{digest_of(recipe)}"
+    return parent / (f"{prefix}_{name}" if prefix else name)

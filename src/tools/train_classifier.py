@@ -1,20 +1,18 @@
-"""Train the small classifier behind the fd_<data> scores: python -m src.train_classifier data=digits"""
+"""Train the classifier whose features the fd_<data> scores use: python -m src.train_classifier data=digits"""
 
 import argparse
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import trange
 
+from src.app.parts import source_named
 from src.errors import UserError
 from src.metrics.classifier import SmallClassifier, save_classifier
 from src.metrics.features import WEIGHTS_FOLDER
 from src.randomness import generator
-
-CONF = Path(__file__).parents[2] / "conf" / "data"
 
 ARCHITECTURES = {
     # 64 features: a covariance of full rank needs more images than features, and digits has 1,504
@@ -25,7 +23,7 @@ EPOCHS = {"digits": 60, "fashion_mnist": 8}
 
 
 def shift(images: Tensor, random: torch.Generator, pixels: int = 1) -> Tensor:
-    """Each image of (B, C, H, W) moved by up to `pixels` in both directions, zeros moving in."""
+    """Images (B, C, H, W), each shifted by up to `pixels` along both axes; zeros fill the border."""
     batch, _, height, width = images.shape
     padded = nn.functional.pad(images, (pixels,) * 4)
     top = torch.randint(2 * pixels + 1, (batch, 1, 1, 1), generator=random)
@@ -40,7 +38,7 @@ def shift(images: Tensor, random: torch.Generator, pixels: int = 1) -> Tensor:
 def train(
     classifier: SmallClassifier, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 128
 ) -> None:
-    """Cross-entropy with label smoothing 0.1, AdamW, one-cycle learning rate, shifts by up to one pixel."""
+    """Train in place: cross-entropy with label smoothing 0.1, AdamW, one-cycle learning rate, shifts by one pixel."""
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
@@ -63,7 +61,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is their label, in [0, 1]."""
+    """The share of images whose largest logit is that of their label, in [0, 1]."""
     correct = sum(
         (classifier(batch).argmax(1) == target).sum().item()
         for batch, target in zip(images.split(500), labels.split(500), strict=True)
@@ -83,12 +81,16 @@ def main() -> None:
     name = arguments.data.removeprefix("data=")
     if name not in ARCHITECTURES:
         parser.error(f"data={name}: no classifier for it; choose one of {', '.join(ARCHITECTURES)}")
+    output = arguments.output or WEIGHTS_FOLDER / f"{name}.safetensors"
 
-    source = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    source = source_named(name)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         train_set, test_set = source.split("train"), source.split("test")
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output {output}: {error.strerror or error}")
     torch.manual_seed(arguments.seed)
     classifier = SmallClassifier(
         channels=source.channels,
@@ -105,13 +107,15 @@ def main() -> None:
     )
     test_accuracy = accuracy(classifier, test_set.images(torch.arange(len(test_set))), test_set.labels)
 
-    output = arguments.output or WEIGHTS_FOLDER / f"{name}.safetensors"
     metadata = {
         "data": f"{name}, train split, {len(train_set)} images",
         "test_accuracy": f"{test_accuracy:.4f}",
         "command": f"python -m src.train_classifier data={name} --seed {arguments.seed}",
     }
-    save_classifier(classifier, output, metadata)
+    try:
+        save_classifier(classifier, output, metadata)
+    except SafetensorError as error:  # also for a full disk or a missing permission
+        parser.error(f"--output {output} cannot be written: {error}")
     print(f"{output}: test accuracy {test_accuracy:.4f} on {len(test_set)} images")
 
 

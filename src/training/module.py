@@ -6,7 +6,6 @@ global batch and sliced by place: resuming, sharding and callbacks cannot change
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,55 +14,49 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
+from src.conditioning import Conditioning
+from src.data.codec import Codec
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
-from src.diffusion.loss import DenoisingLoss
-from src.diffusion.time_sampling import AdaptiveTimeSampling
+from src.diffusion.loss import Loss
 from src.randomness import draws_at, generator, key
 from src.training.ema import EMA
+from src.training.nonfinite import clip_or_skip
 
 # Validation draws do not depend on the run's seed, so that curves of different seeds can be compared.
 VALIDATION_SEED = 0
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What a training step hands to the callbacks.
-
-    Attributes:
-        losses: the loss of each image, shape (b,), detached, on the device.
-        times: their times as quantiles of the schedule's range, in [0, 1], shape (b,), on the CPU.
-    """
-
-    losses: Tensor
-    times: Tensor
-
-
 class DiffusionModule(LightningModule):
-    """Trains the network of a `DenoisingLoss`.
+    """Trains the network of a `Loss`.
 
-    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks; `skipped`
-    says whether the latest step was one.
+    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks.
 
     Args:
-        loss: joins the denoiser, the weighting and the time sampling; all its parameters are trained.
+        loss: owns the denoiser and draws the times; all its parameters are trained.
         optimizer: parameters -> optimiser.
         lr_schedule: optimiser -> learning-rate schedule, stepped with it; None for a constant rate.
         ema: average of the network's weights, used wherever the network is judged; None for none.
         seed: the run's seed.
         batch_size: the global batch size.
-        conditional: whether labels are given to the network.
+        codec: encodes the images for the network.
+        conditioning: what of the data's condition the network is given; None for nothing.
+
+    Attributes:
+        gradient_norm: of the latest optimiser step, before clipping, shape (), on the device; not finite if the step
+            was skipped.
     """
 
     def __init__(
         self,
-        loss: DenoisingLoss,
+        loss: Loss,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler] | None,
         ema: EMA | None,
         seed: int,
         batch_size: int,
-        conditional: bool = False,
+        codec: Codec,
+        conditioning: Conditioning | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -72,11 +65,10 @@ class DiffusionModule(LightningModule):
         self.ema = ema
         self.seed = seed
         self.batch_size = batch_size
-        self.conditional = conditional
+        self.codec = codec
+        self.conditioning = conditioning
         self.gradient_norm = torch.zeros(())
-        self.skipped = False
-        self.step_output: StepOutput | None = None
-        self._told: list[Tensor] = []
+        self._remembered: list[Tensor] = []
         # means over images, which Lightning's own reduction misses where ranks have unequal shares
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
         self.validation_losses = MetricCollection(
@@ -87,34 +79,37 @@ class DiffusionModule(LightningModule):
     def denoiser(self) -> Denoiser:
         return self.loss.denoiser
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x0, positions = batch.images, batch.positions
-        schedule = self.denoiser.schedule
-        t = draws_at(positions, self.batch_size, self._times)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The `loss`, and for callbacks, detached, shape (b,): each image's loss, on the device, as `losses`, and its
+        time as a quantile of the schedule's range, in [0, 1], as `times`."""
+        x0, positions = self.encode(batch), batch.positions
+        draws = draws_at(positions, self.batch_size, self._draws)
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
+        condition = None
+        if self.conditioning is not None:
+            condition = self.conditioning.of_training(batch.condition, positions, self.seed, self.batch_size)
         # Dropout draws from the global stream, which therefore starts anew from the place in the stream.
         torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
-        losses = self.loss(x0, t, eps, batch.labels if self.conditional else None)
-        self._tell(positions, t, losses.detach())
-        losses = losses * self.loss.time_sampling.weights(t, schedule).to(losses, non_blocking=True)
-        self.step_output = StepOutput(losses.detach(), schedule.quantile(t))
+        losses = self.loss(x0, draws, eps, condition)
+        self._remember(positions, draws, losses.detach())
+        losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)
         loss = losses.mean()
         # The factor is 1, or NaN if the loss is not finite: then the gradients are not either, and the sum of
-        # gradients over the ranks tells all of them without a further collective.
-        return loss * (1 + 0 * loss.detach())
+        # gradients over the ranks passes that on to all of them without a further collective.
+        loss = loss * (1 + 0 * loss.detach())
+        return {"loss": loss, "losses": losses.detach(), "times": self.loss.quantile(draws)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
-        x0 = batch.images
-        draws = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
-        expected = self.loss.time_sampling.expected()
-        t = torch.cat([expected(1, self.denoiser.schedule, g) for g in draws])
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0)
-        labels = batch.labels if self.conditional else None
-        self.validation_losses["val/loss"].update(self.loss(x0, t, eps, labels))
+        x0 = self.encode(batch)
+        keyed = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
+        draws = torch.cat([self.loss.draw_for_validation(1, g) for g in keyed])
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in keyed]).to(x0)
+        condition = None if self.conditioning is None else self.conditioning.of_data(batch.condition)
+        self.validation_losses["val/loss"].update(self.loss(x0, draws, eps, condition))
         if self.ema is not None:
             with self.averaged():
-                self.validation_losses["val/loss_ema"].update(self.loss(x0, t, eps, labels))
+                self.validation_losses["val/loss_ema"].update(self.loss(x0, draws, eps, condition))
         # to the loggers by TrainingCurves: Lightning would log it one step too early
         self.log_dict(dict(self.validation_losses), on_epoch=True, on_step=False, logger=False)
 
@@ -133,21 +128,28 @@ class DiffusionModule(LightningModule):
         finally:
             network.train(was_training)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Tells an adaptive time sampling the losses of the global batch: here, before a checkpoint can be written."""
-        if not self._told:
-            return
-        told = self.all_gather(torch.cat(self._told)).reshape(-1, 3).cpu().double()
-        self._told = []
-        if not bool(told.isfinite().all()):
-            return
-        _, t, losses = told[told[:, 0].argsort()].unbind(dim=1)
-        self.loss.time_sampling.update(t, losses, self.denoiser.schedule)
+    def encode(self, batch: Batch) -> Tensor:
+        """The batch's images as the network sees them, in the precision of its weights, shape (b, C, H, W)."""
+        return self.codec.encode(batch.images).to(self.dtype)
 
-    def _tell(self, positions: Tensor, t: Tensor, losses: Tensor) -> None:
-        if isinstance(self.loss.time_sampling, AdaptiveTimeSampling):
-            place = positions % self.batch_size
-            self._told.append(torch.stack([place.to(losses), t.to(losses), losses], dim=1))
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Gives a loss that learns from losses those of the global batch: here, before a checkpoint can be written."""
+        if not self._remembered:
+            return
+        rows = self.all_gather(torch.cat(self._remembered))
+        rows = rows.reshape(-1, rows.shape[-1]).cpu().double()
+        self._remembered = []
+        if not bool(rows.isfinite().all()):
+            return
+        rows = rows[rows[:, 0].argsort()]
+        draws = rows[:, 1:-1]
+        self.loss.observe(draws.squeeze(1) if draws.shape[1] == 1 else draws, rows[:, -1])
+
+    def _remember(self, positions: Tensor, draws: Tensor, losses: Tensor) -> None:
+        if self.loss.learns_from_losses:
+            place = (positions % self.batch_size)[:, None]
+            columns = [place, draws.reshape(len(draws), -1), losses[:, None]]
+            self._remembered.append(torch.cat([column.to(losses) for column in columns], dim=1))
 
     def configure_gradient_clipping(
         self,
@@ -155,13 +157,10 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and keeps it, so that logging it costs nothing more; drops what is not finite."""
+        """Clips the global norm and keeps it; a step whose norm is not finite updates nothing."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.loss.parameters(), limit, foreach=True)
-        self.skipped = not bool(self.gradient_norm.isfinite())
-        if self.skipped:
-            # without a gradient an optimiser leaves the weight and its state alone
-            optimizer.zero_grad(set_to_none=True)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
+        self.gradient_norm = clip_or_skip(optimizer, self.loss.parameters(), limit, scaler)
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())
@@ -170,9 +169,8 @@ class DiffusionModule(LightningModule):
         lr_schedule = self.make_lr_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_schedule, "interval": "step"}}
 
-    def _times(self, number: int) -> Tensor:
-        draw = generator(self.seed, "time", number)
-        return self.loss.time_sampling(self.batch_size, self.denoiser.schedule, draw)
+    def _draws(self, number: int) -> Tensor:
+        return self.loss.draw(self.batch_size, generator(self.seed, "time", number))
 
     def _noise(self, number: int, x0: Tensor) -> Tensor:
         draw = generator(self.seed, "noise", number, x0.device)

@@ -129,37 +129,37 @@ def assert_one_line(err: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.usefixtures("_no_data")
-def test_train_refuses_in_one_line(door, capsys, case):
+def test_train_refuses_in_one_line(command, capsys, case):
     overrides, words = BAD[case]
-    assert door("train", "logger=csv", *overrides) == 2
+    assert command("train", "logger=csv", *overrides) == 2
     assert_one_line(capsys.readouterr().err, words)
 
 
 @pytest.mark.usefixtures("_no_data")
-def test_batch_not_divisible_by_devices(door, capsys):
+def test_batch_not_divisible_by_devices(command, capsys):
     overrides = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=3", "batch_size=128"]
-    assert door("train", "logger=csv", *overrides) == 2
+    assert command("train", "logger=csv", *overrides) == 2
     assert_one_line(capsys.readouterr().err, ["batch_size=128", "3 devices", "126 or 129"])
 
 
-def test_no_gpu(door, capsys):
+def test_no_gpu(command, capsys):
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
-    assert door("train", "logger=csv", "trainer=gpu") == 2
+    assert command("train", "logger=csv", "trainer=gpu") == 2
     assert_one_line(capsys.readouterr().err, ["trainer", "gpu"])
 
 
-def test_text_as_checkpoint_to_go_on_from(door, capsys, tmp_path):
+def test_text_as_checkpoint_to_go_on_from(command, capsys, tmp_path):
     (tmp_path / "text.ckpt").write_text("hello")
-    assert door("train", "logger=csv", "ckpt=text.ckpt") == 2
+    assert command("train", "logger=csv", "ckpt=text.ckpt") == 2
     assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
 
 
-def test_nothing_left_to_train(door, only_run, capsys):
-    assert door("train", *QUICK, "callbacks=none") == 0
+def test_nothing_left_to_train(command, only_run, capsys):
+    assert command("train", *QUICK, "callbacks=none") == 0
     scores = (only_run() / "scores.json").read_text()
     capsys.readouterr()
-    assert door("train", "ckpt=last", "trainer.max_steps=20") == 2
+    assert command("train", "ckpt=last", "trainer.max_steps=20") == 2
     assert_one_line(capsys.readouterr().err, ["trainer.max_steps=20", "step 20 already"])
     assert (only_run() / "scores.json").read_text() == scores
 
@@ -183,33 +183,33 @@ def unreadable_folder(folder):
     (folder / "torn.jpg").write_bytes(buffer.getvalue()[:200])
 
 
-def test_unreadable_images_stop_by_name(door, capsys, tmp_path):
+def test_unreadable_images_stop_by_name(command, capsys, tmp_path):
     unreadable_folder(tmp_path / "pictures")
-    assert door("train", *QUICK, *PICTURES) == 2
+    assert command("train", *QUICK, *PICTURES) == 2
     assert_one_line(
         capsys.readouterr().err.split("\n")[-2], ["2 ", "text.png", "torn.jpg", "data.on_error=skip"]
     )
 
 
-def test_unreadable_images_are_skipped_and_counted(door, only_run, tmp_path):
+def test_unreadable_images_are_skipped_and_counted(command, only_run, tmp_path):
     unreadable_folder(tmp_path / "pictures")
-    assert door("train", *QUICK, *PICTURES, "data.on_error=skip", "data.holdout=0.2") == 0
+    assert command("train", *QUICK, *PICTURES, "data.on_error=skip", "data.holdout=0.2") == 0
     told = (only_run() / "train.log").read_text()
     assert "2 of 42" in told
     assert "text.png" in told
     assert "torn.jpg" in told
 
 
-def test_empty_folder(door, capsys, tmp_path):
+def test_empty_folder(command, capsys, tmp_path):
     (tmp_path / "pictures").mkdir()
-    assert door("train", *QUICK, "data=image_folder", "data.root=pictures", "metrics=none") == 2
+    assert command("train", *QUICK, "data=image_folder", "data.root=pictures", "metrics=none") == 2
     assert_one_line(capsys.readouterr().err.split("\n")[-2], ["data.root", "pictures"])
 
 
-def test_weights_file_that_is_not_what_it_says(door, capsys, tmp_path):
+def test_weights_file_that_is_not_what_it_says(command, capsys, tmp_path):
     (tmp_path / "weights.pth").write_text("hello")
     overrides = ["data=fashion_mnist", "metrics=fid", "metrics.features.weights=weights.pth"]
-    code = door("train", *QUICK, *overrides)
+    code = command("train", *QUICK, *overrides)
     err = capsys.readouterr().err
     assert code == 2
     assert_one_line(err, ["weights.pth"])
@@ -217,41 +217,41 @@ def test_weights_file_that_is_not_what_it_says(door, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
 class TestLoading:
-    def test_no_run(self, door, capsys, name):
-        assert door(name) == 2
+    def test_no_run(self, command, capsys, name):
+        assert command(name) == 2
         assert_one_line(capsys.readouterr().err, ["run", "run=..."])
 
-    def test_missing_run(self, door, capsys, name):
-        assert door(name, "run=nowhere") == 2
+    def test_missing_run(self, command, capsys, name):
+        assert command(name, "run=nowhere") == 2
         assert_one_line(capsys.readouterr().err, ["run=nowhere", "no such"])
 
-    def test_run_without_checkpoint(self, door, capsys, tmp_path, name):
+    def test_run_without_checkpoint(self, command, capsys, tmp_path, name):
         (tmp_path / "empty").mkdir()
-        assert door(name, "run=empty") == 2
+        assert command(name, "run=empty") == 2
         assert_one_line(capsys.readouterr().err, ["run=empty", "no checkpoint"])
 
-    def test_text_as_checkpoint(self, door, capsys, tmp_path, name):
+    def test_text_as_checkpoint(self, command, capsys, tmp_path, name):
         (tmp_path / "text.ckpt").write_text("hello")
-        assert door(name, "run=text.ckpt") == 2
+        assert command(name, "run=text.ckpt") == 2
         assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
 
-    def test_hostile_checkpoint_executes_nothing(self, door, capsys, tmp_path, name):
+    def test_hostile_checkpoint_executes_nothing(self, command, capsys, tmp_path, name):
         class Hostile:
             def __reduce__(self):
                 return (open, (str(tmp_path / "marker"), "w"))
 
         torch.save({"state_dict": Hostile()}, tmp_path / "hostile.ckpt")
-        assert door(name, "run=hostile.ckpt") == 2
+        assert command(name, "run=hostile.ckpt") == 2
         assert_one_line(capsys.readouterr().err, ["hostile.ckpt", "not a checkpoint"])
         assert not (tmp_path / "marker").exists()
 
-    def test_unknown_weights(self, door, capsys, name):
-        assert door(name, "run=x", "weights=best") == 2
+    def test_unknown_weights(self, command, capsys, name):
+        assert command(name, "run=x", "weights=best") == 2
         assert_one_line(capsys.readouterr().err, ["weights", "'ema' or 'raw'"])
 
-    def test_unknown_device(self, door, capsys, tmp_path, name):
-        assert door("train", *QUICK, "callbacks=none") == 0
+    def test_unknown_device(self, command, capsys, tmp_path, name):
+        assert command("train", *QUICK, "callbacks=none") == 0
         run = next((tmp_path / "runs").iterdir())
         capsys.readouterr()
-        assert door(name, f"run={run}", "device=toaster") == 2
+        assert command(name, f"run={run}", "device=toaster") == 2
         assert_one_line(capsys.readouterr().err, ["device=toaster", "auto"])

@@ -30,17 +30,17 @@ COMPOSITIONS = {
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
-def test_composition(door, only_run, name):
-    assert door("train", *QUICK, *COMPOSITIONS[name]) == 0
+def test_composition(command, only_run, name):
+    assert command("train", *QUICK, *COMPOSITIONS[name]) == 0
     run = only_run()
     scores = json.loads((run / "scores.json").read_text())
     assert ("fd_digits" in scores) == (name not in ("no score", "overfit"))
     assert all(value == value for value in scores.values()), "no NaN"
-    assert door("sample", f"run={run}", "n=2", "sampler.steps=2") == 0
+    assert command("sample", f"run={run}", "n=2", "sampler.steps=2") == 0
 
 
-def test_labels_reach_the_network(door, only_run):
-    assert door("train", *QUICK, "class_conditional=true", "callbacks.checkpoints.every=10") == 0
+def test_labels_reach_the_network(command, only_run):
+    assert command("train", *QUICK, "class_conditional=true", "callbacks.checkpoints.every=10") == 0
 
     def table(step):
         path = only_run() / "checkpoints" / f"step_{step:08d}.ckpt"
@@ -54,8 +54,8 @@ def test_labels_reach_the_network(door, only_run):
 
 
 @pytest.mark.slow(reason="compiles for a minute or more")
-def test_compiled_network_resumes(door, only_run):
-    assert door("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
-    assert door("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0
+def test_compiled_network_resumes(command, only_run):
+    assert command("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
+    assert command("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0
     names = torch.load(only_run() / "checkpoints" / "step_00000006.ckpt", weights_only=True)["state_dict"]
     assert not any("_orig_mod" in name for name in names)

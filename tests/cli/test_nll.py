@@ -1,11 +1,11 @@
-"""Likelihoods through the evaluate door, and what training keeps for a time sampling that learns."""
+"""Likelihoods through the evaluate command, and what training keeps for a time sampling that learns."""
 
 import json
 
 import pytest
 import torch
 
-from tests.conftest import QUICK, door_in
+from tests.conftest import QUICK, commands_in
 
 LEARNED = ("schedule.T=60", "variance=learned_range", "loss=hybrid", "time_sampling=importance")
 
@@ -15,46 +15,46 @@ def run(tmp_path_factory):
     """One short run with a learned variance and importance sampling."""
     tmp_path = tmp_path_factory.mktemp("nll")
     with pytest.MonkeyPatch.context() as patch:
-        assert door_in(tmp_path, patch)("train", *QUICK, *LEARNED) == 0
+        assert commands_in(tmp_path, patch)("train", *QUICK, *LEARNED) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
 
-def _scores(door, run, *options):
-    assert door("evaluate", f"run={run}", "device=cpu", "n=12", *options) == 0
+def _scores(command, run, *options):
+    assert command("evaluate", f"run={run}", "device=cpu", "n=12", *options) == 0
     newest = max((run / "scores").glob("nll*/scores.json"), key=lambda path: path.stat().st_mtime_ns)
     return json.loads(newest.read_text())
 
 
-def test_bound(door, run):
-    record = _scores(door, run, "metrics=nll")
+def test_bound(command, run):
+    record = _scores(command, run, "metrics=nll")
     scores, curve = record["scores"], record["curve"]["bits_per_dim"]
     assert len(curve) == 61  # the prior, and the 60 steps
     assert scores["bits_per_dim"] == pytest.approx(sum(curve), rel=1e-6)
     assert record["protocol"]["num_images"] == 12
     assert record["protocol"]["variance"] == "LearnedRange()"
-    in_batches = _scores(door, run, "metrics=nll", "batch_size=5")
+    in_batches = _scores(command, run, "metrics=nll", "batch_size=5")
     assert in_batches["protocol"] == record["protocol"]
     assert in_batches["scores"] == pytest.approx(scores, rel=1e-5)
-    assert _scores(door, run, "metrics=nll", "seed=1")["scores"] != scores
+    assert _scores(command, run, "metrics=nll", "seed=1")["scores"] != scores
     # a run of learned variance can be asked with a fixed one
-    fixed = _scores(door, run, "metrics=nll", "variance=small")
+    fixed = _scores(command, run, "metrics=nll", "variance=small")
     assert fixed["scores"]["bits_per_dim"] != scores["bits_per_dim"]
 
 
-def test_flow(door, run):
-    record = _scores(door, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3")
+def test_flow(command, run):
+    record = _scores(command, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3")
     assert 0 < record["scores"]["bits_per_dim_flow"] < 100
     # neither of which the flow depends on
     other = ("clipping=none", "variance=large")
-    again = _scores(door, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3", *other)
+    again = _scores(command, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3", *other)
     assert again == record
 
 
-def test_the_bound_needs_steps(door, tmp_path, capsys):
-    assert door("train", *QUICK, "schedule=vp", "trainer.max_steps=1", "callbacks=none") == 0
+def test_the_bound_needs_steps(command, tmp_path, capsys):
+    assert command("train", *QUICK, "schedule=vp", "trainer.max_steps=1", "callbacks=none") == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert door("evaluate", f"run={folder}", "metrics=nll", "device=cpu") == 2
+    assert command("evaluate", f"run={folder}", "metrics=nll", "device=cpu") == 2
     err = capsys.readouterr().err
     assert "metrics: schedule must be discrete" in err
     assert "choose metrics=nll_flow" in err

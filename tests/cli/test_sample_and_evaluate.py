@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.test_bad_input import assert_one_line
-from tests.conftest import QUICK, door_in
+from tests.conftest import QUICK, commands_in
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     """One short run for all tests of this file."""
     tmp_path = tmp_path_factory.mktemp("loaded")
     with pytest.MonkeyPatch.context() as patch:
-        assert door_in(tmp_path, patch)("train", *QUICK, "ema.decay=0.9") == 0
+        assert commands_in(tmp_path, patch)("train", *QUICK, "ema.decay=0.9") == 0
     (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
@@ -26,8 +26,10 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])
 
 
-def test_pictures(door, run, tmp_path):
-    assert door("sample", f"run={run}", "n=6", "sampler.steps=4", "task.gif=true", f"out={tmp_path}/out") == 0
+def test_pictures(command, run, tmp_path):
+    assert (
+        command("sample", f"run={run}", "n=6", "sampler.steps=4", "task.gif=true", f"out={tmp_path}/out") == 0
+    )
     assert pixels(tmp_path / "out").shape == (6, 8, 8)
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
     assert Image.open(tmp_path / "out" / "denoising.gif").n_frames == 5
@@ -37,33 +39,34 @@ def test_pictures(door, run, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_image_depends_on_seed_and_number_alone(door, run, tmp_path, sampler):
+def test_image_depends_on_seed_and_number_alone(command, run, tmp_path, sampler):
     base = [f"run={run}", f"sampler={sampler}", "sampler.steps=5"]
-    assert door("sample", *base, "n=7", f"out={tmp_path}/whole") == 0
-    assert door("sample", *base, "n=5", "batch_size=2", f"out={tmp_path}/parts") == 0
-    assert door("sample", *base, "n=5", "seed=1", f"out={tmp_path}/other") == 0
+    assert command("sample", *base, "n=7", f"out={tmp_path}/whole") == 0
+    assert command("sample", *base, "n=5", "batch_size=2", f"out={tmp_path}/parts") == 0
+    assert command("sample", *base, "n=5", "seed=1", f"out={tmp_path}/other") == 0
     whole, parts, other = (pixels(tmp_path / name) for name in ("whole", "parts", "other"))
     # float rounding differs between batch sizes: bytes may, rarely, be one apart
     assert (whole[:5] == parts).mean() > 0.99
     assert (whole[:5] == other).mean() < 0.9
 
 
-def test_averaged_and_raw_weights_differ(door, run, tmp_path):
+def test_averaged_and_raw_weights_differ(command, run, tmp_path):
     for weights in ("ema", "raw"):
-        assert door("sample", f"run={run}", "n=4", f"weights={weights}", f"out={tmp_path}/{weights}") == 0
+        assert command("sample", f"run={run}", "n=4", f"weights={weights}", f"out={tmp_path}/{weights}") == 0
     assert (pixels(tmp_path / "ema") != pixels(tmp_path / "raw")).any()
 
 
-def test_a_checkpoint_alone_is_enough(door, run, tmp_path):
+def test_a_checkpoint_alone_is_enough(command, run, tmp_path):
     shutil.copy(run / "checkpoints" / "step_00000020.ckpt", tmp_path / "lone.ckpt")
-    assert door("sample", "run=lone.ckpt", "n=3", "sampler.steps=4", f"out={tmp_path}/lone") == 0
-    assert door("sample", f"run={run}", "n=3", "sampler.steps=4", f"out={tmp_path}/run") == 0
+    assert command("sample", "run=lone.ckpt", "n=3", "sampler.steps=4", f"out={tmp_path}/lone") == 0
+    assert command("sample", f"run={run}", "n=3", "sampler.steps=4", f"out={tmp_path}/run") == 0
     assert (pixels(tmp_path / "lone") == pixels(tmp_path / "run")).all()
 
 
-def test_scores_and_protocol(door, run, capsys):
+def test_scores_and_protocol(command, run, capsys):
     assert (
-        door("evaluate", f"run={run}", "n=100", "sampler.steps=3", "sampler.eta=0.5", "spacing=leading") == 0
+        command("evaluate", f"run={run}", "n=100", "sampler.steps=3", "sampler.eta=0.5", "spacing=leading")
+        == 0
     )
     (path,) = (run / "scores").glob("*/scores.json")
     record = json.loads(path.read_text())
@@ -88,15 +91,15 @@ def test_scores_and_protocol(door, run, capsys):
     }
 
 
-def test_previews_are_what_sampling_gives(door, run, tmp_path):
+def test_previews_are_what_sampling_gives(command, run, tmp_path):
     """The callback's grid and the door's grid are of the same images."""
-    assert door("sample", f"run={run}", "n=16", "sampler.steps=5", f"out={tmp_path}/again") == 0
+    assert command("sample", f"run={run}", "n=16", "sampler.steps=5", f"out={tmp_path}/again") == 0
     preview = np.asarray(Image.open(run / "samples" / "step_00000020.png").convert("L"))
     assert (preview == np.asarray(Image.open(tmp_path / "again" / "grid.png").convert("L"))).mean() > 0.99
 
 
-def test_sampling_sweep(door, run, tmp_path):
-    assert door("evaluate", "-m", f"run={run}", "n=50", "sampler.steps=2,3", "sampler.eta=0,1") == 0
+def test_sampling_sweep(command, run, tmp_path):
+    assert command("evaluate", "-m", f"run={run}", "n=50", "sampler.steps=2,3", "sampler.eta=0,1") == 0
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     outcomes = json.loads((sweep / "sweep.json").read_text())
     assert len(outcomes) == 4
@@ -104,10 +107,10 @@ def test_sampling_sweep(door, run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
-def test_errors_that_nothing_bounds_are_warned_of(door, run, capsys, name):
+def test_errors_that_nothing_bounds_are_warned_of(command, run, capsys, name):
     warning = "clipping=none: the first step of sampling multiplies the network's errors by 20,291"
     for clipping in ("static", "none"):
-        assert door(name, f"run={run}", "n=2", "sampler.steps=2", f"clipping={clipping}") == 0
+        assert command(name, f"run={run}", "n=2", "sampler.steps=2", f"clipping={clipping}") == 0
         assert (warning in capsys.readouterr().out) == (clipping == "none")
 
 
@@ -121,9 +124,9 @@ def test_errors_that_nothing_bounds_are_warned_of(door, run, capsys, name):
         (["evaluate"], True),
     ],
 )
-def test_noise_in_place_of_a_signal_is_warned_of(door, run, capsys, door_and_task, warned):
+def test_noise_in_place_of_a_signal_is_warned_of(command, run, capsys, door_and_task, warned):
     recipe = ["spacing=leading", "sampler.steps=4", "n=2"]
-    assert door(*door_and_task, f"run={run}", *recipe) == 0
+    assert command(*door_and_task, f"run={run}", *recipe) == 0
     assert ("sampling starts from noise alone at t = 751 of 1000" in capsys.readouterr().out) == warned
 
 
@@ -132,19 +135,21 @@ def test_noise_in_place_of_a_signal_is_warned_of(door, run, capsys, door_and_tas
     # an encoding costs as much as the decoding, and half of the noise is taken away in half of the steps
     [("trajectory", 6), ("interpolate", 6), ("reconstruct", 12), ("img2img", 3)],
 )
-def test_tasks(door, run, tmp_path, capsys, task, evaluations):
-    assert door("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
+def test_tasks(command, run, tmp_path, capsys, task, evaluations):
+    assert (
+        command("sample", f"run={run}", f"task={task}", "n=3", "sampler.steps=6", f"out={tmp_path}/out") == 0
+    )
     assert f"evaluations {evaluations} of the network" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["network_evaluations"] == evaluations
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path, sampler):
+def test_rows_of_an_interpolation_end_in_drawn_images(command, run, tmp_path, sampler):
     overrides = [f"run={run}", f"sampler={sampler}", "sampler.steps=4"]
-    assert door("sample", *overrides, "n=2", f"out={tmp_path}/drawn") == 0
+    assert command("sample", *overrides, "n=2", f"out={tmp_path}/drawn") == 0
     assert (
-        door("sample", *overrides, "task=interpolate", "task.columns=2", "n=1", f"out={tmp_path}/between")
+        command("sample", *overrides, "task=interpolate", "task.columns=2", "n=1", f"out={tmp_path}/between")
         == 0
     )
     drawn = pixels(tmp_path / "drawn")
@@ -155,9 +160,9 @@ def test_rows_of_an_interpolation_end_in_drawn_images(door, run, tmp_path, sampl
     assert (np.abs(row[1:9, 10:18].astype(int) - drawn[1]) <= 1).all()
 
 
-def test_trajectory_of_the_adaptive_solver(door, run, tmp_path):
+def test_trajectory_of_the_adaptive_solver(command, run, tmp_path):
     overrides = ["sampler=dopri5", "sampler.steps=3", "sampler.tolerance=0.01"]
-    assert door("sample", f"run={run}", "task=trajectory", *overrides, "n=2", f"out={tmp_path}/out") == 0
+    assert command("sample", f"run={run}", "task=trajectory", *overrides, "n=2", f"out={tmp_path}/out") == 0
 
 
 @pytest.mark.parametrize(
@@ -171,22 +176,22 @@ def test_trajectory_of_the_adaptive_solver(door, run, tmp_path):
     ],
     ids=" ".join,
 )
-def test_other_samplers_than_the_inverted_one_do_not_reconstruct(door, run, capsys, overrides):
-    assert door("sample", f"run={run}", "task=reconstruct", *overrides) == 2
+def test_other_samplers_than_the_inverted_one_do_not_reconstruct(command, run, capsys, overrides):
+    assert command("sample", f"run={run}", "task=reconstruct", *overrides) == 2
     assert_one_line(capsys.readouterr().err, ["DDIM inversion", "sampler.eta=0"])
 
 
-def test_euler_without_churn_reconstructs_as_ddim_does(door, run, tmp_path):
+def test_euler_without_churn_reconstructs_as_ddim_does(command, run, tmp_path):
     for sampler in ("ddim", "euler"):
         overrides = [f"sampler={sampler}", "sampler.steps=4", "n=2", f"out={tmp_path}/{sampler}"]
-        assert door("sample", f"run={run}", "task=reconstruct", *overrides) == 0
+        assert command("sample", f"run={run}", "task=reconstruct", *overrides) == 0
     ddim, euler = (np.asarray(Image.open(tmp_path / name / "grid.png")) for name in ("ddim", "euler"))
     assert (ddim == euler).all()
 
 
-def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
+def test_an_inversion_that_does_not_converge_says_so(command, run, capsys):
     overrides = [f"run={run}", "task=reconstruct", "n=2", "sampler.steps=8", "task.tolerance=1e-9"]
-    assert door("sample", *overrides) == 2
+    assert command("sample", *overrides) == 2
     assert "task.tolerance" in capsys.readouterr().err
 
 
@@ -199,14 +204,14 @@ def test_an_inversion_that_does_not_converge_says_so(door, run, capsys):
         ("task.strength=0", ["error: task.strength must be in"]),
     ],
 )
-def test_the_option_is_named_that_is_wrong(door, run, capsys, override, words):
-    assert door("sample", f"run={run}", "task=img2img", override) == 2
+def test_the_option_is_named_that_is_wrong(command, run, capsys, override, words):
+    assert command("sample", f"run={run}", "task=img2img", override) == 2
     assert_one_line(capsys.readouterr().err, words)
 
 
-def test_sections_as_the_documentation_has_them_typed(door, run, tmp_path):
+def test_sections_as_the_documentation_has_them_typed(command, run, tmp_path):
     sections = ["spacing=sections", 'spacing.sections="1,2,3"', "sampler.steps=6"]
-    assert door("sample", f"run={run}", *sections, "n=2", f"out={tmp_path}/out") == 0
+    assert command("sample", f"run={run}", *sections, "n=2", f"out={tmp_path}/out") == 0
 
 
 @pytest.mark.parametrize(
@@ -221,11 +226,11 @@ def test_sections_as_the_documentation_has_them_typed(door, run, tmp_path):
         "n=60",
     ],
 )
-def test_each_choice_has_its_own_scores(door, run, other):
+def test_each_choice_has_its_own_scores(command, run, other):
     """No choice overwrites another's scores."""
     scores = run / "scores"
     base = ["evaluate", f"run={run}", "sampler=ddpm", "sampler.steps=3"]
-    assert door(*base, "n=50") == 0
+    assert command(*base, "n=50") == 0
     before = set(scores.iterdir())
-    assert door(*base, *([] if other.startswith("n=") else ["n=50"]), other) == 0
+    assert command(*base, *([] if other.startswith("n=") else ["n=50"]), other) == 0
     assert len(set(scores.iterdir()) - before) == 1

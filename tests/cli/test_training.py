@@ -48,79 +48,85 @@ def assert_identical(a, b):
 
 class TestResume:
     @pytest.fixture
-    def uninterrupted(self, door, only_run, tmp_path):
-        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=12") == 0
+    def uninterrupted(self, command, only_run, tmp_path):
+        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=12") == 0
         return only_run().rename(tmp_path / "uninterrupted")
 
     @pytest.mark.parametrize("ckpt", ["last", "folder", "file"])
-    def test_is_exact(self, door, only_run, uninterrupted, ckpt):
-        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
+    def test_is_exact(self, command, only_run, uninterrupted, ckpt):
+        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
         run = only_run()
         said = {"last": "last", "folder": str(run), "file": str(run / "checkpoints" / "step_00000007.ckpt")}
-        assert door("train", f"ckpt={said[ckpt]}", "trainer.max_steps=12") == 0
+        assert command("train", f"ckpt={said[ckpt]}", "trainer.max_steps=12") == 0
         assert only_run() == run, "a resumed run goes on in its own folder"
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
-    def test_from_an_earlier_checkpoint(self, door, only_run, uninterrupted):
-        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=9", "callbacks.checkpoints.every=5") == 0
+    def test_from_an_earlier_checkpoint(self, command, only_run, uninterrupted):
+        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=9", "callbacks.checkpoints.every=5") == 0
         run = only_run()
-        assert door("train", f"ckpt={run}/checkpoints/step_00000005.ckpt", "trainer.max_steps=12") == 0
+        assert command("train", f"ckpt={run}/checkpoints/step_00000005.ckpt", "trainer.max_steps=12") == 0
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
-    def test_with_accumulation_and_workers(self, door, only_run, tmp_path):
+    def test_with_accumulation_and_workers(self, command, only_run, tmp_path):
         """Another cut of the batch changes rounding only: same images, times and noise."""
-        assert door("train", *QUICK, "trainer.max_steps=12") == 0
+        assert command("train", *QUICK, "trainer.max_steps=12") == 0
         only_whole = only_run().rename(tmp_path / "whole")
         overrides = ["max_device_batch=8", "workers=2", "trainer.max_steps=7"]
-        assert door("train", *QUICK, *overrides) == 0
+        assert command("train", *QUICK, *overrides) == 0
         run = only_run()
-        assert door("train", f"ckpt={run}", "trainer.max_steps=12", "max_device_batch=null", "workers=0") == 0
+        assert (
+            command("train", f"ckpt={run}", "trainer.max_steps=12", "max_device_batch=null", "workers=0") == 0
+        )
         mixed, whole = training_state(run, 12), training_state(only_whole, 12)
         for name, weight in whole.items():
             if name.startswith("/state_dict"):
                 torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=5e-5)
 
-    def test_of_a_time_sampling_that_learns(self, door, only_run, tmp_path):
-        assert door("train", *QUICK, *IMPORTANCE, "trainer.max_steps=12") == 0
+    def test_of_a_time_sampling_that_learns(self, command, only_run, tmp_path):
+        assert command("train", *QUICK, *IMPORTANCE, "trainer.max_steps=12") == 0
         whole = training_state(only_run().rename(tmp_path / "whole"), 12)
-        assert door("train", *QUICK, *IMPORTANCE, "trainer.max_steps=7") == 0
+        assert command("train", *QUICK, *IMPORTANCE, "trainer.max_steps=7") == 0
         learned = training_state(only_run(), 7)
         assert learned["/state_dict/loss.time_sampling._extra_state/seen"].min() >= 2, "no longer uniform"
-        assert door("train", "ckpt=last", "trainer.max_steps=12") == 0
+        assert command("train", "ckpt=last", "trainer.max_steps=12") == 0
         assert_identical(whole, training_state(only_run(), 12))
 
-    def test_other_seed_differs(self, door, only_run, uninterrupted):
+    def test_other_seed_differs(self, command, only_run, uninterrupted):
         """The comparison above can fail."""
-        assert door("train", *QUICK, DROPOUT, "trainer.max_steps=12", "seed=1") == 0
+        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=12", "seed=1") == 0
         with pytest.raises(AssertionError):
             assert_identical(training_state(uninterrupted, 12), training_state(only_run(), 12))
 
 
-def test_accumulation_gives_the_same_weights(door, only_run, tmp_path):
+def test_accumulation_gives_the_same_weights(command, only_run, tmp_path):
     base = [*QUICK, "trainer.max_steps=6", "callbacks=none"]
-    assert door("train", *base) == 0
+    assert command("train", *base) == 0
     whole = training_state(only_run().rename(tmp_path / "whole"), 6)
-    assert door("train", *base, "max_device_batch=8") == 0
+    assert command("train", *base, "max_device_batch=8") == 0
     parts = training_state(only_run(), 6)
     for name, weight in whole.items():
         if name.startswith("/state_dict"):
             torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=2e-5)
 
 
-def test_callbacks_do_not_touch_the_training(door, only_run, tmp_path):
+def test_callbacks_do_not_touch_the_training(command, only_run, tmp_path):
     """Previews, scores, validation and curves leave weights, averages and optimiser as they would be without."""
     assert (
-        door("train", *QUICK, DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4")
+        command(
+            "train", *QUICK, DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4"
+        )
         == 0
     )
     watched = training_state(only_run().rename(tmp_path / "watched"), 20)
-    assert door("train", *QUICK, DROPOUT, "callbacks=none", "validate_every=1000") == 0
+    assert command("train", *QUICK, DROPOUT, "callbacks=none", "validate_every=1000") == 0
     assert_identical(watched, training_state(only_run(), 20))
 
 
-def test_what_is_written(door, only_run):
+def test_what_is_written(command, only_run):
     assert (
-        door("train", *QUICK, "trainer.max_steps=20", "callbacks.checkpoints.every=5", "logger=tensorboard")
+        command(
+            "train", *QUICK, "trainer.max_steps=20", "callbacks.checkpoints.every=5", "logger=tensorboard"
+        )
         == 0
     )
     run = only_run()

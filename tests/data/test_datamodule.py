@@ -23,7 +23,7 @@ class Probe(pl.LightningModule):
 
     def training_step(self, batch, index):
         self.trained.append(batch.positions)
-        return cross_entropy(self.head(batch.images.flatten(1)), batch.labels)
+        return cross_entropy(self.head(batch.images.flatten(1) / 127.5 - 1), batch.condition.labels)
 
     def validation_step(self, batch, index):
         self.validated.append(batch.positions)
@@ -101,7 +101,7 @@ def test_validation_is_the_split_in_order(source):
     _, module = fit(data, 4)
     assert torch.equal(torch.cat(module.validated), torch.arange(147))
     batch = next(iter(data.val_dataloader()))
-    assert torch.equal(batch.labels, source.split("validation").labels[batch.positions])
+    assert torch.equal(batch.condition.labels, source.split("validation").labels[batch.positions])
 
 
 def test_works_without_a_trainer(source):
@@ -150,9 +150,9 @@ def test_lightning_moves_batches():
     batch = next(iter(ImageDataModule(Digits(num_classes=0), 8, seed=0).train_dataloader()))
     moved = move_data_to_device(batch, torch.device("meta"))
     assert isinstance(moved, Batch)
-    assert moved.labels is None
+    assert moved.condition.labels is None
     assert moved.images.is_meta
-    assert moved.positions.is_meta
+    assert moved.positions.device.type == "cpu"  # reading them must not wait for the device
 
 
 @pytest.mark.gpu
@@ -163,7 +163,7 @@ def test_batches_are_pinned_for_cuda():
     batch = next(iter(data.train_dataloader()))
     assert isinstance(batch, Batch)
     assert batch.images.is_pinned()
-    assert batch.labels.is_pinned()
+    assert batch.condition.labels.is_pinned()
 
 
 @pytest.mark.parametrize(

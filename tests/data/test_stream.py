@@ -6,7 +6,6 @@ from torch.utils.data import DataLoader
 
 from src.data.source import InMemoryImages
 from src.data.stream import FixedOrder, PositionSampler, ShardSampler, TrainingStream
-from src.data.transforms import to_uint8
 
 
 def numbered(n: int) -> InMemoryImages:
@@ -18,10 +17,10 @@ def numbered(n: int) -> InMemoryImages:
 
 def seen(batch) -> set[tuple[int, int, bool]]:
     """(position, image, flipped) of each sample, read off the pixels."""
-    left, right = to_uint8(batch.images)[:, 0, 0].T.tolist()
+    left, right = batch.images[:, 0, 0].T.tolist()
     flipped = [a == 255 for a in left]
     images = [b if f else a for a, b, f in zip(left, right, flipped, strict=True)]
-    assert [i % 7 for i in images] == batch.labels.tolist()
+    assert [i % 7 for i in images] == batch.condition.labels.tolist()
     return set(zip(batch.positions.tolist(), images, flipped, strict=True))
 
 

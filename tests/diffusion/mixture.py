@@ -96,7 +96,7 @@ class MixtureDenoiser(BaseDenoiser):
         self.mixture, self.schedule, self.variance = mixture, schedule, variance or Small()
         self.calls = 0
 
-    def forward(self, x_t, level, condition=None):
+    def forward(self, x_t, level, condition=None, to=None):
         self.calls += 1
         return Prediction(x_t, level, self.mixture.posterior_mean(x_t, level))
 

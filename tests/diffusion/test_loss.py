@@ -145,9 +145,7 @@ def test_l_vlb_of_improved_ddpm(name, variance):
     schedule, alphabar = TABLES[name]
     x0, eps = _draws()
     network = Doubled() if variance == "learned_range" else Wavy()
-    loss = losses.VariationalLoss(
-        Denoiser(network, schedule, Eps(), VARIANCES[variance]), Simple(), Uniform()
-    )
+    loss = losses.VariationalLoss(Denoiser(network, schedule, Eps(), VARIANCES[variance]), Uniform())
     expected = (len(alphabar) - 1) * _bound_bits(alphabar, x0, eps, variance)
     np.testing.assert_allclose(_call(loss, x0, eps).detach(), expected, rtol=1e-10)
 
@@ -174,7 +172,7 @@ def test_the_bound_of_the_hybrid_loss_trains_the_variance_alone():
 
     denoiser = Denoiser(Doubled(), schedule, Eps(), LearnedRange())
     hybrid = gradients(losses.HybridLoss(denoiser, Simple(), Uniform(), vlb_weight=0.5))
-    vlb = gradients(losses.VariationalLoss(denoiser, Simple(), Uniform()))
+    vlb = gradients(losses.VariationalLoss(denoiser, Uniform()))
     fixed = Denoiser(Wavy(), schedule, Eps())
     fixed.network = nn.Module()
     fixed.network.mean = denoiser.network.mean
@@ -189,7 +187,7 @@ def test_the_bound_of_the_hybrid_loss_trains_the_variance_alone():
 def test_learned_log_variance_in_the_bound():
     schedule, alphabar = TABLES["linear"]
     x0, eps = _draws()
-    loss = losses.VariationalLoss(Denoiser(Doubled(), schedule, Eps(), Learned()), Simple(), Uniform())
+    loss = losses.VariationalLoss(Denoiser(Doubled(), schedule, Eps(), Learned()), Uniform())
     expected = T * _bound_bits(alphabar, x0, eps, "learned")
     np.testing.assert_allclose(_call(loss, x0, eps).detach(), expected, rtol=1e-10)
 
@@ -199,8 +197,6 @@ def test_learned_log_variance_in_the_bound():
     [
         (lambda d, f: losses.DenoisingLoss(d, Simple(), Uniform()), "denoiser has a learned variance"),
         (lambda d, f: losses.HybridLoss(f, Simple(), Uniform()), "denoiser has a fixed variance"),
-        (lambda d, f: losses.VariationalLoss(d, SNR(), Uniform()), "weighting has no effect"),
-        (lambda d, f: losses.VariationalLoss(d, Simple(), Uniform(), Absolute()), "distance has no effect"),
         (
             lambda d, f: losses.DenoisingLoss(f, LearnedUncertainty(EDM()), Importance()),
             "time_sampling=importance prefers",
@@ -211,7 +207,7 @@ def test_learned_log_variance_in_the_bound():
         ),
         (lambda d, f: losses.HybridLoss(d, Simple(), Uniform(), vlb_weight=0), "vlb_weight must be positive"),
         (
-            lambda d, f: losses.VariationalLoss(Denoiser(Wavy(), VP(), Eps()), Simple(), Uniform()),
+            lambda d, f: losses.VariationalLoss(Denoiser(Wavy(), VP(), Eps()), Uniform()),
             "schedule must be discrete",
         ),
     ],
@@ -231,9 +227,12 @@ def test_no_training_step_waits_for_the_device(parameterization, weighting):
     assert loss(x0, torch.tensor([1, 2, T // 2, T]).double(), eps).is_meta
 
 
-@pytest.mark.parametrize("make", [losses.HybridLoss, losses.VariationalLoss])
+@pytest.mark.parametrize(
+    "make",
+    [lambda d: losses.HybridLoss(d, Simple(), Uniform()), lambda d: losses.VariationalLoss(d, Uniform())],
+)
 def test_no_bound_waits_for_the_device(make):
-    loss = make(Denoiser(Doubled(), Linear(), Eps(), LearnedRange()), Simple(), Uniform()).to("meta")
+    loss = make(Denoiser(Doubled(), Linear(), Eps(), LearnedRange())).to("meta")
     x0, eps = torch.empty(2, 4, 3, 4, 4, device="meta").unbind()
     assert loss(x0, torch.tensor([1, 2, T // 2, T]).double(), eps).is_meta
 

@@ -1,15 +1,19 @@
 """The images of a recipe do not depend on how they are shared out."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from src.data.codec import Codec, Pixels
 from src.diffusion.clipping import StaticClipping
-from src.diffusion.denoiser import Denoiser
+from src.diffusion.denoiser import Denoiser, WrappedDenoiser
 from src.diffusion.parameterization import Eps
 from src.diffusion.sampler import DDIM, DDPM
 from src.diffusion.schedule import Cosine
 from src.diffusion.spacing import Trailing
-from src.generation.recipe import Generation
+from src.diffusion.variance import Large
+from src.generation.recipe import Recipe
 from src.model import UNet
 
 N = 30
@@ -26,9 +30,15 @@ def denoiser():
 
 def drawn(sampler, denoiser, share, batch_size):
     """The bytes of a share of the images, by number."""
-    recipe = Generation(sampler, Trailing(), 20, StaticClipping, (3, 8, 8), 0, seed=0)
-    batches = list(recipe.images(denoiser, share, batch_size))
-    return dict(zip(share, torch.cat(batches), strict=True))
+    recipe = recipe_of(sampler, StaticClipping)
+    made = list(recipe.images(denoiser, share, batch_size))
+    assert all(batch.evaluations == 20 for batch in made)
+    return dict(zip(share, torch.cat([batch.images for batch in made]), strict=True))
+
+
+def recipe_of(sampler, *wrappers, steps=20):
+    """A recipe for images of 3 x 8 x 8 pixels."""
+    return Recipe(sampler, Trailing(), steps, wrappers, Pixels((3, 8, 8)), None, seed=0)
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=["ddim", "ddpm"])
@@ -46,11 +56,96 @@ def test_images_do_not_depend_on_ranks_and_batches(denoiser, sampler, ranks, bat
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_noise_is_equal_bit_by_bit(denoiser, batch_size):
-    recipe = Generation(DDPM(), Trailing(), 20, None, (3, 8, 8), 0, seed=0)
-    noise, whole, _ = recipe.start(denoiser, range(N))
+    recipe = recipe_of(DDPM())
+    whole, _, noise = recipe.start(denoiser, range(N))
     later = noise(whole)
     for start in range(0, N, batch_size):
         share = range(N)[start : start + batch_size]
-        noise, x_T, _ = recipe.start(denoiser, share)
+        x_T, _, noise = recipe.start(denoiser, share)
         assert torch.equal(x_T, whole[start : start + batch_size])
         assert torch.equal(noise(x_T), later[start : start + batch_size])
+
+
+class Doubled(WrappedDenoiser):
+    """Calls the network twice, as guidance does, and says so by its x0."""
+
+    def __init__(self, inner, factor):
+        super().__init__(inner)
+        self.factor = factor
+
+    def forward(self, x_t, level, condition=None, to=None):
+        first, second = (self.inner(x_t, level, condition, to) for _ in range(2))
+        return first.with_x0(self.factor * (first.x0 + second.x0) / 2)
+
+
+def test_wrappers_act_in_order_and_their_evaluations_are_counted(denoiser):
+    guided = partial(Doubled, factor=3.0)
+    start = torch.randn(2, 3, 8, 8)
+    level = denoiser.schedule([500.0]).scalars()[0]
+    plain = denoiser(start, level).x0
+    clipped_last = recipe_of(DDIM(), guided, StaticClipping).around(denoiser)(start, level).x0
+    torch.testing.assert_close(clipped_last, (3 * plain).clamp(-1, 1))
+    clipped_first = recipe_of(DDIM(), StaticClipping, guided).around(denoiser)(start, level).x0
+    torch.testing.assert_close(clipped_first, 3 * plain.clamp(-1, 1))
+    assert not torch.allclose(clipped_first, clipped_last)
+    (made,) = recipe_of(DDIM(), guided, StaticClipping, steps=5).images(denoiser, range(4), 4)
+    assert made.evaluations == 10
+    (made,) = recipe_of(DDPM(), guided, guided, steps=5).images(denoiser, range(4), 4)
+    assert made.evaluations == 20
+
+
+def test_a_wrapper_s_schedule_and_variance_are_the_inner_one_s(denoiser):
+    outer = Doubled(Doubled(denoiser, 1.0), 1.0)
+    before = denoiser.variance
+    try:
+        denoiser.variance = Large()
+        assert outer.variance is denoiser.variance
+        assert outer.schedule is denoiser.schedule
+    finally:
+        denoiser.variance = before
+
+
+def test_a_recipe_reads_in_words(denoiser):
+    record = recipe_of(DDIM(0.5), partial(Doubled, factor=2.0), StaticClipping).record(Large(), 40)
+    assert record == {
+        "sampler": "DDIM(eta=0.5)",
+        "spacing": "Trailing()",
+        "variance": "Large()",
+        "guidance": "Doubled(factor=2.0)",
+        "clipping": "StaticClipping()",
+        "labels": "none",
+        "steps": 20,
+        "network_evaluations": 40,
+        "seed": 0,
+    }
+
+
+class Upright(Codec):
+    """Images of 2 x 2 pixels as four channels of one: another shape than the image."""
+
+    image_shape, shape = (1, 2, 2), (4, 1, 1)
+
+    def encode(self, images):
+        return Pixels(self.image_shape).encode(images).reshape(-1, *self.shape)
+
+    def decode(self, x):
+        return Pixels(self.image_shape).decode(x.reshape(-1, *self.image_shape))
+
+    def describe(self):
+        return "four pixels as channels"
+
+
+def test_sampling_has_the_codec_s_shape_and_images_the_data_s():
+    class Mild(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((4, 1, 1), 0.1))
+
+        def forward(self, x, label, condition=None):
+            assert x.shape[1:] == Upright.shape
+            return self.scale * x
+
+    recipe = Recipe(DDIM(), Trailing(), 4, (), Upright(), None, seed=0)
+    (made,) = recipe.images(Denoiser(Mild(), Cosine(), Eps()).requires_grad_(False), range(3), 8)
+    assert made.images.shape == (3, 1, 2, 2)
+    assert made.images.dtype == torch.uint8

@@ -1,14 +1,15 @@
-"""What the sampling door draws: which noise it uses."""
+"""Tasks of `src.sample`: which noise they use."""
 
 import torch
 
-from src.app.load import LoadedRun
+from src.data.codec import Pixels
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.parameterization import Eps
 from src.diffusion.sampler import DDPM
 from src.diffusion.schedule import Linear
 from src.diffusion.spacing import Trailing
-from src.generation.recipe import Generation
+from src.generation.loaded import LoadedRun
+from src.generation.recipe import Recipe
 from src.generation.tasks import Interpolate
 from tests.diffusion.sampler.networks import Wavy
 
@@ -18,8 +19,8 @@ def loaded(sampler, steps=4):
     network = Wavy()
     network.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
     denoiser = Denoiser(network, Linear(), Eps()).requires_grad_(False)
-    generation = Generation(sampler, Trailing(), steps, None, (1, 4, 4), num_classes=0, seed=0)
-    return LoadedRun(denoiser, generation, None, None, step=0, weights="raw", ema_decay=None)
+    recipe = Recipe(sampler, Trailing(), steps, (), Pixels((1, 4, 4)), None, seed=0)
+    return LoadedRun(denoiser, recipe, None, None, step=0, weights="raw", ema_decay=None)
 
 
 class Recording(DDPM):
@@ -40,7 +41,7 @@ class Recording(DDPM):
 def test_an_interpolation_draws_no_noise_twice_and_ends_in_drawn_images(tmp_path):
     sampler = Recording()
     run = loaded(sampler)
-    list(run.generation.trajectory(run.denoiser, range(4)))
+    list(run.recipe.trajectory(run.denoiser, range(4)))
     starts, drawn = sampler.starts, sampler.images
     Interpolate(columns=3).run(run, 2, 4, tmp_path)
     draws = [image for batch in (starts, *sampler.noise) for image in batch]

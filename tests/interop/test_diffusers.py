@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.conditioning import Condition
 from src.interop.diffusers import unet_from_diffusers, unet_to_diffusers
 from src.model import UNet
 
@@ -80,10 +81,11 @@ def pair(request):
 def test_output_equals_diffusers(pair):
     theirs, ours = pair
     label = torch.tensor([0.0, 1.0, 17.25, 500.0, 998.5, 999.0])
-    x = torch.randn(len(label), ours.channels, ours.image_size, ours.image_size)
-    condition = torch.tensor([0, 1, 4, 9, 10, 10]) if ours.num_classes else None
+    x = torch.randn(len(label), *ours.image_shape)
+    labels = torch.tensor([0, 1, 4, 9, 10, 10]) if ours.num_classes else None
+    condition = None if labels is None else Condition(labels=labels)
 
-    expected = theirs(x, label, class_labels=condition).sample
+    expected = theirs(x, label, class_labels=labels).sample
 
     assert expected.std() > 0.1
     torch.testing.assert_close(ours(x, label, condition), expected, rtol=0, atol=1e-5)

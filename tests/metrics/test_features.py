@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from src.errors import UserError
 from src.metrics.classifier import SmallClassifier, load_classifier, save_classifier
-from src.metrics.features import WEIGHTS_FOLDER, ClassifierFeatures, full_precision, hash_weights
+from src.metrics.features import WEIGHTS_FOLDER, ClassifierFeatures, full_precision, hash_tensors
 
 
 def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_shipped_weights_are_small_and_tell_their_origin(name, shape, num_featur
 
 def test_shipped_digits_classifier_has_the_accuracy_it_claims():
     from src.data.digits import Digits
-    from src.train_classifier import accuracy
+    from src.tools.train_classifier import accuracy
 
     classifier, metadata = load_classifier(WEIGHTS_FOLDER / "digits.safetensors")
     test_set = Digits().split("test")
@@ -68,8 +68,13 @@ def test_loading_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize(
     "images",
-    [torch.zeros(2, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), random_images(2, (3, 8, 8))],
-    ids=["float", "no batch", "colour"],
+    [
+        torch.zeros(2, 1, 8, 8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        random_images(2, (3, 8, 8)),
+        random_images(2, (1, 8, 12)),
+    ],
+    ids=["float", "no batch", "colour", "not square"],
 )
 def test_wrong_images_are_refused_in_one_line(images):
     with pytest.raises(ValueError, match="digits") as raised:
@@ -91,7 +96,7 @@ def test_hash_is_of_the_weights_and_not_of_the_file(tmp_path):
 def test_hash_by_hand():
     weights = {"b": torch.tensor([1, 2], dtype=torch.uint8), "a": torch.zeros(1, 1)}
     text = b"a torch.float32 (1, 1)\n" + bytes(4) + b"b torch.uint8 (2,)\n" + bytes([1, 2])
-    assert hash_weights(weights) == hashlib.sha256(text).hexdigest()
+    assert hash_tensors(weights) == hashlib.sha256(text).hexdigest()
 
 
 def test_features_are_what_the_head_sees(tmp_path):
@@ -124,7 +129,7 @@ def test_a_file_that_is_not_what_it_says_is_a_user_error(tmp_path, content):
 
 
 def test_too_many_poolings_are_refused():
-    with pytest.raises(ValueError, match="widths: 3 poolings leave nothing of 4 pixels"):
+    with pytest.raises(ValueError, match="widths: 3 poolings reduce 4 pixels to none"):
         SmallClassifier(1, 4, [2, 2, 2], 4, 2)
 
 

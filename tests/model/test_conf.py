@@ -39,7 +39,7 @@ def size(network) -> int:
 )
 def test_preset_runs_at(name, image_size):
     network = build(name, image_size, 3, num_classes=10, out_channels=6)
-    assert (network.image_size, network.channels) == (image_size, 3)
+    assert network.image_shape == (3, image_size, image_size)
     assert (network.num_classes, network.out_channels) == (10, 6)
     x = torch.randn(2, 3, image_size, image_size)
     output = network(x, torch.tensor([0.0, 999.0]), torch.tensor([3, 10]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from src.conditioning import Condition
 from src.model import UNet
 from src.model.blocks import Downsample, SelfAttention, xavier
 
@@ -123,8 +124,8 @@ def test_integer_and_float_labels_are_one_time():
 def test_images_of_a_batch_do_not_mix():
     network = perturbed(tiny(num_classes=3)).eval()
     x, label = batch()
-    condition = torch.tensor([0, 1, 2, 3])
-    one_by_one = [network(x[i : i + 1], label[i : i + 1], condition[i : i + 1]) for i in range(4)]
+    condition = Condition(labels=torch.tensor([0, 1, 2, 3]))
+    one_by_one = [network(x[i : i + 1], label[i : i + 1], condition.index([i])) for i in range(4)]
     torch.testing.assert_close(network(x, label, condition), torch.cat(one_by_one))
 
 
@@ -194,7 +195,7 @@ def test_graph_has_no_breaks():
     network = perturbed(tiny(num_classes=3))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     x, label = batch()
-    condition = torch.tensor([0, 1, 2, 3])
+    condition = Condition(labels=torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(compiled(x, label, condition), network(x, label, condition))
 
 
@@ -204,7 +205,7 @@ def test_compiled_network_is_the_same_function():
     network = perturbed(tiny(num_classes=3))
     compiled = torch.compile(network, fullgraph=True)
     x, label = batch()
-    condition = torch.tensor([0, 1, 2, 3])
+    condition = Condition(labels=torch.tensor([0, 1, 2, 3]))
     output = compiled(x, label, condition)
     torch.testing.assert_close(output, network(x, label, condition), rtol=1e-4, atol=1e-5)
     output.square().sum().backward()

@@ -1,16 +1,17 @@
 """What a training step minimises and a validation step measures."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from src.conditioning import NO_CLASS, ByClass, Condition
+from src.data.codec import Pixels
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
-from src.diffusion.loss import DenoisingLoss
+from src.diffusion.forward import diffuse
+from src.diffusion.loss import DenoisingLoss, Loss, TimedLoss
 from src.diffusion.parameterization import V
 from src.diffusion.schedule import Cosine
 from src.diffusion.time_sampling import Importance, Uniform
@@ -20,25 +21,11 @@ from src.training.module import DiffusionModule
 T = 8
 
 
-class TimeItself(nn.Module):
+class TimeItself(TimedLoss):
     """A loss that is the time, whatever the image."""
 
-    def __init__(self, time_sampling):
-        super().__init__()
-        self.time_sampling, self.denoiser = time_sampling, SimpleNamespace(schedule=Cosine(T))
-
-    def forward(self, x0, t, eps, condition=None):
-        return t.to(x0)
-
-
-def test_the_preference_for_some_times_is_undone():
-    # p_t ~ L_t is the estimate of least variance, none, of the mean loss over uniform times (T + 1)/2
-    importance = Importance(bins=T, history=1, uniform=1e-6)
-    times = torch.arange(1, T + 1, dtype=torch.float64)
-    importance.update(times, times, Cosine(T))
-    module = DiffusionModule(TimeItself(importance), lambda p: None, None, None, seed=0, batch_size=16)
-    batch = Batch(torch.zeros(16, 1, 2, 2), torch.zeros(16, dtype=torch.long), torch.arange(16))
-    assert module.training_step(batch, 0).item() == pytest.approx((T + 1) / 2, rel=1e-4)
+    def forward(self, x0, draws, eps, condition=None):
+        return draws.to(x0)
 
 
 class Scale(nn.Module):
@@ -50,17 +37,119 @@ class Scale(nn.Module):
         return self.scale * x
 
 
+def batch_of(n, **condition):
+    """n grey images of 1 x 2 x 2 pixels, at the first places of the stream."""
+    return Batch(torch.full((n, 1, 2, 2), 128, dtype=torch.uint8), Condition(**condition), torch.arange(n))
+
+
+def module_of(loss, batch_size, **arguments):
+    return DiffusionModule(
+        loss, lambda p: None, None, None, seed=0, batch_size=batch_size, codec=Pixels((1, 2, 2)), **arguments
+    )
+
+
+def test_the_preference_for_some_times_is_undone():
+    # p_t ~ L_t is the estimate of least variance, none, of the mean loss over uniform times (T + 1)/2
+    importance = Importance(bins=T, history=1, uniform=1e-6)
+    times = torch.arange(1, T + 1, dtype=torch.float64)
+    importance.update(times, times, Cosine(T))
+    module = module_of(TimeItself(Denoiser(Scale(), Cosine(T), V()), importance), batch_size=16)
+    assert module.training_step(batch_of(16), 0)["loss"].item() == pytest.approx((T + 1) / 2, rel=1e-4)
+
+
 def test_validation_losses_are_not_balanced():
-    batch = Batch(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), torch.arange(4))
     balanced = LearnedUncertainty(SNR())
     nn.init.normal_(balanced.uncertainty.weight)
     found = []
     for weighting in (SNR(), balanced):
         loss = DenoisingLoss(Denoiser(Scale(), Cosine(T), V()), weighting, Uniform())
-        module = DiffusionModule(loss, lambda p: None, None, None, seed=0, batch_size=4)
+        module = module_of(loss, batch_size=4)
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
         )
-        trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)
+        trainer.validate(module, DataLoader([batch_of(4)], batch_size=None), verbose=False)
         found.append(trainer.callback_metrics["val/loss"].item())
     assert found[0] == found[1] > 0
+
+
+class TwoTimes(Loss):
+    """A loss that draws t and an earlier s, and gives the network both."""
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        self.seen = []
+
+    def draw(self, n, generator):
+        t = self.denoiser.schedule.time_at(torch.rand(n, 2, dtype=torch.float64, generator=generator))
+        return t.sort(dim=1, descending=True).values
+
+    def forward(self, x0, draws, eps, condition=None):
+        self.seen.append(draws)
+        schedule = self.denoiser.schedule
+        t, s = schedule(draws[:, 0]), schedule(draws[:, 1])
+        output, _ = self.denoiser.output(diffuse(x0, eps, t), t, condition, to=s)
+        return (output - eps).square().flatten(1).mean(dim=1)
+
+
+class Between(nn.Module):
+    """Reads both times."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.labels = []
+
+    def forward(self, x, label, condition=None, to_label=None):
+        self.labels.append((label, to_label))
+        return self.scale * x
+
+
+def test_a_loss_may_draw_two_times():
+    network = Between()
+    loss = TwoTimes(Denoiser(network, Cosine(T), V()))
+    module = module_of(loss, batch_size=16)
+    assert module.training_step(batch_of(16), 0)["loss"].isfinite()
+    label, to_label = network.labels[-1]
+    draws = loss.seen[-1]
+    assert draws.shape == (16, 2)
+    assert (draws[:, 0] >= draws[:, 1]).all()
+    torch.testing.assert_close(label.double(), draws[:, 0] - 1)  # the label of a discrete time is t - 1
+    torch.testing.assert_close(to_label.double(), draws[:, 1] - 1)
+    # micro-batches see slices of the same draws
+    whole = loss.seen.pop()
+    half = Batch(batch_of(16).images[8:], Condition(), torch.arange(8, 16))
+    module.training_step(half, 0)
+    assert torch.equal(loss.seen[-1], whole[8:])
+
+
+class Reading(nn.Module):
+    """Keeps the labels that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.labels = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, label, condition=None):
+        self.labels.append(None if condition is None else condition.labels)
+        return self.scale * x
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_condition_is_dropped_by_place_in_the_stream(dropout):
+    network = Reading()
+    loss = DenoisingLoss(Denoiser(network, Cosine(T), V()), SNR(), Uniform())
+    module = module_of(loss, batch_size=400, conditioning=ByClass(10, dropout))
+    labels = torch.arange(400) % 10
+    module.training_step(batch_of(400, labels=labels), 0)
+    whole = network.labels[-1]
+    assert (whole == NO_CLASS).double().mean().item() == pytest.approx(dropout, abs=0.07)
+    assert torch.equal(whole[whole >= 0], labels[whole >= 0])
+    quarter = batch_of(400, labels=labels)
+    quarter = Batch(quarter.images[100:200], quarter.condition.index(slice(100, 200)), torch.arange(100, 200))
+    module.training_step(quarter, 0)
+    assert torch.equal(network.labels[-1], whole[100:200])
+    # in validation nothing is dropped
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loader = DataLoader([batch_of(400, labels=labels)], batch_size=None)
+    trainer.validate(module, loader, verbose=False)
+    assert torch.equal(network.labels[-1], labels)

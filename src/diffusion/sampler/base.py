@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.conditioning import Condition
 from src.errors import UserError
 
-from ..denoiser import BaseDenoiser, Gaussian
+from ..denoiser import BaseDenoiser, Conditioned
 from ..noise_level import NoiseLevel, as_times, conditional_variance
 from ..parameterization import Prediction
 from ..schedule import Schedule
@@ -31,7 +32,7 @@ class State(NamedTuple):
         x: the image x_s, shape (B, C, H, W).
         prediction: the prediction at x_t that led to it; None at the start.
         origin: the x_t from which the step was made, where a corrector had moved it; else None.
-        evaluations: how often the denoiser has been asked on the way here.
+        evaluations: of the network for each image, on the way here; guidance may take several in a step.
     """
 
     x: Tensor
@@ -116,7 +117,7 @@ class Sampler(ABC):
         denoiser: BaseDenoiser,
         x_T: Tensor,
         times: Tensor | list[float],
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         noise: NoiseSource = global_noise,
     ) -> Iterator[State]:
         """Yields the start and then the state after each step; progress bars and pictures are the caller's affair.
@@ -125,7 +126,7 @@ class Sampler(ABC):
             denoiser: asked for predictions; put it into eval mode first.
             x_T: the start, noise of standard deviation sigma at times[0], shape (B, C, H, W).
             times: falling, the last usually 0 (clean); see `spacing`.
-            condition: e.g. class labels of shape (B,); None for none.
+            condition: what the images are conditioned on; None for nothing.
             noise: source of the steps' noise.
 
         Raises:
@@ -136,19 +137,21 @@ class Sampler(ABC):
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
             raise ValueError(f"times must be at least two falling values, got {times.tolist()}")
         levels = denoiser.schedule(times).scalars()
-        asked = _Asked(denoiser, condition)
+        conditioned = Conditioned(denoiser, condition)
+        before = conditioned.evaluated_images
         times, past = times.tolist(), deque(maxlen=self.memory)
         x_t = x_T
         finite = FiniteCheck("sampling: the images", times[:-1])
         yield State(x_T)
         for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
-                state = self.step(asked, x_t, t, s, noise, Path(times, levels, index, past))
+                state = self.step(conditioned, x_t, t, s, noise, Path(times, levels, index, past))
                 finite.after_step(state.x)
             if self.memory:
                 past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
             x_t = state.x
-            yield State(x_t, state.prediction, state.origin, asked.evaluations)
+            evaluations = (conditioned.evaluated_images - before) // len(x_T)
+            yield State(x_t, state.prediction, state.origin, evaluations)
             del state  # whoever wants it has it; the memory of earlier images can serve the next step
         finite.tell()
 
@@ -157,7 +160,7 @@ class Sampler(ABC):
         denoiser: BaseDenoiser,
         x_T: Tensor,
         times: Tensor | list[float],
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         noise: NoiseSource = global_noise,
     ) -> Tensor:
         """The last state of `trajectory`, same arguments: images, nominally in [-1, 1], shape (B, C, H, W)."""
@@ -230,23 +233,6 @@ def check_memoryless(sampler: Sampler, name: str) -> Sampler:
     if sampler.memory:
         raise ValueError(f"{name} must be a single-step method, and {type(sampler).__name__} is multi-step")
     return sampler
-
-
-class _Asked:
-    """A denoiser with its condition filled in, which counts how often it is asked."""
-
-    def __init__(self, denoiser: BaseDenoiser, condition: Tensor | None):
-        self.denoiser, self.condition = denoiser, condition
-        self.schedule, self.variance = denoiser.schedule, denoiser.variance
-        self.evaluations = 0
-
-    def __call__(self, x_t: Tensor, level: NoiseLevel) -> Prediction:
-        self.evaluations += 1
-        return self.denoiser(x_t, level, self.condition)
-
-    def reverse(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
-        self.evaluations += 1
-        return self.denoiser.reverse(x_t, t, s, self.condition)
 
 
 class FiniteCheck:

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from src.conditioning import Condition
+
 from ..denoiser import BaseDenoiser, Conditioned
 from ..forward import diffuse
 from ..noise_level import NoiseLevel, as_times, linear_combination
@@ -18,7 +20,7 @@ def encode(
     denoiser: BaseDenoiser,
     x0: Tensor,
     times: Tensor | list[float],
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     tolerance: float | None = None,
 ) -> Iterator[State]:
     """The latents of images: deterministic DDIM backwards (Song et al. 2021, arXiv:2010.02502, sec. 4.3).
@@ -32,7 +34,7 @@ def encode(
         denoiser: asked for predictions; without clipping, which cannot be inverted.
         x0: images in [-1, 1], shape (B, C, H, W).
         times: falling, as for sampling; visited in reverse.
-        condition: e.g. class labels of shape (B,).
+        condition: what the images are conditioned on; None for nothing.
         tolerance: the largest change of a pixel at which an iteration stops; None for one evaluation a step.
 
     Raises:

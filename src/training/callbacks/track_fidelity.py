@@ -1,96 +1,179 @@
-"""Scores during training, and the best checkpoint by them."""
+"""Scores during training, and the best checkpoint by the first of them."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
+from tqdm import tqdm
 
-from src.evaluation.record import Protocol, Recipe
-from src.generation.recipe import Generation
-from src.metrics.fidelity import FidelityScore
-from src.runs.files import forgiving, write_json
+from src.data.source import ImageSource
+from src.errors import UserError
+from src.evaluation.record import Record
+from src.evaluation.scores import ScoreSet
+from src.generation.recipe import Recipe
+from src.runs.files import forgiving
 from src.training.callbacks.every import EverySteps
+
+log = logging.getLogger(__name__)
 
 
 class TrackFidelity(EverySteps):
     """Every N steps, on all ranks: generates images with the averaged weights and scores them.
 
-    The score is logged under its own name; the checkpoint of the best one so far is kept, with the score and
-    its protocol beside it. The reference statistics are computed once and cached.
+    Scores are logged under their names. The checkpoint with the best value of the first score is kept as `best`,
+    with a `Record` beside it. Scoring that runs out of memory, or whose result is not finite, is reported in the log
+    and training continues.
 
     Args:
-        score: what is measured.
-        generation: how the images are made.
-        set_reference: gives the score this rank's share of the reference set.
+        scores: what is measured; the first decides which checkpoint is the best.
+        recipe: how the images are made.
+        source: the data with the reference sets.
         best: file of the best checkpoint.
-        recipe: the record of how the images are made, given the number of training steps.
+        record: how the images are made as primitives, from the number of training steps and the network evaluations
+            per image.
+        cache: folder of the cached reference statistics; None for no cache.
+        device_batch: images per call of the network that fit on a device, e.g. the micro-batch of training.
         every: optimiser steps between two scores.
         n: number of generated images, over all ranks.
-        batch_size: images generated at once on each device.
+        batch_size: images generated at once on each device; None for `device_batch`.
+        at_end: score after the last step too, even if `every` does not divide it.
+
+    Attributes:
+        latest: the scores of the latest scoring and their protocol; None before the first.
+        best_value: the best value of the first score so far.
+
+    Raises:
+        ValueError: a number is out of range, or n is too small for a score.
     """
 
     def __init__(
         self,
-        score: FidelityScore,
-        generation: Generation,
-        set_reference: Callable[[FidelityScore, int, int], None],
+        scores: ScoreSet,
+        recipe: Recipe,
+        source: ImageSource,
         best: Path,
-        recipe: Callable[[int], Recipe],
-        every: int = 5000,
+        record: Callable[[int, int], dict[str, Any]],
+        cache: str | Path | None = None,
+        device_batch: int = 256,
+        every: int = 2000,
         n: int = 1000,
-        batch_size: int = 256,
+        batch_size: int | None = None,
+        at_end: bool = True,
     ):
         super().__init__(every)
         if n < 2:
             raise ValueError(f"n must be at least 2 images, got {n}")
-        self.score = score
-        self.generation = generation
-        self.set_reference = set_reference
-        self.best = Path(best)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 image or null, got {batch_size}")
+        self.scores = scores
         self.recipe = recipe
+        self.source = source
+        self.best = Path(best)
+        self.record = record
+        self.cache = cache
         self.n = n
-        self.batch_size = batch_size
+        self.batch_size = batch_size or device_batch
+        self.at_end = at_end
         self.best_value: float | None = None
-        self.latest: dict[str, float] = {}
+        self.latest: Record | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check before the first step that both sets of images are large enough."""
+        try:
+            self.scores.check_counts(self.n, self.source)
+        except UserError as error:
+            raise UserError(
+                f"{error}; change callbacks.track_fidelity.n={self.n} or metrics (metrics=none for no score)"
+            ) from None
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        score = self.score.to(module.device)
-        if score.needs_reference and score.reference is None:
-            self.set_reference(score, trainer.global_rank, trainer.world_size)
-        score.reset()
-        mine = range(trainer.global_rank, self.n, trainer.world_size)
-        with module.averaged() as denoiser:
-            for images in self.generation.images(denoiser, mine, self.batch_size):
-                score.update(images)
-        if not trainer.strategy.broadcast(self.best.is_file()):
-            self.best_value = None  # of a file that was set aside
-        self.latest = scores = score.compute()
+        if not self.at_end and trainer.global_step % self.every:
+            return
+        scores = self.scores.to(module.device)
+        if scores.needs_reference:
+            scores.set_references(self.source, trainer.global_rank, trainer.world_size, self.cache)
+        evaluations = self._generate(trainer, module)
+        if evaluations is None:
+            return
+        try:
+            found = scores.compute()
+        except UserError as error:  # on all ranks alike
+            log.error("step %d: %s; training continues", trainer.global_step, error)
+            return
+        made = self.record(trainer.global_step, evaluations)
+        self.latest = Record(found, scores.protocol(made, self.recipe.codec.describe()))
         for logger in trainer.loggers:
-            logger.log_metrics(scores, step=trainer.global_step)
-        value = scores[score.name]
-        trainer.progress_bar_metrics[score.name] = value
-        if self._is_best(value):
-            before, self.best_value = self.best_value, value
-            trainer.save_checkpoint(self.best, weights_only=False)
-            if trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures):
-                self.best_value = before  # the file is still that of the old one
-            elif trainer.is_global_zero:
-                protocol = Protocol.of(score, self.recipe(trainer.global_step))
-                record = {"scores": scores, "protocol": protocol.as_dict()}
-                with forgiving("record of the best score"):
-                    write_json(self.best.with_suffix(".json"), record)
+            logger.log_metrics(found, step=trainer.global_step)
+        name = scores.monitored.name
+        trainer.progress_bar_metrics[name] = found[name]
+        if not trainer.strategy.broadcast(self.best.is_file()):
+            self.best_value = None  # the file was set aside
+        if self._is_best(found[name]):
+            self._keep(trainer, self.latest, found[name])
+
+    def _generate(self, trainer: Trainer, module: LightningModule) -> int | None:
+        """Add this rank's share of the images to the scores.
+
+        Returns:
+            The network evaluations per image; None if memory ran out on a rank.
+        """
+        is_main = trainer.is_global_zero
+        if is_main:
+            steps = self.recipe.steps
+            log.info(
+                "score       %s of %s images, %d sampler steps each", self.scores.names, f"{self.n:,}", steps
+            )
+        mine = range(trainer.global_rank, self.n, trainer.world_size)
+        self.scores.reset()
+        bar = tqdm(desc="score", total=len(mine), unit="image", delay=2, leave=False, disable=not is_main)
+        evaluations, fits = 0, True
+        try:
+            with module.averaged() as denoiser, bar:
+                for made in self.recipe.images(denoiser, mine, self.batch_size):
+                    self.scores.update(made.images)
+                    bar.update(len(made.images))
+                    evaluations = max(evaluations, made.evaluations)
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise
+            fits = False
+        if not trainer.strategy.reduce_boolean_decision(fits):
+            log.error(
+                "step %d: no memory to score batches of %d images; lower callbacks.track_fidelity.batch_size; training"
+                " continues",
+                trainer.global_step,
+                self.batch_size,
+            )
+            return None
+        # an adaptive solver's number differs between batches, and so between ranks
+        return int(trainer.strategy.reduce(torch.tensor(evaluations, device=module.device), reduce_op="max"))
+
+    def _keep(self, trainer: Trainer, record: Record, value: float) -> None:
+        before, self.best_value = self.best_value, value
+        trainer.save_checkpoint(self.best, weights_only=False)
+        if trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures):
+            self.best_value = before  # the file is still that of the earlier value
+        elif trainer.is_global_zero:
+            with forgiving("record of the best score"):
+                record.write(self.best.with_suffix(".json"))
 
     def _is_best(self, value: float) -> bool:
         if not math.isfinite(value):
             return False
         if self.best_value is None:
             return True
-        return value > self.best_value if self.score.higher_is_better else value < self.best_value
+        higher = self.scores.monitored.higher_is_better
+        return value > self.best_value if higher else value < self.best_value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value}
+        return {"best_value": self.best_value, "score": self.scores.monitored.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_value = state_dict["best_value"]
+        # the best value of another score says nothing about this one
+        if state_dict.get("score", self.scores.monitored.name) == self.scores.monitored.name:
+            self.best_value = state_dict["best_value"]

@@ -1,0 +1,91 @@
+"""The job of `src.evaluate`: scores of a trained run."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.progress import track
+
+from src.app.build import build
+from src.app.launch import launch
+from src.app.load import load_with
+from src.app.parts import is_likelihood, metric_nodes, scores_of
+from src.errors import UserError
+from src.evaluation.likelihood import Likelihood, score_likelihood
+from src.evaluation.record import Record
+from src.generation.loaded import LoadedRun
+from src.generation.recipe import warn_of_missing_signal
+from src.runs.files import digest_of
+from src.runs.folder import SCORES_FILE, recipe_folder
+from src.runs.processes import gathered, rank, world_size
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Scores generated images, or the likelihood of given ones; writes the scores with their protocol.
+
+    Args:
+        config: conf/evaluate.yaml, composed.
+
+    Returns:
+        The scores by name.
+    """
+    return launch(evaluate_on_this_process, config)
+
+
+def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
+    """The share of this process; see `evaluate`."""
+    loaded, merged = load_with(config)
+    nodes = metric_nodes(merged)
+    likelihoods = [option for option, node in nodes.items() if is_likelihood(node)]
+    folder = loaded.found.folder / "scores"
+    if likelihoods:
+        if len(nodes) > 1 or config.devices > 1:
+            raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
+        likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
+        record = score_likelihood(loaded, likelihood, config.n, config.batch_size, config.seed)
+        return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
+    record = score_images(loaded, merged, config)
+    if rank() == 0:
+        return publish(record, recipe_folder(folder, record.protocol))
+    return record.scores
+
+
+def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> Record:
+    """The scores of generated images, all from one sampling pass; every process makes its batches."""
+    if rank() == 0:
+        warn_of_missing_signal(loaded.denoiser, loaded.recipe)
+    scores = scores_of(merged, loaded.recipe.codec)
+    if scores is None:
+        raise UserError("metrics: this run has none; choose one, e.g. metrics=fid")
+    scores.to(loaded.device)
+    scores.set_references(loaded.source, rank(), world_size(), config.cache)
+    batches = [
+        range(first, min(first + config.batch_size, config.n))
+        for first in range(0, config.n, config.batch_size)
+    ]
+    description = f"{scores.names}: generating"
+    evaluations = 0
+    for numbers in track(
+        batches[rank() :: world_size()], description=description, transient=True, disable=rank() > 0
+    ):
+        (made,) = loaded.recipe.images(loaded.denoiser, numbers, config.batch_size)
+        scores.update(made.images)
+        evaluations = max(evaluations, made.evaluations)
+    evaluations = max(gathered(evaluations))
+    values = scores.compute()
+    return Record(values, scores.protocol(loaded.record(evaluations), loaded.recipe.codec.describe()))
+
+
+def publish(record: Record, folder: Path) -> dict[str, float]:
+    """Writes a record as <folder>/scores.json; prints and returns the scores."""
+    path = folder / SCORES_FILE
+    record.write(path)
+    width = max(map(len, ("evaluations", *record.scores))) + 4
+    lines = [f"{name:<{width}}{value:.5g}" for name, value in record.scores.items()]
+    if "recipe" in record.protocol:  # a likelihood has none
+        evaluations = record.protocol["recipe"]["network_evaluations"]
+        lines.append(f"{'evaluations':<{width}}{evaluations} of the network for an image")
+    log.info("%s\n%s%s", "\n".join(lines), "protocol".ljust(width), path)
+    return record.scores

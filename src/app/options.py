@@ -1,0 +1,260 @@
+"""Every single option of the entry points: its type, default, help, and what changing it does to a resumed training.
+
+The groups (schedule, model, ...) are chosen in conf/<entry point>.yaml; their options are the arguments of the classes
+that conf/<group>/<choice>.yaml names, with the types and limits of those constructors.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+CONF = Path(__file__).parents[2] / "conf"
+
+Effect = Literal["none", "order", "tuning", "experiment", "once"]
+"""What a changed option means for a training that is resumed.
+
+none        the numbers do not depend on it
+order       the same images in the same order, rounded differently, in part with other draws
+tuning      optimiser and learning-rate schedule: their new values are taken, the state is kept
+experiment  another experiment: refused unless allow_changes=true
+once        belongs to one start and is never stored
+"""
+
+ENTRY_POINTS = ("train", "sample", "evaluate")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: as it is typed; dotted where it is nested.
+        default: its value, "???" where it must be given.
+        help: one line.
+        kind: type of its value.
+        least: smallest number that is allowed.
+        optional: whether null is allowed.
+        choices: words that are allowed besides `kind`, or instead of it where `kind` is None.
+        effect: see `Effect`; of training's options.
+    """
+
+    name: str
+    default: Any
+    help: str
+    kind: type | None = None
+    least: int | None = None
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    effect: Effect = "experiment"
+
+    def annotation(self) -> Any:
+        """The type as pydantic understands it."""
+        from annotated_types import Ge, Gt
+
+        wanted: Any = Literal[self.choices] if self.choices else None
+        if self.kind is not None:
+            kind: Any = self.kind
+            if self.least is not None:
+                kind = Annotated[kind, Ge(self.least)]
+            elif self.kind is float:
+                kind = Annotated[kind, Gt(0)]
+            wanted = kind if wanted is None else wanted | kind
+        return wanted | None if self.optional else wanted
+
+
+TRUST = Option(
+    "trust",
+    [],
+    "packages outside this repository whose classes a _target_ may name, e.g. trust=[mypackage]",
+    list[str],
+    effect="once",
+)
+WRAPPERS = Option(
+    "wrappers",
+    {},
+    "denoisers around the network's, inside the clipping: '+wrappers.mine={_target_: mypackage.Mine}'",
+    dict,
+    effect="none",
+)
+CACHE = Option(
+    "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
+)
+
+TRAIN = (
+    Option(
+        "seed",
+        0,
+        "decides weights, data order, times, noise, flips and dropout; sampling has its own",
+        int,
+        least=0,
+    ),
+    Option(
+        "batch_size",
+        64,
+        "global: over all devices and accumulated micro-batches",
+        int,
+        least=1,
+        effect="order",
+    ),
+    Option(
+        "max_device_batch",
+        None,
+        "largest batch of one device at once; the rest is accumulated",
+        int,
+        least=1,
+        optional=True,
+        effect="order",
+    ),
+    Option(
+        "workers", 0, "processes that load data; 0 is fastest for sets in memory", int, least=0, effect="none"
+    ),
+    Option("compile", False, "compile the network with torch.compile", bool, effect="order"),
+    Option(
+        "validate_every", 500, "optimiser steps between two validation losses", int, least=1, effect="none"
+    ),
+    Option(
+        "ckpt",
+        None,
+        "continue a run: last (the newest), a run folder or a checkpoint",
+        str,
+        optional=True,
+        effect="once",
+    ),
+    Option(
+        "allow_changes",
+        False,
+        "continue even if data, code or experiment have changed since",
+        bool,
+        effect="once",
+    ),
+    TRUST,
+    WRAPPERS,
+    Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
+    Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
+    CACHE,
+    Option(
+        "generation.seed",
+        0,
+        "of previews and scores, so that runs are compared on the same noise",
+        int,
+        least=0,
+        effect="none",
+    ),
+)
+
+LOAD = (
+    Option("run", "???", "a run folder or a checkpoint file", str),
+    Option("checkpoint", "last", "of a run folder: last or best", choices=("last", "best")),
+    Option(
+        "weights",
+        "ema",
+        "ema (the average), raw, or with ema=power a length to make from its snapshots, e.g. 0.07",
+        float,
+        choices=("ema", "raw"),
+    ),
+    Option("seed", 0, "of the noise", int, least=0),
+    Option("batch_size", 256, "images made at once", int, least=1),
+    Option("device", "auto", "auto, cpu, cuda, cuda:1, mps", str),
+    Option("devices", 1, "processes that share the work, on as many GPUs or on the CPU", int, least=1),
+    Option("data.root", None, "where the run's data lie now, if they have moved", str, optional=True),
+    Option(
+        "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
+    ),
+    TRUST,
+    WRAPPERS,
+)
+
+SAMPLE = (
+    *LOAD,
+    Option(
+        "n", 64, "number of images; image i is the same whatever n, the batch or the device", int, least=1
+    ),
+    Option("out", None, "where to write; null is a new folder under the run's samples/", str, optional=True),
+    Option("runs", "runs", "where the folders of sampling sweeps are made", str),
+)
+
+EVALUATE = (
+    *LOAD,
+    Option("n", 10_000, "number of generated images; published FIDs use 50,000", int, least=1),
+    CACHE,
+    Option("runs", "runs", "where the folders of evaluation sweeps are made", str),
+)
+
+OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
+
+# Groups, and options of groups, whose change is not another experiment when a training is resumed.
+EFFECTS: dict[str, Effect] = {
+    "callbacks": "none",
+    "clipping": "none",
+    "data.cache": "none",
+    "data.root": "none",  # the fingerprint shows whether the images are others
+    "logger": "none",
+    "metrics": "none",
+    "sampler": "none",
+    "spacing": "none",
+    "trainer.max_steps": "none",
+    "optimizer": "tuning",
+    "lr_schedule": "tuning",
+    "trainer.accelerator": "order",
+    "trainer.deterministic": "order",
+    "trainer.devices": "order",
+    "trainer.num_nodes": "order",
+    "trainer.strategy": "order",
+} | {option.name: option.effect for option in TRAIN}
+
+
+def groups_of(entry_point: str) -> dict[str, tuple[str, str]]:
+    """The groups in conf/<entry point>.yaml: name -> default choice and comment."""
+    groups = {}
+    for line in (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines():
+        body, _, comment = line.partition("#")
+        if match := re.fullmatch(r"  - (?:override )?/?(\w+)(?:@\S+)?: (\S+)\s*", body):
+            groups[match[1]] = (match[2], comment.strip())
+    return groups
+
+
+def effect_of(name: str) -> Effect:
+    """The effect of a training's option, of a group, or of an option of a group.
+
+    Args:
+        name: dotted, e.g. "trainer.devices".
+    """
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        effect = EFFECTS.get(".".join(parts[:length]))
+        if effect is not None:
+            return effect
+    return "experiment"
+
+
+def nested(options: tuple[Option, ...]) -> dict[str, Any]:
+    """The options' defaults as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for option in options:
+        *parents, name = option.name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = option.default
+    return tree
+
+
+def check_options(entry_point: str, config: Any) -> None:
+    """Checks the types and ranges of an entry point's single options.
+
+    Raises:
+        UserError: one is missing, of another type or out of range.
+    """
+    from omegaconf import OmegaConf
+
+    from src.app.build import check_value
+    from src.errors import UserError
+
+    for option in OPTIONS[entry_point]:
+        if OmegaConf.is_missing(config, option.name):
+            raise UserError(f"{option.name} is missing: give {option.name}=...")
+        value = OmegaConf.select(config, option.name)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value)
+        check_value(option.annotation(), value, option.name)

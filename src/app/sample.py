@@ -1,0 +1,57 @@
+"""The job of `src.sample`: one task with a trained run."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from src.app.build import build, named
+from src.app.launch import launch
+from src.app.load import load_with
+from src.errors import UserError
+from src.generation.recipe import describe, warn_of_missing_signal
+from src.generation.tasks import Task
+from src.runs.files import write_json
+from src.runs.folder import recipe_folder
+from src.runs.processes import rank
+
+log = logging.getLogger(__name__)
+
+
+def sample(config: DictConfig) -> dict[str, float]:
+    """Makes what conf/task names, beside a record of the recipe, with one process or several.
+
+    Args:
+        config: conf/sample.yaml, composed.
+
+    Returns:
+        Nothing: pictures have no score.
+    """
+    return launch(sample_on_this_process, config)
+
+
+def sample_on_this_process(config: DictConfig) -> dict[str, float]:
+    """The share of this process; see `sample`."""
+    task = build(config.task, Task, "task")
+    if config.devices > 1 and not task.shared:
+        raise UserError(
+            f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
+        )
+    loaded, _ = load_with(config)
+    if task.from_noise and rank() == 0:
+        warn_of_missing_signal(loaded.denoiser, loaded.recipe)
+    asked = {"task": describe(task), "n": config.n}
+    named_by = {**asked, **loaded.record(evaluations=0)}
+    name = type(task).__name__.lower()
+    folder = Path(config.out or recipe_folder(loaded.found.folder / "samples", named_by, name))
+    try:
+        made = task.run(loaded, config.n, config.batch_size, folder)
+    except ValueError as error:
+        if named(error) not in config.task:
+            raise
+        raise UserError(f"task.{error}") from None
+    if rank() == 0:
+        write_json(folder / "recipe.json", {**asked, **loaded.record(made.evaluations)})
+        lines = [*made.lines, f"evaluations {made.evaluations} of the network for an image"]
+        log.info("%s", "\n".join(lines))
+    return {}

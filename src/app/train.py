@@ -1,0 +1,88 @@
+"""The job of `src.train`: one training in one run folder."""
+
+import logging
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from src.app.assemble import Experiment, assemble, write_config
+from src.app.build import resolve
+from src.app.overrides import in_override, write_overrides
+from src.evaluation.record import Record
+from src.runs.files import write_json
+from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, SCORES_FILE, find_run, locked
+from src.runs.machine import environment, is_first_process
+from src.training.dashboard import finish_dashboards
+from src.training.distributed import leave
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Trains one run in Hydra's run folder.
+
+    Args:
+        config: conf/train.yaml, composed.
+
+    Returns:
+        The last scores and validation losses by name.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
+        folder = folder.relative_to(Path.cwd())
+    with locked(folder) if is_first_process() else nullcontext():
+        experiment = assemble(config, folder)
+        experiment.check_resume()  # a refused training leaves the folder as it was
+        return fit(experiment, config, folder)
+
+
+def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, float]:
+    """Runs a training, records what it depends on, and prints what came out."""
+    trainer = experiment.trainer
+    log.info("run         %s\n%s", folder, experiment.summary)
+    record = environment()
+    if trainer.is_global_zero:
+        write_overrides(folder, list(HydraConfig.get().overrides.task))
+        write_config(config, folder)
+        write_json(folder / ENVIRONMENT_FILE, record)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**resolve(config, "config"), "environment": record})
+    try:
+        trainer.fit(experiment.module, experiment.data, ckpt_path=experiment.checkpoint, weights_only=True)
+    finally:
+        finish_dashboards()
+        leave()
+    scores = experiment.scores()
+    if trainer.is_global_zero:
+        tracker = experiment.tracker
+        latest = tracker.latest if tracker else None
+        Record(scores, latest.protocol if latest else {}).write(folder / SCORES_FILE)
+        log.info("%s", closing_summary(folder, trainer.global_step, scores))
+    return scores
+
+
+def closing_summary(folder: Path, step: int, scores: dict[str, float]) -> str:
+    """The results of a training, and the exact commands that continue from it."""
+    results = {name: f"{value:.4g}" for name, value in scores.items()}
+    grids = sorted((folder / "samples").glob("step_*.png"))
+    if grids:
+        results["pictures"] = str(grids[-1])
+    following = []
+    if (folder / CHECKPOINTS).is_dir():
+        results["checkpoint"] = str(find_run(folder).checkpoint)
+        run_option, ckpt_option = (
+            shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt")
+        )
+        following = [
+            "Next:",
+            f"  python -m src.sample {run_option} sampler=ddim sampler.steps=50 n=64 seed=0",
+            f"  python -m src.evaluate {run_option}",
+            f"  python -m src.train {ckpt_option} trainer.max_steps={2 * step}",
+        ]
+    width = max(map(len, results), default=0) + 2
+    return "\n".join(
+        ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]
+    )

@@ -1,0 +1,90 @@
+"""The condition of a batch of images, as one small value."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# The label of an image whose class is dropped or unknown.
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch of B images is conditioned on: any of class labels, token embeddings and an image.
+
+    An empty condition, `Condition()`, conditions on nothing.
+
+    Attributes:
+        labels: classes, int64, shape (B,); `NO_CLASS` (-1) for none.
+        tokens: embeddings of a text, shape (B, L, D).
+        mask: which tokens count, bool, shape (B, L); an image without any True has no text.
+        image: an image that the network is given beside the noisy one, shape (B, C, H, W).
+    """
+
+    labels: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    image: Tensor | None = None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that it holds, of "labels", "tokens" and "image"."""
+        return frozenset(
+            f.name for f in fields(self) if f.name != "mask" and getattr(self, f.name) is not None
+        )
+
+    def __len__(self) -> int:
+        """B; 0 for an empty condition."""
+        return next((len(part) for part in self._parts() if part is not None), 0)
+
+    def index(self, indices: Tensor | Sequence[int] | slice) -> "Condition":
+        """The conditions of some of the images, in this order."""
+        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices)
+        return self._map(lambda part: part[chosen])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Condition":
+        """The same on another device."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Condition":
+        """The same in page-locked memory, for DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def only(self, kinds: frozenset[str]) -> "Condition":
+        """The parts of these kinds."""
+        kept = {*kinds, "mask"} if "tokens" in kinds else kinds
+        return Condition(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in kept})
+
+    def drop(self, which: Tensor) -> "Condition":
+        """The same with the condition of some images taken away: no class, no tokens, a black image of zeros.
+
+        Args:
+            which: bool, shape (B,).
+        """
+        labels, mask, image = self.labels, self.mask, self.image
+        if labels is not None:
+            labels = labels.masked_fill(which.to(labels.device), NO_CLASS)
+        if self.tokens is not None:
+            mask = torch.ones_like(self.tokens[..., 0], dtype=torch.bool) if mask is None else mask
+            mask = mask & ~which.to(mask.device)[:, None]
+        if image is not None:
+            image = image.masked_fill(which.to(image.device)[:, None, None, None], 0)
+        return Condition(labels, self.tokens, mask, image)
+
+    def dropped(self) -> "Condition":
+        """The same with the conditions of all images taken away."""
+        return self.drop(torch.ones(len(self), dtype=torch.bool))
+
+    @staticmethod
+    def cat(conditions: Sequence["Condition"]) -> "Condition":
+        """The conditions of several batches, one after the other; all of the same kinds."""
+        parts = zip(*(condition._parts() for condition in conditions), strict=True)
+        return Condition(*(None if part[0] is None else torch.cat(part) for part in parts))
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.labels, self.tokens, self.mask, self.image
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        return Condition(*(None if part is None else function(part) for part in self._parts()))

@@ -1,0 +1,8 @@
+"""Training losses: what is minimised over the images, the times and the noise of a batch."""
+
+from .base import Loss, TimedLoss
+from .denoising import DenoisingLoss
+from .hybrid import HybridLoss
+from .variational import VariationalLoss
+
+__all__ = ["DenoisingLoss", "HybridLoss", "Loss", "TimedLoss", "VariationalLoss"]

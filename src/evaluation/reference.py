@@ -1,0 +1,105 @@
+"""Statistics of reference sets, cached in files."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from src.data.source import ImageSet
+from src.errors import UserError
+from src.metrics.features import hash_tensors
+from src.metrics.fidelity import FidelityScore, Reference
+from src.runs.files import digest_of, write_atomically
+
+log = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1
+"""Part of every cache key; increase it when the meaning of the stored statistics changes."""
+
+
+def share_of(images: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+    """One rank's share of an image set: images rank, rank + world_size, ... as uint8 (b, C, H, W), b <= batch_size."""
+    indices = range(rank, len(images), world_size)
+    for start in range(0, len(indices), batch_size):
+        yield images.images(indices[start : start + batch_size])
+
+
+class ReferenceCache:
+    """A folder with the states of scores on reference sets, one safetensors file for each set and feature space.
+
+    The key of a file consists of the hash of the data, the hash of the network's weights, the split and the number of
+    images, so that statistics of other data or of another network are never used. The file also holds a SHA-256 of
+    its tensors. A file that is damaged, or was written without that hash, is computed anew.
+
+    Args:
+        folder: made when something is written.
+
+    Raises:
+        UserError: the folder is given relative to an unknown home folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        try:
+            self.folder = Path(folder).expanduser()
+        except RuntimeError:
+            raise UserError(
+                f"cache={folder}: the home folder is unknown; set the environment variable HOME or a path without ~"
+            ) from None
+        self._writable = True
+
+    def path(self, score: FidelityScore, reference: Reference) -> Path:
+        """The file for the states of `score` on `reference`, whether it exists or not."""
+        digest = digest_of(_key(score, reference), 16)
+        return self.folder / f"{reference.data}-{reference.split}-{score.features.name}-{digest}.safetensors"
+
+    def read(self, score: FidelityScore, reference: Reference) -> dict[str, Tensor] | None:
+        """The states of `score` on `reference`; None if no intact file has them, after a warning if one is damaged."""
+        path = self.path(score, reference)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            intact = metadata.get("sha256") == hash_tensors(states)
+            fits = json.loads(metadata.get("key", "null")) == _key(score, reference)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s): computing it again", path, str(error).splitlines()[0])
+            return None
+        if intact and fits:
+            return states
+        log.warning("%s is damaged or from an older version: computing it again", path)
+        return None
+
+    def write(self, score: FidelityScore, reference: Reference, states: dict[str, Tensor]) -> None:
+        """Store states. A folder that cannot be written to is reported in the log once, and is no error."""
+        if not self._writable:
+            return
+        path = self.path(score, reference)
+        metadata = {"key": json.dumps(_key(score, reference)), "sha256": hash_tensors(states)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(states, metadata))
+        except OSError as error:
+            self._writable = False
+            log.warning(
+                "cache=%s cannot be written (%s): continuing without it; the next run computes the reference again",
+                self.folder,
+                error.strerror or error,
+            )
+
+
+def _key(score: FidelityScore, reference: Reference) -> dict[str, Any]:
+    return {
+        "format": CACHE_FORMAT,
+        "states": score.state_names,
+        "features": score.features.name,
+        "weights": score.features.sha256,
+        **asdict(reference),
+    }

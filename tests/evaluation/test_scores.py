@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.evaluation.reference import share_of
+from src.evaluation.scores import ScoreSet
+from src.metrics.fidelity import FrechetDistance, KernelDistance, PrecisionRecall
+from tests.metrics.pixels import FAKE, REAL, Images, PixelFeatures, Source, give_reference, score_of
+
+KD = {"subset_size": 20, "subsets": 5}
+
+
+def both() -> ScoreSet:
+    """Two scores of one feature space, each with a network of its own."""
+    return ScoreSet([score_of(), score_of(KernelDistance, **KD)])
+
+
+def scored(scores: ScoreSet, *batches: torch.Tensor) -> dict[str, float]:
+    scores.reset()
+    for batch in batches:
+        scores.update(batch)
+    return scores.compute()
+
+
+def test_scores_together_equal_each_alone_bit_for_bit(tmp_path):
+    together = both()
+    together.set_references(Source(train=REAL))
+    found = scored(together, *FAKE.split(7))
+    assert list(found) == ["fd_pixels", "kd_pixels", "kd_pixels_std"]
+    for kind, settings in ((FrechetDistance, {}), (KernelDistance, KD)):
+        alone = score_of(kind, **settings)
+        give_reference(alone, REAL)
+        for batch in FAKE.split(7):
+            alone.update(batch)
+        for name, value in alone.compute().items():
+            assert found[name] == value
+
+
+def test_each_feature_space_is_computed_once_per_batch():
+    other = PixelFeatures(6, scale=2, sha256="other")
+    other.name = "doubled"
+    scores = ScoreSet([*both().scores, PrecisionRecall(other)])
+    first, second, third = scores.scores
+    assert second.features is first.features
+    assert third.features is other
+    first.features.calls = 0
+    scores.set_references(Source(train=REAL))
+    assert (first.features.calls, other.calls) == (1, 1)
+    scored(scores, *FAKE.split(10))
+    assert (first.features.calls, other.calls) == (5, 5)
+
+
+def test_two_scores_of_one_name_and_no_score_are_refused():
+    with pytest.raises(ValueError, match="metrics must have different names, got fd_pixels, fd_pixels"):
+        ScoreSet([score_of(), score_of()])
+    with pytest.raises(ValueError, match="metrics must have at least one"):
+        ScoreSet([])
+
+
+def test_the_reference_is_the_split_of_each_score():
+    train, test = score_of(), score_of(KernelDistance, **KD, reference_split="test")
+    scores = ScoreSet([train, test])
+    assert scores.needs_reference
+    scores.set_references(Source(train=REAL, test=FAKE))
+    assert not scores.needs_reference
+    assert (train.reference.split, train.reference.count, train.reference.fingerprint) == (
+        "train",
+        50,
+        "abc-train",
+    )
+    assert (test.reference.split, test.reference.count, test.reference.fingerprint) == (
+        "test",
+        40,
+        "abc-test",
+    )
+    assert scored(scores, REAL)["fd_pixels"] == pytest.approx(0, abs=1e-6)
+    assert scored(scores, FAKE)["fd_pixels"] > 100
+
+
+def test_setting_the_reference_drops_generated_images():
+    scores = both()
+    scores.set_references(Source(train=REAL))
+    clean = scored(scores, FAKE)
+    scores.reset()
+    scores.update(REAL)
+    scores.set_references(Source(train=REAL))
+    scores.update(FAKE)
+    assert scores.compute() == clean
+
+
+def test_too_few_images_are_known_before_any_is_generated():
+    scores = both()
+    scores.check_counts(20, Source(train=REAL))
+    with pytest.raises(UserError, match=r"20 images \(subset_size=20\), but the generated set has 19"):
+        scores.check_counts(19, Source(train=REAL))
+    with pytest.raises(UserError, match=r"kd_pixels needs .* but the train split of noise has 19"):
+        scores.check_counts(20, Source(train=REAL[:19]))
+    with pytest.raises(
+        UserError, match="fd_pixels needs at least 2 images, but the train split of noise has 1"
+    ):
+        scores.set_references(Source(train=REAL[:1]))
+
+
+def test_shares_cover_every_image_once():
+    for world_size in (1, 2, 3, 60):
+        dealt = [b for rank in range(world_size) for b in share_of(Images(REAL), 4, rank, world_size)]
+        assert all(len(batch) <= 4 for batch in dealt)
+        found = sorted(map(tuple, torch.cat(dealt).flatten(1).tolist()))
+        assert found == sorted(map(tuple, REAL.flatten(1).tolist()))
+
+
+# --- several processes
+
+
+def scores_of_rank(rank: int, world_size: int, cache: Path) -> dict[str, float]:
+    scores = both()
+    scores.set_references(Source(train=REAL), rank, world_size, cache)
+    found = scored(scores, *share_of(Images(FAKE), 7, rank, world_size))
+    assert all(score.num_images == len(FAKE) for score in scores.scores)
+    # one rank has nothing to score
+    alone = scored(scores, *([FAKE] if rank == 0 else []))
+    return found | {f"rank 0 only, {name}": value for name, value in alone.items()}
+
+
+def one_process(rank: int, world_size: int, folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    found = [scores_of_rank(rank, world_size, folder / "cache") for _ in range(2)]
+    try:
+        both().set_references(Source(train=REAL))  # both ranks read all of it
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    few = both()
+    few.set_references(Source(train=REAL), rank, world_size)
+    try:
+        scored(few, FAKE[:6])
+    except UserError as error:
+        message += str(error)
+    (folder / f"{rank}.json").write_text(json.dumps([*found, message]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_scores_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_process, args=(2, tmp_path), nprocs=2)
+    expected = scores_of_rank(0, 1, tmp_path / "alone")
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1], "bit for bit the same on all ranks"
+    fresh, cached, message = results[0]
+    assert fresh == pytest.approx(expected, rel=1e-12)
+    assert cached == fresh
+    assert "reference has 50 images, but fd_pixels saw 100" in message
+    assert "kd_pixels needs at least 20 images (subset_size=20), but the generated set has 12" in message
+    written = {file.name for file in (tmp_path / "cache").iterdir()}
+    assert written == {file.name for file in (tmp_path / "alone").iterdir()}
