@@ -167,7 +167,7 @@ class PowerEMA(EMA):
 
     EDM2 (Karras et al. 2024, arXiv:2312.02696, sec. 3.1). `std`, the relative standard deviation of that profile,
     states the length: 0.10 averages over about the last tenth of the run, however long it gets. From snapshots of
-    several lengths any other one can be made afterwards: `weights=0.07` when a run is sampled or evaluated (`post_hoc`).
+    several lengths any other one can be made afterwards (`post_hoc`): `weights=0.07` when a run is loaded.
 
     Args:
         stds: lengths, each in (0, 0.28]; the first is the one that is sampled from and scored.

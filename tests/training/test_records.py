@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.errors import UserError
@@ -61,7 +62,10 @@ def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^logger=wandb: .*install it, or choose logger=csv$") as caught:
         wandb_settings(tmp_path, None)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"^logger\.tensorboard: Neither"), needs_package("logger.tensorboard"):
+    with (
+        pytest.raises(UserError, match=r"^logger\.tensorboard: Neither"),
+        needs_package("logger.tensorboard"),
+    ):
         raise ModuleNotFoundError("Neither `tensorboard` nor\n`tensorboardX` is available")
 
 
@@ -86,3 +90,8 @@ def test_the_trainer_decides_on_the_rank(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID
     launch_by_command_line()
     assert rank_zero_only.rank == 0
+
+
+def test_lightning_has_the_agreement_that_is_replaced():
+    """`StopOnSignal` agrees on signals itself; Lightning's way waits for the device at every step."""
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
