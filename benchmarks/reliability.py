@@ -26,6 +26,7 @@ from src.diffusion.weighting import Simple
 from src.randomness import draws_at, generator, key
 from src.training.checkpoint import AtomicCheckpointIO
 from src.training.module import DiffusionModule
+from src.training.nonfinite import clip_or_skip
 
 BATCH = 64
 ROUNDS = 7
@@ -51,8 +52,8 @@ def main() -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        module.training_step(Batch(x0, None, positions), 0).backward()
-        module.configure_gradient_clipping(optimizer, 1.0)
+        module.training_step(Batch(x0, None, positions), 0)["loss"].backward()
+        clip_or_skip(optimizer, module.loss.parameters(), 1.0)
         optimizer.step()
 
     def keyed() -> None:

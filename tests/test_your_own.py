@@ -65,7 +65,10 @@ def test_parts_from_outside_are_trained_resumed_sampled_and_scored(outside):
         assert done.returncode == 0, done.stderr
         if command == resume:
             # all else is the same, but nobody can know what a callback of one's own does
-            assert "resume      approximate from step 60 (callbacks.norm: mylab.parts.WeightNorm may" in done.stdout
+            assert (
+                "resume      approximate from step 60 (callbacks.norm: mylab.parts.WeightNorm may"
+                in done.stdout
+            )
     folder = outside / "runs" / "stripes"
     assert (folder / "checkpoints" / "step_00000080.ckpt").is_file()
     (csv,) = (folder / "csv").rglob("version_0/metrics.csv")

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveFloat, PositiveInt
@@ -40,7 +41,7 @@ from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
-from src.training.dashboard import CurveFiles, wandb_settings
+from src.training.dashboard import CurveFiles, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
@@ -261,7 +262,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         "trainer",
         logger=loggers_of(config, folder),
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([] if has_several_processes(config) else [LightningEnvironment()])],
         default_root_dir=str(folder),
         use_distributed_sampler=False,
         check_val_every_n_epoch=None,
@@ -278,15 +279,24 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
 
 
+def has_several_processes(config: DictConfig) -> bool:
+    """Whether a training may have several processes; one of a single process ignores SLURM's ranks."""
+    return (config.trainer.devices, config.trainer.num_nodes) != (1, 1)
+
+
 def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
     """CSV always, and the chosen ones."""
     loggers: list[Logger] = [CurveFiles(folder)]
     for name, node in (config.logger or {}).items():
-        joined = wandb_settings(folder, config.name) if name == "wandb" else {}
+        joined = {}
+        if name == "wandb":
+            with needs_package("logger=wandb"):
+                joined = wandb_settings(folder, config.name)
         joined = {
             option: value for option, value in joined.items() if option not in node or option == "settings"
         }
-        loggers.append(build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined))
+        with needs_package(f"logger.{name}"):
+            loggers.append(build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined))
     return loggers
 
 

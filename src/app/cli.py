@@ -54,6 +54,12 @@ def run(entry_point: str) -> None:
             sys.exit(_complain(line))
     finally:
         signal.signal(signal.SIGINT, interrupt)
+    try:
+        sys.stdout.flush()  # a lost output is reported here, not at the interpreter's exit
+    except OSError as error:
+        from src.runs.machine import discard_output
+
+        discard_output(sys.stdout, error)
     if failed:
         sys.exit(JOB_FAILED)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from src.app.assemble import Experiment, assemble, write_config
+from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
 from src.app.overrides import in_override, write_overrides
 from src.evaluation.record import Record
@@ -33,7 +33,7 @@ def train(config: DictConfig) -> dict[str, float]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
         folder = folder.relative_to(Path.cwd())
-    with locked(folder) if is_first_process() else nullcontext():
+    with locked(folder) if is_first_process(has_several_processes(config)) else nullcontext():
         experiment = assemble(config, folder)
         experiment.check_resume()  # a refused training leaves the folder as it was
         return fit(experiment, config, folder)

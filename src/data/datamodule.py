@@ -1,9 +1,10 @@
-"""Where a source of images meets Lightning."""
+"""The Lightning data module over a source of images."""
 
 import os
 import signal
 from collections.abc import Iterator
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
+from multiprocessing.util import Finalize
 from threading import Thread
 from typing import Any
 
@@ -135,6 +136,9 @@ class ImageDataModule(LightningDataModule):
         return self._loader(FixedOrder(images), ShardSampler(len(images), micro, rank, world_size))
 
     def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
+        if self.workers:
+            # before multiprocessing's own, which would wait for workers that ignore its signal
+            Finalize(None, _kill_workers, exitpriority=10)
         return _Loader(
             dataset,
             batch_sampler=sampler,
@@ -147,7 +151,7 @@ class ImageDataModule(LightningDataModule):
 
 
 class _Loader(DataLoader):
-    """Tells a worker's UserError as it was raised; PyTorch makes the worker's whole traceback its text."""
+    """Raises a worker's UserError with its own text; PyTorch makes the worker's whole traceback its text."""
 
     def __iter__(self) -> Iterator[Batch]:
         try:
@@ -157,12 +161,12 @@ class _Loader(DataLoader):
 
 
 def _end_with_the_training(worker: int) -> None:
-    """A signal to the whole process group is the training's to answer; a worker ends when that does, killed or not.
+    """Makes a worker ignore signals to the process group, which the training handles, and end when the training ends.
 
     PyTorch's own watch is for the death of the process that forked the worker, which is a fork server where that
     is the start method (the default from Python 3.14 on), and the server waits for its workers.
     """
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
 
     def watch() -> None:
@@ -170,6 +174,12 @@ def _end_with_the_training(worker: int) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+def _kill_workers() -> None:
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _already_a_batch(batch: Batch) -> Batch:

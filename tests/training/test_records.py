@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.app.options import effect_of
@@ -90,3 +91,8 @@ def test_the_trainer_decides_on_the_rank(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID
     launch_by_command_line()
     assert rank_zero_only.rank == 0
+
+
+def test_lightning_has_the_agreement_that_is_replaced():
+    """`StopOnSignal` agrees on signals itself; Lightning's way waits for the device at every step."""
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
