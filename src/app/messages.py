@@ -122,23 +122,36 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
                 f"{override.key_or_group}={value}: several values for one; a text with commas is typed"
                 f" '{override.key_or_group}=\"{value}\"', with both kinds of quotes, and a sweep needs -m"
             )
-    choices = [
-        o.input_line for o in overrides if (CONF / o.key_or_group).is_dir() and not o.is_sweep_override()
-    ]
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(entry_point, choices, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException):
-        return None
-    for override in overrides:
-        key = override.key_or_group
-        if (CONF / key).is_dir() or key.startswith("hydra.") or override.is_add() or override.is_force_add():
-            continue
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        if isinstance(node, DictConfig) and name not in node:
-            return _missing(key, node, config.hydra.runtime.choices.get(parent), entry_point)
+    for choices in _variants([o for o in overrides if (CONF / o.key_or_group).is_dir()]):
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                config = compose(entry_point, choices, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            return None
+        for override in overrides:
+            key = override.key_or_group
+            added = override.is_add() or override.is_force_add()
+            if (CONF / key).is_dir() or key.startswith("hydra.") or added:
+                continue
+            parent, _, name = key.rpartition(".")
+            node = OmegaConf.select(config, parent) if parent else config
+            if isinstance(node, DictConfig) and name not in node:
+                line = _missing(key, node, config.hydra.runtime.choices.get(parent), entry_point)
+                swept = any(o.key_or_group == parent and o.is_sweep_override() for o in overrides)
+                return f"{line}; not every choice of the sweep has this option" if swept else line
     return None
+
+
+def _variants(groups: list[Any]) -> list[list[str]]:
+    """The choices of the command line; of a sweep over a group each value in turn."""
+    fixed = [override.input_line for override in groups if not override.is_sweep_override()]
+    swept = [
+        f"{override.key_or_group}={value}"
+        for override in groups
+        if override.is_sweep_override()
+        for value in getattr(override.value(), "list", [])
+    ]
+    return [[*fixed, choice] for choice in swept] or [fixed]
 
 
 def _missing(key: str, node: Any, choice: str | None, entry_point: str) -> str:

@@ -41,7 +41,9 @@ def source_of(config: DictConfig) -> ImageSource:
     if source is None:
         raise UserError("data: choose a data set, e.g. data=digits")
     if config.conditioning and not source.num_classes and _takes(config.conditioning, "num_classes"):
-        raise UserError("conditioning=class: these data have no labels; choose conditioning=none")
+        raise UserError(
+            "conditioning=class (class_conditional=true): these data have no labels; choose conditioning=none"
+        )
     return source
 
 
@@ -90,11 +92,13 @@ def network_of(
         if _takes(config.model, name) and (name == "num_classes" or name not in config.model)
     }
     network = adapted(build(config.model, nn.Module, "model", **joined), codec.shape)
-    if network.image_shape is not None and tuple(network.image_shape) != tuple(codec.shape):
-        raise UserError(
-            f"model: {_name(network)} is built for images of shape {tuple(network.image_shape)} (C, H, W), the data"
-            f" give {tuple(codec.shape)}; leave model.image_size and model.channels out, they follow the data"
-        )
+    built, needed = network.image_shape or codec.shape, codec.shape
+    for option, part in (("channels", slice(0, 1)), ("image_size", slice(1, 3))):
+        if tuple(built[part]) != tuple(needed[part]):
+            wrong, right = (", ".join(map(str, shape[part])) for shape in (built, needed))
+            raise UserError(
+                f"model.{option}={wrong}: the images have {right}; leave model.{option} out, it follows the data"
+            )
     unread = (conditioning.kinds if conditioning else frozenset()) - network.reads
     if unread:
         raise UserError(

@@ -33,7 +33,7 @@ BAD = {
     ),
     "option of some choices of a sweep": (
         ["sampler=heun,ddim", "sampler.eta=0", "-m"],
-        ["sampler.eta: not every choice has this option"],
+        ["sampler.eta: sampler=heun has no eta", "not every choice of the sweep has this option"],
     ),
     "option added to a class that has none": (["+sampler.order=2"], ["sampler.order", "eta"]),
     "option added to a class that has no options": (["+spacing.end=0.5"], ["spacing.end", "it has none"]),
@@ -57,7 +57,7 @@ BAD = {
     "eta out of range": (["sampler.eta=1.5"], ["sampler.eta", "[0, 1]", "1.5"]),
     "decay out of range": (["ema.decay=1"], ["ema.decay", "[0, 1)"]),
     "channels against the data": (["model.channels=3"], ["model.channels=3", "1", "follows the data"]),
-    "data of other channels": (["data.channels=3"], ["data.channels=3", "channels 1"]),
+    "data of other channels": (["data.channels=3"], ["data.channels must be 1", "got 3"]),
     "missing folder": (["data=image_folder", "metrics=none", "data.root=nowhere"], ["data.root", "nowhere"]),
     "no folder named": (["data=image_folder", "metrics=none"], ["data.root"]),
     "labels of unlabelled data": (
@@ -66,7 +66,7 @@ BAD = {
     ),
     "missing checkpoint": (["ckpt=nowhere.ckpt"], ["ckpt=nowhere.ckpt", "no such"]),
     "nothing to continue": (["ckpt=last"], ["ckpt=last", "name a run folder"]),
-    "batch and accumulation": (["max_device_batch=0"], ["max_device_batch", "greater than 0"]),
+    "batch and accumulation": (["max_device_batch=0"], ["max_device_batch=0", "greater than or equal to 1"]),
     "score of another shape": (["metrics=fd_fashion_mnist"], ["metrics", "fashion_mnist", "metrics=fid"]),
     "one step for the bound": (
         ["schedule.T=1", "variance=learned_range", "loss=hybrid"],
