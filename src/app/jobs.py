@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -104,14 +106,39 @@ def _run(config: Any) -> dict[str, float]:
     entry_point = settings.job.name
     folder = Path(settings.runtime.output_dir)
     # what a further process of this very job is started with
-    sys.argv[1:] = [*settings.overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Redacting(handler.formatter))
+    arguments = [*settings.overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    with _arguments(arguments), _redacted_log():
+        check_options(entry_point, config)
+        with trusting(config.trust):
+            return getattr(import_module(f"src.app.{entry_point}"), entry_point)(config)
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    """Within it, sys.argv holds these."""
+    before = sys.argv[1:]
+    sys.argv[1:] = arguments
+    try:
+        yield
+    finally:
+        sys.argv[1:] = before
+
+
+@contextmanager
+def _redacted_log() -> Iterator[None]:
+    """Within it, no log line shows a value from the environment, and only the first process logs more than warnings."""
+    root = logging.getLogger()
+    level, formatters = root.level, {handler: handler.formatter for handler in root.handlers}
+    for handler, formatter in formatters.items():
+        handler.setFormatter(_Redacting(formatter))
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        logging.getLogger().setLevel(logging.WARNING)
-    check_options(entry_point, config)
-    with trusting(config.trust):
-        return getattr(import_module(f"src.app.{entry_point}"), entry_point)(config)
+        root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler, formatter in formatters.items():
+            handler.setFormatter(formatter)
 
 
 class _Redacting(logging.Formatter):
