@@ -16,9 +16,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from src.app import jobs
 from src.app.options import CONF
-from src.app.parts import codec_of, conditioning_of, denoiser_of, source_of
+from src.app.parts import denoiser_of
 from src.data.stream import Batch
 from src.diffusion.distance import Squared
 from src.diffusion.loss import DenoisingLoss

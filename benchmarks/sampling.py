@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sampling [--device cuda]
 
 The network returns a stored tensor, so that what is measured is the sampler. Floor: x.mul_(a).add_(eps, alpha=b).
-Wants an idle machine. The ratios are of the lowest times, for whatever else the machine does only adds to them.
+Needs an idle machine. The ratios are of the lowest times, since other load only adds to them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Stored(torch.nn.Module):
 
 
 def rows(x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """What is measured: each makes all the steps."""
+    """The measured calls by name; each makes all the steps."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     network = Stored(torch.randn_like(x))
@@ -80,7 +80,7 @@ def rows(x: torch.Tensor) -> dict[str, Callable[[], object]]:
 def measure(
     rows: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Microseconds a step, `rounds` times each, in turns, so that whatever else the machine does meets all alike."""
+    """Microseconds a step, `rounds` times each, in turns, so that other load affects all alike."""
     costs = {name: [] for name in rows}
     for _ in range(rounds):
         for name, sample in rows.items():
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     device = torch.device(parser.parse_args().device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    keep_freed_memory()  # as the doors do on the CPU
+    keep_freed_memory()  # as the entry points do on the CPU
     console = Console(width=120)
     console.print(
         f"{device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores,"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.app import jobs
+
 ROOT = Path(__file__).parent.parent
 
 # A training of seconds that meets every part: two steps' worth of everything.
@@ -26,6 +28,12 @@ def pytest_terminal_summary(terminalreporter):
             counts.update({name: n for name, n in report.user_properties if name.startswith("combinations")})
     for name, count in counts.items():
         terminalreporter.write_line(f"{name}: {count}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composition():
+    """What Hydra needs to compose conf/ in this process."""
+    jobs.register()
 
 
 @pytest.fixture(autouse=True, scope="session")

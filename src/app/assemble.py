@@ -135,7 +135,12 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     callbacks = callbacks_of(config, folder, source, recipe, denoiser, ema)
     # after all others: they save and exit once the others have finished their step
     resume = ResumeCheck(
-        resolve(config, "config"), checkpoint, config.allow_changes, effects=effect_of, upgrade=upgrade
+        resolve(config, "config"),
+        checkpoint,
+        config.allow_changes,
+        effects=effect_of,
+        upgrade=upgrade,
+        packages=("src", *config.trust),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
     accumulation = accumulation_of(config, trainer.world_size)

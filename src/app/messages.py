@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from pathlib import Path
 from typing import Any
 
 from src.app.options import CONF, ENTRY_POINTS, OPTIONS, groups_of
@@ -11,8 +12,13 @@ from src.errors import UserError
 OPEN = ("callbacks", "logger", "wrappers")
 
 
-def check_names(entry_point: str, arguments: list[str]) -> None:
+def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> None:
     """Refuses overrides of what the entry point does not have, also those with a plus, which Hydra would accept.
+
+    Args:
+        entry_point: "train", "sample" or "evaluate".
+        arguments: the command line.
+        places: folders with groups and choices.
 
     Raises:
         UserError: an override cannot be read, or names a group, a choice or an option that does not exist.
@@ -25,7 +31,7 @@ def check_names(entry_point: str, arguments: list[str]) -> None:
         if root in ("hydra", *OPEN) or key.startswith("hydra/"):
             continue
         if (CONF / key).is_dir():
-            _check_choices(override, key, groups, entry_point)
+            _check_choices(override, key, groups, entry_point, places)
         elif root not in groups and root not in own:
             nearest = _nearest(key, [*groups, *own])
             elsewhere = [
@@ -69,12 +75,14 @@ def _parsed(arguments: list[str]) -> list[Any]:
     return parsed
 
 
-def _check_choices(override: Any, group: str, groups: dict[str, Any], entry_point: str) -> None:
+def _check_choices(
+    override: Any, group: str, groups: dict[str, Any], entry_point: str, places: list[Path]
+) -> None:
     if group not in groups and override.package is None and "/" not in group:
         raise UserError(
             f"{group}: no such group{_nearest(group, list(groups))}; {_help(entry_point)} lists them"
         )
-    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    choices = sorted(path.stem for place in places for path in (place / group).glob("*.yaml"))
     values = override.value() if override.is_sweep_override() else [override.value()]
     if not isinstance(values, list):
         values = list(getattr(values, "list", []))

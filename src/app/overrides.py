@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -31,8 +32,30 @@ def prepare(entry_point: str, arguments: list[str]) -> list[str]:
         UserError: there is no such run, its stored overrides are not harmless, or an override names nothing.
     """
     arguments = [part for argument in arguments for part in written_out(argument)]
-    check_names(entry_point, arguments)
-    return resume_overrides(arguments) if entry_point == "train" else arguments
+    folders = trusted_folders(arguments)
+    check_names(entry_point, arguments, [CONF, *folders])
+    if entry_point == "train":
+        arguments = resume_overrides(arguments)
+    if folders:
+        places = ",".join(f"'file://{folder}'" for folder in folders)
+        arguments = [*arguments, f"hydra.searchpath=[{places}]"]
+    return arguments
+
+
+def trusted_folders(arguments: list[str]) -> list[Path]:
+    """The conf/ folders of the packages in `trust=[...]`, whose choices are added to those of this repository."""
+    match = next(
+        (re.fullmatch(r"trust=\[?([\w.,\s]*)\]?", a) for a in arguments if a.startswith("trust=")), None
+    )
+    folders = []
+    for name in match[1].split(",") if match else ():
+        try:
+            spec = find_spec(name.strip())
+        except (ImportError, ValueError):
+            continue  # `trusting` reports it
+        if spec is not None:
+            folders += [Path(place) / "conf" for place in spec.submodule_search_locations or ()]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def written_out(argument: str) -> list[str]:

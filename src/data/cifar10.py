@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.source import CACHE, ImageSet, ImageSource, InMemoryImages, Split, require
+from src.data.source import CACHE, ImageSet, ImageSource, InMemoryImages, Split, require, user_path
 from src.errors import UserError
 
 FOLDER = "cifar-10-batches-py"
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+"""As in the data set's batches.meta."""
 FILES: dict[str, list[str]] = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 
@@ -22,30 +24,30 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
         images, uint8 (n, 3, 32, 32), and labels, int64 (n,).
 
     Raises:
-        UserError: if the file is truncated, is something else, or wants code run.
+        UserError: if the file is truncated, is something else, or would run code.
     """
     try:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="latin1").load()
         data, labels = content["data"], content["labels"]
-    # A damaged pickle raises nearly anything.
+    # A damaged pickle can raise anything.
     except Exception as error:
         raise UserError(f"{path} cannot be read as a CIFAR-10 batch ({error}): replace the file") from error
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * 32 * 32):
-        raise UserError(f"{path} does not hold one 3x32x32 image of bytes a label: replace the file")
+        raise UserError(f"{path} does not hold one 3x32x32 image of bytes per label: replace the file")
     return torch.tensor(data).reshape(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and nothing else, so that a file from anywhere cannot run code."""
+    """Builds numpy arrays and nothing else, so that an untrusted file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # The originals were written when numpy._core was numpy.core.
+        # The published files name numpy.core, which is numpy._core now.
         if (module.replace("numpy.core", "numpy._core"), name) == ("numpy._core.multiarray", "_reconstruct"):
             return np.empty(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 class CIFAR10(ImageSource):
@@ -53,13 +55,13 @@ class CIFAR10(ImageSource):
 
     Splits: train is the whole training set of 50,000, since published FIDs train on all of it and take all of
     it as their reference; validation and test are both the official test set of 10,000, on which published
-    bits per dimension are measured, so tune by neither if you report on it.
+    bits per dimension are measured, so tune on neither if you report results on it.
 
     Args:
-        root: folder that holds cifar-10-batches-py, or that folder; null takes the cache and downloads to it.
+        root: folder that holds cifar-10-batches-py, or that folder; null is the cache, to which the set is downloaded.
         image_size: 32.
         channels: 3.
-        num_classes: 10, or 0 to leave the labels out.
+        num_classes: 10, or 0 for no labels.
         horizontal_flip: whether training may mirror the images, as DDPM does.
     """
 
@@ -79,6 +81,10 @@ class CIFAR10(ImageSource):
         super().__init__(image_size, channels, num_classes, horizontal_flip)
         self.root = root
 
+    @property
+    def class_names(self) -> list[str]:
+        return CLASSES[: self.num_classes]
+
     def check(self) -> None:
         if self.root is not None and self._folder() is None:
             raise UserError(
@@ -93,7 +99,7 @@ class CIFAR10(ImageSource):
         from torchvision.datasets import CIFAR10 as Download
 
         try:
-            Download(Path(CACHE).expanduser(), download=True)
+            Download(user_path(CACHE, "data.root"), download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"cifar10 cannot be downloaded ({' '.join(str(error).split())}): "
@@ -108,7 +114,7 @@ class CIFAR10(ImageSource):
         return InMemoryImages(torch.cat(images), torch.cat(labels) if self.num_classes else None)
 
     def _folder(self) -> Path | None:
-        root = Path(CACHE if self.root is None else self.root).expanduser()
+        root = user_path(CACHE if self.root is None else self.root, "data.root")
         names = FILES["train"] + FILES["test"]
         folders = (folder for folder in (root, root / FOLDER) if all((folder / n).is_file() for n in names))
         return next(folders, None)

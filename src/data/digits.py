@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: the smallest real set of images, in the package itself."""
+"""scikit-learn's handwritten digits: the smallest real set of images, without a download."""
 
 from importlib.util import find_spec
 
@@ -13,13 +13,13 @@ class Digits(ImageSource):
 
     Values 0..16 become bytes by round(v * 255 / 16). Splits, by the place k of an image among those of its
     class: validation k mod 12 = 10 (147 images), test k mod 12 = 11 (146), train the rest (1,504). Each split
-    holds all classes in equal shares, and no random generator decides.
+    holds all classes in nearly equal shares, independently of the seed.
 
     Args:
         image_size: 8.
         channels: 1.
-        num_classes: 10, or 0 to leave the labels out.
-        horizontal_flip: mirrored digits are no digits; False unless you want exactly that.
+        num_classes: 10, or 0 for no labels.
+        horizontal_flip: whether training may mirror the images; mirrored digits are no digits.
     """
 
     name = "digits"

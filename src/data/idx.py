@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from src.data.source import CACHE, ImageSet, ImageSource, InMemoryImages, Split, require
+from src.data.source import CACHE, ImageSet, ImageSource, InMemoryImages, Split, require, user_path
 from src.errors import UserError
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
@@ -27,7 +27,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         uint8, with the file's dimensions.
 
     Raises:
-        UserError: if the file is truncated, has bytes left over, or is no idx file of that many dimensions.
+        UserError: if the file is truncated or too long, or is not an idx file of that many dimensions.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -35,7 +35,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         raise UserError(f"{path} cannot be read ({error}): replace the file") from error
     start = 4 + 4 * dimensions
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{path} is no idx file of {dimensions}-dimensional bytes: replace the file")
+        raise UserError(f"{path} is not an idx file of bytes in {dimensions} dimensions: replace the file")
     shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
     if len(content) - start != prod(shape):
         raise UserError(
@@ -48,15 +48,15 @@ class IdxSource(ImageSource):
     """60,000 training and 10,000 test images of 28x28 grey pixels in 10 classes, as four idx files.
 
     Splits: train is the whole training set, since published FIDs train on all of it and take all of it as
-    their reference; validation and test are both the official test set, so tune by neither if you report
-    on it.
+    their reference; validation and test are both the official test set, so tune on neither if you
+    report results on it.
 
     Args:
-        root: folder with the four files, gzipped or not, or their torchvision root; null looks where the
-            system keeps them, then in the cache, and downloads them to there if they are nowhere.
+        root: folder with the four files, gzipped or not, or their torchvision root; null is the system's
+            folder, then the cache, to which they are downloaded if both lack them.
         image_size: 28, or 32 with two black pixels added on each side, so that it can be halved five times.
         channels: 1.
-        num_classes: 10, or 0 to leave the labels out.
+        num_classes: 10, or 0 for no labels.
         horizontal_flip: whether training may mirror the images.
     """
 
@@ -92,7 +92,7 @@ class IdxSource(ImageSource):
         if self._folder() is not None:
             return
         try:
-            self.download(Path(CACHE).expanduser())
+            self.download(user_path(CACHE, "data.root"))
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{self.name} cannot be downloaded ({' '.join(str(error).split())}): "
@@ -108,7 +108,7 @@ class IdxSource(ImageSource):
         if pixels.shape[1:] != (28, 28) or len(pixels) != len(labels):
             raise UserError(
                 f"{image_file} holds images of shape {tuple(pixels.shape)} and {label_file} {len(labels)} "
-                f"labels; {self.name} has 28x28 pixels and one label an image: replace the files"
+                f"labels; {self.name} has 28x28 pixels and one label per image: replace the files"
             )
         border = (self.image_size - 28) // 2
         return InMemoryImages(pad(pixels.unsqueeze(1), (border,) * 4), labels if self.num_classes else None)
@@ -116,8 +116,9 @@ class IdxSource(ImageSource):
     def _folder(self) -> Path | None:
         roots = [self.root] if self.root is not None else [self.system_folder, CACHE]
         parts = [f"{part}-{kind}" for part in ("train", "t10k") for kind in (IMAGES, LABELS)]
-        for root in [Path(root).expanduser() for root in roots if root is not None]:
-            for folder in (root, root / type(self).__name__ / "raw"):
+        for root in filter(None, roots):
+            path = user_path(root, "data.root")
+            for folder in (path, path / type(self).__name__ / "raw"):
                 if all(_file(folder, part) is not None for part in parts):
                     return folder
         return None

@@ -2,42 +2,43 @@
 
 import os
 from collections.abc import Sequence
-from hashlib import blake2b, sha256
+from functools import cached_property
+from hashlib import sha256
 from logging import getLogger
-from pathlib import Path
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from src.data.decode import decode, fit, problem
-from src.data.folder_index import Record, examine, forget, list_images
-from src.data.source import CACHE, ImageSet, ImageSource, Split
+from src.data.decode import problem
+from src.data.folder_index import FolderIndex, Record, list_images, printable
+from src.data.folder_layout import FolderLayout
+from src.data.folder_report import report_classes, report_content, report_left_out, report_sizes, some
+from src.data.source import CACHE, ImageSet, ImageSource, Split, user_path
 from src.errors import UserError
 
 log = getLogger(__name__)
-
-VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 class ImageFolder(ImageSource):
     """Image files under a folder, at any depth: png, jpg, jpeg, webp, bmp, gif, tif, tiff.
 
     Every file is decoded once before the first run and remembered by path, size and time of change, so that
-    no run stops in the middle on a broken one. `src.data.decode` says how kinds of pixels are converted; the
-    shorter side is scaled to image_size and the centre cut out. Hidden files are left out. Links are
-    followed, but no file is taken twice.
+    no run stops in the middle on a broken one. `src.data.decode` describes the conversion to pixels. An image
+    is scaled until it covers image_size, then its centre is cropped. Hidden files are left out. Links are
+    followed, but no file is used twice.
 
-    Splits: the subfolders train, val (or valid, validation) and test where there is train and one of the
-    others; of validation and test, a missing one is the same as the other. Else by a hash of each file's path
-    below the root: a file stays in its split when others come or go, and no seed decides. The order is that
-    of the paths.
+    Splits: the subfolders train (or training), val (or valid, validation) and test (or testing), in any case,
+    where there is train and one of the others; a missing one of validation and test is the same as the other.
+    Otherwise a hash of each file's path below the root decides: a file stays in its split when others come or
+    go, independently of the seed. The order is that of the paths.
 
     Labels: the first level of folders (below train, where there is one), in alphabetical order.
 
     Args:
         root: the folder.
-        image_size: height and width of the images given out, in pixels.
+        image_size: of the images given out, in pixels: one number, or [height, width].
         channels: 1 or 3.
         num_classes: number of class folders, or 0 for an unlabelled set, whose folders mean nothing.
         horizontal_flip: whether training may mirror the images.
@@ -45,9 +46,11 @@ class ImageFolder(ImageSource):
         min_size: an image whose shorter side has fewer pixels counts as faulty. Others smaller than
             image_size are enlarged, with a warning.
         on_error: "stop" at faulty files, or "skip" them with a warning.
+        white: value of white in grey files with more than 8 bits per channel, e.g. 4095 where 16-bit files hold
+            12 bits; null is the largest value of unsigned integers of up to 16 bits, and 1 for floats.
         memory_limit_mb: a set of at most this many MB (2^20 bytes) is held in memory, as a mapped file that
-            processes share; a larger one is decoded at every use, which wants workers.
-        cache: folder for the index and the decoded pixels.
+            processes share; a larger one is decoded at every use, for which workers should be set.
+        cache: folder of the index and the decoded pixels.
     """
 
     name = "image_folder"
@@ -55,54 +58,54 @@ class ImageFolder(ImageSource):
     def __init__(
         self,
         root: str | None,
-        image_size: int,
+        image_size: int | Sequence[int],
         channels: int = 3,
         num_classes: int = 0,
         horizontal_flip: bool = False,
         holdout: float = 0.05,
         min_size: int = 1,
         on_error: str = "stop",
+        white: float | None = None,
         memory_limit_mb: float = 2048,
         cache: str = CACHE,
     ):
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size} must be at least 1")
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (RGB)")
-        if num_classes < 0:
-            raise ValueError(
-                f"num_classes={num_classes} must be 0 (unlabelled) or the number of class folders"
-            )
-        if not 0 <= holdout < 0.5:
-            raise ValueError(f"holdout={holdout} must be in [0, 0.5), since it is taken twice")
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error={on_error!r} must be 'stop' or 'skip'")
         super().__init__(image_size, channels, num_classes, horizontal_flip)
-        self.root = None if root is None else Path(root).expanduser()
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        if not 0 <= holdout < 0.5:
+            raise ValueError(f"holdout must be in [0, 0.5), since it is taken twice, got {holdout}")
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+        if white is not None and not white > 0:
+            raise ValueError(f"white must be positive or null, got {white}")
+        self.root = None if root is None else user_path(root, "data.root")
         self.holdout = holdout
         self.min_size = min_size
         self.on_error = on_error
+        self.white = white
         self.memory_limit_mb = memory_limit_mb
-        self.cache = Path(cache).expanduser() / "image_folder"
+        self.cache = user_path(cache, "data.cache") / "image_folder"
         self._catalogue: _Catalogue | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        self.check()
+        return [printable(name) for name in self._layout.classes] if self.num_classes else []
 
     def check(self) -> None:
         if self.root is None:
             raise UserError("data.root is not set: data=image_folder needs data.root=FOLDER_OF_IMAGES")
         if not self.root.is_dir() or not os.access(self.root, os.R_OK | os.X_OK):
-            raise UserError(
-                f"data.root={self.root} is not a readable folder: set data.root to a folder of images"
-            )
+            raise UserError(f"{self._where} is not a readable folder: set data.root to a folder of images")
         if not any(self.root.iterdir()):
-            raise UserError(f"data.root={self.root} is empty: set data.root to a folder of images")
-        if self.num_classes:
-            classes = self._classes()
-            if len(classes) != self.num_classes:
-                cure = f"set data.num_classes={len(classes)}" + (", or 0 for no labels" if classes else "")
-                raise UserError(
-                    f"data.root={self.root} has {len(classes)} class folders ({_some(classes) or 'none'}), "
-                    f"not data.num_classes={self.num_classes}: {cure}"
-                )
+            raise UserError(f"{self._where} is empty: set data.root to a folder of images")
+        classes = self._layout.classes
+        if self.num_classes not in (0, len(classes)):
+            fix = f"set data.num_classes={len(classes)}" + (", or 0 for no labels" if classes else "")
+            raise UserError(
+                f"{self._where} has {len(classes)} class folders ({some(classes) or 'none'}), "
+                f"not data.num_classes={self.num_classes}: {fix}"
+            )
 
     def prepare(self) -> None:
         """Indexes the folder; the first time this decodes every file, in threads, with a progress bar."""
@@ -112,107 +115,89 @@ class ImageFolder(ImageSource):
 
     def _load(self, split: Split) -> ImageSet:
         self.prepare()
-        folders = self._split_folders()
-        entries = [entry for entry in self._catalogue.entries if split in self._splits(entry.path, folders)]
+        entries = [e for e in self._catalogue.entries if split in self._layout.splits(e.path, self.holdout)]
+        if not entries:
+            self._report_empty(split)
         labels = None
         if self.num_classes:
-            classes = {name: label for label, name in enumerate(self._classes())}
-            labels = torch.tensor([classes[name] for name in self._classes_of(entries)], dtype=torch.int64)
-        if self._catalogue.pixels is not None:
-            rows = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
-            return DecodedFiles(self._catalogue.pixels, rows, labels)
-        return StreamedFiles(self.root, entries, labels, self.image_size, self.channels, self.cache)
+            label_of = {name: label for label, name in enumerate(self._layout.classes)}
+            given = [label_of[self._layout.class_of(entry.path)] for entry in entries]
+            labels = torch.tensor(given, dtype=torch.int64)
+        if self._catalogue.pixels is None:
+            return StreamedFiles(self._folder, entries, labels)
+        rows = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
+        return DecodedFiles(self._catalogue.pixels, rows, labels)
+
+    @cached_property
+    def _layout(self) -> FolderLayout:
+        return FolderLayout(self.root)
+
+    @property
+    def _folder(self) -> FolderIndex:
+        return FolderIndex(self.root, self.cache, self.image_shape, self.white)
+
+    @property
+    def _where(self) -> str:
+        return f"data.root={printable(self.root)}"
 
     def _index(self) -> "_Catalogue":
-        folders = self._split_folders()
-        starts = [self.root / name for name in sorted(set(folders.values()))] or [self._base()]
-        files, others, repeated = list_images(self.root, starts)
-        if not files:
-            raise UserError(f"data.root={self.root} holds no images (png, jpg, webp, bmp, gif, tiff)")
-        if others:
-            kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in others.most_common(5))
-            log.info("data.root=%s: left out %d other files (%s)", self.root, others.total(), kinds)
-        if repeated:
-            log.warning("data.root=%s: left out %d links to files that it holds anyway", self.root, repeated)
-        in_memory = len(files) * self.channels * self.image_size**2 <= self.memory_limit_mb * 2**20
-        records, pixels = examine(self.root, files, self.cache, self.image_size, self.channels, in_memory)
-        entries, faults, enlarged = [], [], []
-        for row, (file, record) in enumerate(zip(files, records, strict=True)):
-            shorter = min(record.width, record.height)
+        listing = list_images(self.root, self._layout.starts)
+        if not listing.files:
+            raise UserError(f"{self._where} holds no images (png, jpg, webp, bmp, gif, tiff)")
+        in_memory = len(listing.files) * prod(self.image_shape) <= self.memory_limit_mb * 2**20
+        records, pixels = self._folder.examine(listing.files, in_memory)
+        entries, faults = [], []
+        row = 0  # of the pixels, which hold what could be decoded
+        for file, record in zip(listing.files, records, strict=True):
             if record.problem is not None:
                 faults.append(f"{file.path} ({record.problem})")
-            elif shorter < self.min_size:
+                continue
+            if min(record.width, record.height) < self.min_size:
                 faults.append(f"{file.path} ({record.width}x{record.height} pixels)")
             else:
                 entries.append(_Entry(file.path, row, record))
-                if shorter < self.image_size:
-                    enlarged.append(f"{file.path} ({record.width}x{record.height})")
-        self._report(len(files), faults, enlarged)
+            row += 1
+        if faults and (self.on_error == "stop" or not entries):
+            fix = "set data.on_error=skip to leave them out" if entries else "no image is left"
+            raise UserError(
+                f"{len(faults)} of {len(records)} images in {self._where} cannot be used: {some(faults)}; {fix}"
+            )
+        images = {entry.path: entry.record for entry in entries}
+        report_left_out(self._where, listing, faults)
+        report_sizes(self._where, images, self.image_size, self.image_shape)
+        report_content(self._where, images)
         if self.num_classes:
-            self._check_classes(entries)
+            self._check_classes(list(images))
+            report_classes(self._where, self.class_names)
         return _Catalogue(entries, pixels)
 
-    def _report(self, total: int, faults: list[str], enlarged: list[str]) -> None:
-        if faults and (self.on_error == "stop" or len(faults) == total):
-            cure = "set data.on_error=skip to leave them out" if len(faults) < total else "no image is left"
+    def _report_empty(self, split: Split) -> None:
+        folder = self._layout.split_folders.get(split)
+        if split == "train" and folder:
+            raise UserError(f"{self._where} has no training images: put some into its folder {folder}")
+        if split == "train":
             raise UserError(
-                f"{len(faults)} of {total} images in data.root={self.root} cannot be used: "
-                f"{_some(faults)}; {cure}"
+                f"{self._where} has no training images, since all {len(self._catalogue.entries)} fall into "
+                "validation and test: set data.holdout=0 to train on all of them"
             )
-        if faults:
-            log.warning("left out %d of %d images that cannot be used:", len(faults), total)
-            for fault in faults:
-                log.warning("  %s", fault)
-        if enlarged:
-            log.warning(
-                "%d of %d images are smaller than data.image_size=%d and are enlarged: %s; "
-                "data.min_size=%d with data.on_error=skip leaves them out",
-                *(len(enlarged), total, self.image_size, _some(enlarged), self.image_size),
-            )
+        if split == "validation" and (folder or self.holdout):
+            log.warning("%s has no validation images, so there will be no validation loss", self._where)
 
-    def _check_classes(self, entries: list["_Entry"]) -> None:
-        classes, given = set(self._classes()), self._classes_of(entries)
-        outside = [entry.path for entry, name in zip(entries, given, strict=True) if name not in classes]
+    def _check_classes(self, paths: list[str]) -> None:
+        classes = set(self._layout.classes)
+        given = {path: self._layout.class_of(path) for path in paths}
+        outside = [path for path, name in given.items() if name not in classes]
         if outside:
             raise UserError(
-                f"{len(outside)} images in data.root={self.root} lie in none of its class folders: "
-                f"{_some(outside)}; move them, or set data.num_classes=0 for no labels"
+                f"{len(outside)} images in {self._where} lie in none of its class folders: "
+                f"{some(outside)}; move them, or set data.num_classes=0 for no labels"
             )
-        empty = sorted(classes.difference(given))
+        empty = sorted(classes.difference(given.values()))
         if empty:
             raise UserError(
-                f"class folders in data.root={self.root} without a usable image: {_some(empty)}; "
+                f"class folders in {self._where} without a usable image: {some(empty)}; "
                 "remove them or put images there"
             )
-
-    def _base(self) -> Path:
-        train = self.root / "train"
-        return train if train.is_dir() else self.root
-
-    def _split_folders(self) -> dict[Split, str]:
-        """The folder of each split, or nothing where hashes decide."""
-        validation = next((name for name in VALIDATION_NAMES if (self.root / name).is_dir()), None)
-        test = "test" if (self.root / "test").is_dir() else None
-        if not (self.root / "train").is_dir() or not (validation or test):
-            return {}
-        return {"train": "train", "validation": validation or test, "test": test or validation}
-
-    def _splits(self, path: str, folders: dict[Split, str]) -> set[Split]:
-        if folders:
-            return {split for split, folder in folders.items() if path.startswith(f"{folder}/")}
-        digest = blake2b(os.fsencode(path), digest_size=8).digest()
-        place = int.from_bytes(digest, "little") / 2**64
-        if place < self.holdout:
-            return {"test"}
-        return {"validation"} if place < 2 * self.holdout else {"train"}
-
-    def _classes(self) -> list[str]:
-        return sorted(p.name for p in self._base().iterdir() if p.is_dir() and not p.name.startswith("."))
-
-    def _classes_of(self, entries: list["_Entry"]) -> list[str | None]:
-        level = 0 if self._base() == self.root else 1
-        folders = [entry.path.split("/")[:-1] for entry in entries]
-        return [names[level] if len(names) > level else None for names in folders]
 
 
 class DecodedFiles(ImageSet):
@@ -246,56 +231,45 @@ class DecodedFiles(ImageSet):
 
 
 class StreamedFiles(ImageSet):
-    """Files that are decoded whenever they are asked for.
+    """Files that are decoded at every use.
 
     Args:
-        root: folder that the paths are relative to.
+        index: of their folder.
         entries: the files, n of them.
         labels: int64 (n,) or None.
-        image_size: height and width of the images given out.
-        channels: 1 or 3.
-        cache: folder of the index, in which a file that has broken since then is forgotten.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        entries: list["_Entry"],
-        labels: Tensor | None,
-        image_size: int,
-        channels: int,
-        cache: Path,
-    ):
-        self.root = root
+    def __init__(self, index: FolderIndex, entries: list["_Entry"], labels: Tensor | None):
+        self.index = index
         self.entries = entries
         self.labels = labels
-        self.image_size = image_size
-        self.channels = channels
-        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
-        images = torch.empty(len(chosen), self.channels, self.image_size, self.image_size, dtype=torch.uint8)
-        for image, index in zip(images, chosen, strict=True):
-            path = self.root / self.entries[index].path
+        images = torch.empty(len(chosen), *self.index.image_shape, dtype=torch.uint8)
+        for image, i in zip(images, chosen, strict=True):
+            path = self.index.root / self.entries[i].path
             try:
-                image.copy_(fit(decode(path.read_bytes(), self.channels), self.image_size))
+                image.copy_(self.index.decode(path.read_bytes()))
             except Exception as error:
-                forget(self.root, self.entries[index].path, self.cache)
+                self.index.forget()
                 raise UserError(
-                    f"{path} could be read when it was indexed and cannot be any more ({problem(error)}): "
-                    "restore the file, or start again with data.on_error=skip"
+                    f"{printable(path)} could be read when it was indexed and cannot be read now "
+                    f"({problem(error)}): restore the file, or start again with data.on_error=skip"
                 ) from error
         return images
 
     def fingerprint(self) -> str:
-        """Of names, sizes and times of change, not of content: hashing that would mean reading it all."""
-        digest = sha256(f"{(self.channels, self.image_size)}".encode())
-        for path, _, record in self.entries:
-            digest.update(os.fsencode(f"{path}\0{record.size}\0{record.changed}\0"))
+        """Of shape, labels and the bytes of the files when they were indexed.
+
+        Independent of names, places and times of change, so that a copy of the folder has the same one.
+        """
+        digest = sha256(f"{(self.index.image_shape, self.index.white)}".encode())
+        for entry in self.entries:
+            digest.update(entry.record.digest.encode())
         if self.labels is not None:
             digest.update(memoryview(self.labels.numpy()))
         return digest.hexdigest()
@@ -310,7 +284,3 @@ class _Entry(NamedTuple):
 class _Catalogue(NamedTuple):
     entries: list[_Entry]
     pixels: Tensor | None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

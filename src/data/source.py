@@ -1,8 +1,9 @@
-"""What a data source is: numbers that are known at once, and splits of images that load when asked for."""
+"""What a data source is: a shape that is known at once, and splits of images that load on first use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -15,11 +16,11 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 CACHE = "~/.cache/diffusion-lab"
-"""Where downloads and indices go unless `data.root` or `data.cache` says otherwise."""
+"""Where downloads and indices go unless `data.root` or `data.cache` is set."""
 
 
 class ImageSet(ABC):
-    """Images of one size, picked by index.
+    """Images of one shape, picked by index.
 
     Attributes:
         labels: int64 (n,), classes in [0, num_classes), or None where the source is unlabelled.
@@ -32,16 +33,16 @@ class ImageSet(ABC):
 
     @abstractmethod
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The images at `indices`, in that order: a fresh uint8 tensor (n, C, H, W)."""
+        """The images at `indices`, in that order: a fresh uint8 tensor (b, C, H, W)."""
 
     def condition(self, indices: Tensor | Sequence[int]) -> Condition:
-        """What is known about the images at `indices`: by default their labels, where there are any."""
+        """What the images at `indices` are conditioned on: by default their labels, where there are any."""
         labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
         return Condition(labels=labels)
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash (hex) of the images' content and labels: equal if and only if the data are."""
+        """A hash (hexadecimal) of the images' content and labels, equal exactly for equal data."""
 
 
 class InMemoryImages(ImageSet):
@@ -71,52 +72,74 @@ class InMemoryImages(ImageSet):
 
 
 class ImageSource(ABC):
-    """A data set, built from numbers alone: nothing is read before `prepare` or `split`.
+    """A data set. Its constructor reads nothing; `prepare` and `split` do.
+
+    Args:
+        image_size: height and width in pixels, as one integer or as [height, width].
+        channels: 1 (grey), 3 (RGB) or any other number of bands.
+        num_classes: number of classes; 0 means unlabelled.
+        horizontal_flip: whether training may mirror the images.
 
     Attributes:
         name: what the set is called in logs and cache keys.
-        image_size: height and width in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        num_classes: number of classes; 0 means that no labels are given out.
-        horizontal_flip: whether training may mirror the images.
+        image_shape: (C, H, W) of every image.
+
+    Raises:
+        ValueError: a size, `channels` or `num_classes` is out of range.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, image_size: int, channels: int, num_classes: int, horizontal_flip: bool):
+    def __init__(
+        self, image_size: int | Sequence[int], channels: int, num_classes: int, horizontal_flip: bool
+    ):
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(
+                f"image_size must be a number of pixels or [height, width], each at least 1, got {image_size}"
+            )
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be the number of classes, or 0 for none, got {num_classes}")
         self.image_size = image_size
-        self.image_shape = (channels, image_size, image_size)
+        self.image_shape: tuple[int, int, int] = (channels, *sides)
         self.channels = channels
         self.num_classes = num_classes
         self.horizontal_flip = horizontal_flip
         self._sets: dict[Split, ImageSet] = {}
         self._fingerprints: dict[Split, str] = {}
 
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes in the order of their labels; empty for an unlabelled set."""
+        return [str(label) for label in range(self.num_classes)]
+
     def check(self) -> None:  # noqa: B027 - a source without files has nothing that could be missing
-        """Looks, without decoding anything, whether the data can be had.
+        """Checks, without decoding anything, that the data are available.
 
         Raises:
-            UserError: if a folder or a package is missing; names the option and the cure.
+            UserError: if a folder or a package is missing; names the option and the fix.
         """
 
     def prepare(self) -> None:  # noqa: B027 - only some sources download or index
-        """Downloads or indexes what is missing on disk. To be called by one process a machine."""
+        """Downloads or indexes what is missing on disk. Call it in one process per machine."""
 
     def split(self, name: Split) -> ImageSet:
         """The images of one split, loaded at the first call.
 
         Raises:
             ValueError: if there is no split of that name.
-            UserError: if the data are missing or are not what the source says that they are.
+            UserError: if the data are missing or are not those of this source.
         """
         if name not in SPLITS:
-            raise ValueError(f"split={name!r}: choose one of {', '.join(SPLITS)}")
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
         if name not in self._sets:
             self._sets[name] = self._checked(name, self._load(name))
         return self._sets[name]
 
     def fingerprint(self, split: Split) -> str:
-        """A hash (hex) of the split's images and labels, for cache keys and for checks at resume."""
+        """A hash (hexadecimal) of the split's images and labels, for cache keys and for checks at resume."""
         if split not in self._fingerprints:
             self._fingerprints[split] = self.split(split).fingerprint()
         return self._fingerprints[split]
@@ -126,9 +149,7 @@ class ImageSource(ABC):
 
     def _checked(self, split: Split, images: ImageSet) -> ImageSet:
         if (images.labels is None) != (self.num_classes == 0):
-            raise RuntimeError(
-                f"{self.name}: labels and num_classes={self.num_classes} contradict each other"
-            )
+            raise RuntimeError(f"{self.name}: labels contradict num_classes={self.num_classes}")
         if images.labels is not None and len(images):
             low, high = int(images.labels.min()), int(images.labels.max())
             if low < 0 or high >= self.num_classes:
@@ -140,10 +161,27 @@ class ImageSource(ABC):
 
 
 def require(name: str, given: object, *allowed: object) -> None:
-    """Holds a constructor's number against what the data set really is.
+    """Checks a constructor's argument against the numbers that the data set has.
 
     Raises:
         ValueError: if `given` is none of `allowed`.
     """
     if given not in allowed:
-        raise ValueError(f"{name}={given}: this data set has {name} {' or '.join(map(str, allowed))}")
+        raise ValueError(f"{name} must be {' or '.join(map(str, allowed))} for this data set, got {given}")
+
+
+def user_path(path: str | Path, option: str) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Args:
+        option: what to set where there is no home folder.
+
+    Raises:
+        UserError: the path begins with ~, and that user has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path} needs a home folder, and this user has none: set {option} to an absolute path, or set HOME"
+        ) from None

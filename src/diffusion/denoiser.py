@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +63,20 @@ class BaseDenoiser(nn.Module, ABC):
         super().__init__()
         self.evaluated_images = 0
 
-    def __call__(self, x_t: Tensor, *arguments: Any, **named: Any) -> Prediction:
+    def __call__(
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
+        to: NoiseLevel | None = None,
+    ) -> Prediction:
+        """See `forward`, which need not have an argument `to` where no second time is used."""
+        self._count(x_t)
+        second = () if to is None else (to,)
+        return super().__call__(x_t, level, condition, *second)
+
+    def _count(self, x_t: Tensor) -> None:
         self.evaluated_images += len(x_t)
-        return super().__call__(x_t, *arguments, **named)
 
     @abstractmethod
     def forward(
@@ -186,8 +196,8 @@ class WrappedDenoiser(BaseDenoiser):
         nn.Module.__init__(self)
         self.inner = inner
 
-    def __call__(self, *arguments: Any, **named: Any) -> Prediction:
-        return nn.Module.__call__(self, *arguments, **named)
+    def _count(self, x_t: Tensor) -> None:
+        pass  # the inner denoiser counts
 
     @property
     def schedule(self) -> Schedule:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Distance(ABC):
-    """A pointwise distance. The loss weights are those of the squared error, whatever the distance."""
+    """A pointwise distance. The loss weights are those of the squared error for every distance."""
 
     @abstractmethod
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ class Distance(ABC):
 
 
 class Squared(Distance):
-    """(F - target)^2: the distance whose optimum is the conditional mean, as every sampler assumes."""
+    """(F - target)^2, whose optimum is the conditional mean, as all samplers assume."""
 
     def __call__(self, output, target):
         return (output - target).square()
@@ -32,7 +32,7 @@ class Huber(Distance):
     """d^2/2 for |d| < delta, else delta (|d| - delta/2): squared near 0, absolute far away (Huber 1964).
 
     Args:
-        delta: where one passes into the other, in units of the target.
+        delta: the threshold, in units of the target.
 
     Raises:
         ValueError: delta is not positive.

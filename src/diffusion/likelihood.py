@@ -1,10 +1,10 @@
-"""Likelihood: how many bits a dimension (pixel and channel) of an image costs.
+"""Likelihood: the bits per dimension (pixel and channel) of an image.
 
 By the variational bound of a chain t_S > ... > t_1 > 0 (Ho et al. 2020, eq. 5), in bits per dimension,
 
     -ln p(x0) <= L_T + sum_{i > 1} KL(q(x_s | x_t, x0) || p(x_s | x_t)) - ln p(x0 | x_{t_1})
 
-and by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, sec. 4.3), the density along the flow.
+and by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, sec. 4.3), from the density along the flow.
 """
 
 import math
@@ -39,7 +39,7 @@ class Chain:
         times: rising times t_1 < ... < t_S of its table; None for all, 1 ... T.
 
     Raises:
-        ValueError: no discrete schedule, or fewer than two rising times.
+        ValueError: the schedule is not discrete, or there are fewer than two rising times.
     """
 
     def __init__(self, schedule: Schedule, times: Tensor | list[float] | None = None):
@@ -68,7 +68,9 @@ class Chain:
         return self.schedule(self.times[step])
 
     def term(self, step: Tensor, x0: Tensor, prediction: Prediction, variance: Variance) -> Tensor:
-        """The steps' terms of the bound: the decoder's where step is 1, else a KL divergence.
+        """The steps' terms of the bound: the decoder's where step is 1, otherwise a KL divergence.
+
+        Only the terms that occur are computed. No step waits for the device.
 
         Args:
             step: numbers of the steps, one for each image, shape (B,), int64, on the CPU, in 1 ... S.
@@ -79,34 +81,65 @@ class Chain:
         Returns:
             Bits per dimension, shape (B,), x0's dtype.
         """
-        # each branch sees the other's images as a harmless stand-in: torch.where multiplies the gradient of what it
-        # does not take by 0, which leaves NaN of an infinite one
-        first = broadcast(step == 1, x0).bool()
-        # step 1, whose posterior has no variance, is given that of step 2: published codes do so, and log() needs it
-        later = step.clamp(min=2)
-        t, s = self.level(later), self.level(later - 1)
+        first = step == 1
+        if first.all():
+            return _bits(self._decoder_term(step, x0, prediction, variance))
+        if not first.any():
+            return _bits(self._kl_term(step, x0, prediction, variance))
+        # each term gets the other's images with harmless values: torch.where multiplies the gradient of the branch not
+        # taken by 0, which makes NaN of an infinite one
+        first = broadcast(first, x0).bool()
+        surprise = self._decoder_term(step, x0, prediction, variance, ~first)
+        return _bits(torch.where(first, surprise, self._kl_term(step, x0, prediction, variance, first)))
+
+    def _decoder_term(
+        self,
+        step: Tensor,
+        x0: Tensor,
+        prediction: Prediction,
+        variance: Variance,
+        unused: Tensor | None = None,
+    ) -> Tensor:
+        """-ln p(x0 | x_t) in nats, x0's shape; anything finite for the images that are unused."""
+        second = step.clamp(min=2)
+        beta_tilde = Small()(self.level(second), self.level(second - 1), prediction)
+        mean = prediction.x0
+        decoder = broadcast(variance.decoder(self.level(step), beta_tilde, prediction), x0)
+        if unused is not None:
+            mean, decoder = torch.where(unused, x0, mean), torch.where(unused, 1.0, decoder)
+        return -discretised_log_likelihood(x0, mean, decoder**0.5)
+
+    def _kl_term(
+        self,
+        step: Tensor,
+        x0: Tensor,
+        prediction: Prediction,
+        variance: Variance,
+        unused: Tensor | None = None,
+    ) -> Tensor:
+        """KL(q(x_s | x_t, x0) || p(x_s | x_t)) in nats, x0's shape; anything finite for the images that are unused."""
+        step = step.clamp(min=2)  # the posterior of step 1 has no variance
+        t, s = self.level(step), self.level(step - 1)
         true_variance = broadcast(Small()(t, s, prediction), x0)
-        learned = torch.where(first, true_variance, broadcast(variance(t, s, prediction), x0))
-        # of the posterior means only their difference counts, which is free of cancellation this way
+        learned = broadcast(variance(t, s, prediction), x0)
+        if unused is not None:
+            learned = torch.where(unused, true_variance, learned)
+        # only the difference of the posterior means counts, which avoids cancellation
         gain = broadcast(s.alpha * conditional_variance(t, s) / t.sigma**2, x0)
         ratio = true_variance / learned
-        kl = (ratio - 1 - ratio.log() + (gain * (x0 - prediction.x0)).square() / learned) / 2
-        decoder = broadcast(variance.decoder(self.level(step), Small()(t, s, prediction), prediction), x0)
-        mean, std = torch.where(first, prediction.x0, x0), torch.where(first, decoder, 1.0) ** 0.5
-        surprise = -discretised_log_likelihood(x0, mean, std)
-        return _bits(torch.where(first, surprise, kl))
+        return (ratio - 1 - ratio.log() + (gain * (x0 - prediction.x0)).square() / learned) / 2
 
     def prior(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, shape (B,)."""
         alphabar = broadcast(self.level(torch.full((len(x0),), len(self))).alpha ** 2, x0)
-        # of the variance 1 - alphabar, without the cancellation in 1 - alphabar - 1
+        # the variance is 1 - alphabar; written without the cancellation in 1 - alphabar - 1
         return _bits((alphabar * x0.square() - alphabar - torch.log1p(-alphabar)) / 2)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """ln of the mass that N(mean, std^2) has in the bin of each byte, the outer bins open (Ho et al. 2020, eq. 13).
+    """ln of the mass of N(mean, std^2) in the bin of each byte, with open outer bins (Ho et al. 2020, eq. 13).
 
-    With the exact normal distribution function; the papers' codes approximate it by a tanh.
+    With the exact normal distribution function, which published codes approximate by a tanh.
 
     Args:
         x0: bytes/127.5 - 1.
@@ -118,13 +151,13 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     upper = ((x0 + HALF_BIN - mean) / std).masked_fill(x0 > 0.999, math.inf)
     lower = ((x0 - HALF_BIN - mean) / std).masked_fill(x0 < -0.999, -math.inf)
-    # in the left tail, where the difference of two distribution functions keeps its digits
+    # mirrored into the left tail, where the difference of two distribution functions keeps its digits
     mirrored = upper + lower > 0
     low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
-    # of a bin around the mean, the mass on either side of it
+    # a bin around the mean: the mass on either side of the mean
     around = high > 0
     sides = sum(torch.erf(torch.where(around, edge, 1.0) / ROOT) for edge in (-low, high))
-    # of another, by 2 Phi(-z) = erfcx(z/sqrt(2)) exp(-z^2/2): the gradient of log_ndtr has no digits left in float32
+    # other bins: 2 Phi(-z) = erfcx(z/sqrt(2)) exp(-z^2/2), since log_ndtr's gradient loses all digits in float32
     near, width = torch.where(around, 0.0, -high), 2 * HALF_BIN / std.to(x0.dtype)
     open_end = low.isneginf()
     far = torch.where(open_end, near + 1, -low)
@@ -133,24 +166,6 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     log_ratio = torch.special.erfcx(far / ROOT).log() - log_near - width * (near + far) / 2
     share = torch.where(open_end, 0.0, (-torch.expm1(log_ratio.clamp(max=-1e-30))).log())
     return torch.where(around, sides.log(), log_near - near.square() / 2 + share) - math.log(2)
-
-
-@dataclass(frozen=True)
-class VariationalBound:
-    """The bound of each image, in bits per dimension.
-
-    Attributes:
-        prior: L_T, shape (B,).
-        steps: the terms of steps 1 (the decoder) ... S, shape (S, B).
-    """
-
-    prior: Tensor
-    steps: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The bound on -log2 p(x0) per dimension, shape (B,)."""
-        return self.prior + self.steps.sum(dim=0)
 
 
 def bound_terms(
@@ -163,11 +178,11 @@ def bound_terms(
     """Yields the terms of steps 1, 2, ..., S, each (B,), in bits per dimension: one network evaluation each.
 
     Args:
-        denoiser: in eval mode; may clip x0, as published bounds do.
+        denoiser: in eval mode; may clip x0, as for published bounds.
         chain: the steps.
         x0: images, bytes/127.5 - 1, shape (B, C, H, W).
         condition: what the images are conditioned on; None for nothing.
-        noise: of x_t.
+        noise: source of x_t's noise.
     """
     for number in range(1, len(chain) + 1):
         step = torch.full((len(x0),), number)
@@ -177,26 +192,13 @@ def bound_terms(
             yield chain.term(step, x0, prediction, denoiser.variance)
 
 
-def variational_bound(
-    denoiser: BaseDenoiser,
-    chain: Chain,
-    x0: Tensor,
-    condition: Condition | None = None,
-    noise: NoiseSource = global_noise,
-) -> VariationalBound:
-    """All terms of the bound, with the arguments of `bound_terms`."""
-    return VariationalBound(
-        chain.prior(x0), torch.stack(list(bound_terms(denoiser, chain, x0, condition, noise)))
-    )
-
-
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """What the probability flow says of each image.
+    """The likelihood of each image by the probability flow.
 
     Attributes:
-        bits: -log2 p per dimension, shape (B,); of bytes, an upper bound in expectation (uniform dequantisation).
-        latent: where the flow takes the images at t_max, shape (B, C, H, W).
+        bits: -log2 p per dimension, shape (B,); for bytes an upper bound in expectation (uniform dequantisation).
+        latent: the images after the flow to t_max, shape (B, C, H, W).
         evaluations: of the network.
     """
 
@@ -219,21 +221,21 @@ def flow_log_density(
 
         dz/dphi = cos(phi) eps_hat - sin(phi) x0_hat,    d ln p(z)/dphi = -div(dz/dphi)
 
-    with the divergence estimated by one Rademacher probe an image, the same all along (Skilling 1989,
-    Hutchinson 1989). It ends at t_max in N(0, sigma^2 I), the samplers' start.
+    with the divergence estimated by one Rademacher probe per image, fixed along the flow (Skilling 1989,
+    Hutchinson 1989). The density at t_max is N(0, sigma^2 I), the samplers' start.
 
     Args:
         denoiser: in eval mode, unclipped: clipping x0 is not differentiable everywhere.
         x: shape (B, C, H, W).
         condition: what the images are conditioned on; None for nothing.
-        noise: of the probe, whose sign counts.
+        noise: source of the probe; only its sign is used.
         tolerance: relative and absolute, of each step of the integration.
 
     Returns:
         ln p in nats, shape (B,); x at t_max, shape (B, C, H, W); the number of evaluations.
 
     Raises:
-        ValueError: the tolerance is not reached, or the flow is not finite; names the time.
+        ValueError: the tolerance is not reached, or the flow is not finite, with the time.
     """
     schedule = denoiser.schedule
     first, last = schedule(as_times([schedule.t_min, schedule.t_max])).scalars()
@@ -242,7 +244,7 @@ def flow_log_density(
 
     def time_at(phi: float) -> Tensor:
         log_snr = -math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf
-        return schedule.time_of_log_snr(as_times([log_snr]))
+        return schedule.nearest_time([log_snr])  # phi may round past the ends
 
     def velocity(phi: float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         level = schedule(time_at(phi)).scalars()[0]
@@ -261,8 +263,8 @@ def flow_log_density(
         (z, gained), evaluations = integrate(velocity, start, *angles, tolerance)
     except NotFinite as error:
         raise ValueError(
-            "the flow is not finite (NaN or infinite) where the network was asked from"
-            f" t = {time_at(error.x).item():g}: its weights have diverged"
+            f"the flow is not finite (NaN or infinite) from t = {time_at(error.x).item():g} on: the network's weights"
+            " have diverged"
         ) from None
     std = last.sigma / r_last
     prior = -(z / std).square().flatten(1).sum(dim=1) / 2 - dimensions * math.log(
@@ -278,13 +280,13 @@ def flow_likelihood(
     noise: NoiseSource = global_noise,
     tolerance: float = 1e-5,
 ) -> FlowLikelihood:
-    """Bits per dimension of images of bytes, spread uniformly over their bins.
+    """Bits per dimension of images of bytes, dequantised uniformly over their bins.
 
     Args:
         denoiser: in eval mode, unclipped.
         x0: bytes/127.5 - 1, shape (B, C, H, W).
         condition: what the images are conditioned on; None for nothing.
-        noise: of the dequantisation and the probe.
+        noise: source of the dequantisation and of the probe.
         tolerance: relative and absolute, of each step of the integration.
     """
     dequantised = x0 + HALF_BIN * torch.erf(noise(x0) / math.sqrt(2))  # uniform in +- half a bin
@@ -294,5 +296,5 @@ def flow_likelihood(
 
 
 def _bits(nats: Tensor) -> Tensor:
-    """Nats a pixel -> bits per dimension of each image, shape (B,)."""
+    """Nats of each pixel -> bits per dimension of each image, shape (B,)."""
     return nats.flatten(1).mean(dim=1) / math.log(2)

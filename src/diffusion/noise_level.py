@@ -1,4 +1,4 @@
-"""The noise level: what a schedule says about a time t.
+"""The noise level: alpha, sigma and the network's label at a time t.
 
 x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
 
@@ -6,6 +6,7 @@ SNR_t = alpha_t^2 / sigma_t^2,     log_snr = lambda_t = ln(alpha_t / sigma_t) = 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class NoiseLevel:
     Attributes:
         alpha: factor of the image, in [0, 1].
         sigma: standard deviation of the noise, >= 0.
-        label: the time as the network is told it (for discrete schedules t - 1, as in published checkpoints).
+        label: the time as it is fed to the network (for discrete schedules t - 1, as in published checkpoints).
     """
 
     alpha: Tensor | float
@@ -50,7 +51,7 @@ class NoiseLevel:
 
 
 def broadcast(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
-    """A level's coefficient, ready to multiply the batch x: the one place where a level meets a batch.
+    """A level's coefficient in a form that multiplies the batch x.
 
     Args:
         coefficient: a Python float (the same for all images), a tensor of shape (B,), one for each image, or
@@ -81,7 +82,7 @@ def conditional_variance(t: NoiseLevel, s: NoiseLevel) -> Tensor | float:
 
 
 def clamp(x: Tensor | float, low: float, high: float) -> Tensor | float:
-    """x held in [low, high], for floats and tensors alike."""
+    """x clamped to [low, high], for floats and tensors."""
     return min(max(x, low), high) if isinstance(x, float) else x.clamp(low, high)
 
 
@@ -89,6 +90,6 @@ def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
-def as_times(times: Tensor | list[float] | float) -> Tensor:
-    """Times as a float64 tensor on the CPU, where the tables live."""
+def as_times(times: Tensor | Sequence[float] | float) -> Tensor:
+    """Times as a float64 tensor on the CPU, where the tables are."""
     return torch.as_tensor(times, dtype=torch.float64, device="cpu")

@@ -1,4 +1,8 @@
-"""Integrating an ordinary differential equation with control of the error."""
+"""An adaptive integrator of ordinary differential equations.
+
+torchdiffeq's dopri5 is not used: it bounds the error of the whole batch instead of each image's, takes other steps, and
+does not report where a derivative is not finite.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-State = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 # Dormand & Prince 1980, RK5(4)7M: nodes, stages, and the difference of the solutions of order 5 and 4.
 NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
@@ -25,7 +29,7 @@ class NotFinite(ValueError):
     """The derivative is NaN or infinite.
 
     Attributes:
-        x: where the step begins in which it is.
+        x: the beginning of the step in which it occurs.
     """
 
     def __init__(self, x: float):
@@ -34,19 +38,19 @@ class NotFinite(ValueError):
 
 
 def integrate(
-    f: Callable[[float, State], State],
-    y: State,
+    f: Callable[[float, Tensors], Tensors],
+    y: Tensors,
     start: float,
     end: float,
     tolerance: float,
     max_evaluations: int = 100_000,
-) -> tuple[State, int]:
+) -> tuple[Tensors, int]:
     """The solution at `end` of dy/dx = f(x, y), y(start) = y, by the method of Dormand and Prince, of order 5.
 
     Args:
         f: the derivative, of y's structure.
-        y: tensors whose first dimension is the batch; the error of each image in each of them is judged by itself.
-        start: where y is given.
+        y: tensors whose first dimension is the batch; each image in each tensor must meet the tolerance.
+        start: the x of the initial value.
         end: above start.
         tolerance: bound of each step's error, relative to and in absolute units of y (root mean square of an image).
         max_evaluations: of f.
@@ -56,7 +60,7 @@ def integrate(
 
     Raises:
         ValueError: the tolerance is not reached within max_evaluations.
-        NotFinite: f is not.
+        NotFinite: f is not finite.
     """
     x, step = start, (end - start) * 1e-3
     slopes, evaluations = [f(x, y)], 1
@@ -86,7 +90,7 @@ def integrate(
     return y, evaluations
 
 
-def _advance(y: State, slopes: Sequence[State], weights: Sequence[float], step: float) -> State:
+def _advance(y: Tensors, slopes: Sequence[Tensors], weights: Sequence[float], step: float) -> Tensors:
     parts = []
     for i, part in enumerate(y):
         for slope, weight in zip(slopes, weights, strict=False):
@@ -97,6 +101,6 @@ def _advance(y: State, slopes: Sequence[State], weights: Sequence[float], step: 
 
 
 def _excess(error: Tensor, before: Tensor, after: Tensor, tolerance: float) -> float:
-    """The largest error of an image in units of what is allowed."""
+    """The largest error of an image in units of the allowed error."""
     allowed = tolerance * (1 + torch.maximum(before.abs(), after.abs()))
     return (error / allowed).reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()

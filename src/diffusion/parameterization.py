@@ -1,11 +1,11 @@
-"""What the network's output F means: three numbers of the noise level.
+"""The meaning of the network's output F: three coefficients for each noise level.
 
     x0_hat = c_skip x_t + c_out F(c_in x_t, label),    eps_hat = (x_t - alpha_t x0_hat) / sigma_t
 
 and F is trained towards (x0 - c_skip x_t) / c_out (Karras et al. 2022, arXiv:2206.00364, eq. 7).
 
-Each was published for one kind of schedule. c_in brings x_t to that kind's coordinates, so that each is
-defined for all: it is 1 at home, and two schedules of equal SNR give a network the same input and the same x0.
+Each was published for one kind of schedule. c_in scales x_t to that kind's coordinates, so that each is defined for
+all: it is 1 on the original kind, and two schedules give the network the same input and the same x0 at equal SNR.
 """
 
 from abc import ABC, abstractmethod
@@ -18,17 +18,19 @@ from .schedule import Schedule
 
 
 class Prediction:
-    """What a denoiser says about x_t, told by one tensor F: x0 = c_skip x_t + c_out F, x_t = alpha_t x0 + sigma_t eps.
+    """A denoiser's estimates of x0 and eps, given by one tensor F.
 
-    x0 and eps are computed where they are asked for, both from F, so that they agree and that eps does not
-    inherit x0's rounding errors divided by a small sigma.
+        x0 = c_skip x_t + c_out F,    x_t = alpha_t x0 + sigma_t eps
+
+    Both are computed on first use from F, so that they agree, and eps does not inherit x0's rounding errors divided by
+    a small sigma.
 
     Args:
         x_t: the noisy images, shape (B, C, H, W).
         level: their level.
         output: F, x_t's shape.
-        c_skip, c_out: of the level's shape; as they stand, F is x0.
-        variance: what a network of learned variance says about the reverse step, x_t's shape; else None.
+        c_skip, c_out: of the level's shape; by default F is x0.
+        variance: the network's output for a learned variance of the reverse step, x_t's shape; otherwise None.
     """
 
     def __init__(
@@ -55,18 +57,18 @@ class Prediction:
         return self.mix(0.0, 1.0)
 
     def with_variance(self, variance: Tensor) -> "Prediction":
-        """The same estimate, with what the network says about the variance."""
+        """The same estimate with the network's output for the variance."""
         return Prediction(self.x_t, self.level, self._output, self._c_skip, self._c_out, variance)
 
     def mix(self, of_x0: Tensor | float, of_eps: Tensor | float) -> Tensor:
-        """of_x0 x0 + of_eps eps as a new tensor, straight from x_t and F."""
+        """of_x0 x0 + of_eps eps as a new tensor, directly from x_t and F."""
         alpha, sigma = self.level.alpha, self.level.sigma
         of_x0 = of_x0 - of_eps * alpha / sigma
         of_x_t = of_eps / sigma + of_x0 * self._c_skip
         return linear_combination(of_x_t, self.x_t, of_x0 * self._c_out, self._output)
 
     def with_x0(self, x0: Tensor) -> "Prediction":
-        """The same with another x0, and the eps that belongs to it."""
+        """The same with another x0 and the eps that follows from it."""
         return Prediction(self.x_t, self.level, x0, variance=self.variance)
 
 
@@ -85,26 +87,26 @@ class Parameterization(ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """What F should be for the image x0 and the noise eps, both (B, C, H, W)."""
+        """The target of F for the image x0 and the noise eps, both (B, C, H, W)."""
 
     def label(self, level: NoiseLevel) -> Tensor | float:
-        """The time as the network is told it: the schedule's label, of the level's shape."""
+        """The time as it is fed to the network: by default the schedule's label, of the level's shape."""
         return level.label
 
     def check(self, schedule: Schedule) -> None:
-        """Holds the parameterisation against a schedule.
+        """Checks that the parameterisation fits a schedule.
 
         Raises:
-            ValueError: at the schedule's end the output would not determine x0; says what to choose instead.
+            ValueError: the output does not determine x0 at the schedule's end.
         """
         if not self.sees_pure_noise and schedule(as_times([schedule.t_max])).alpha.item() == 0:
             raise ValueError(
-                f"parameterization={type(self).__name__.lower()} says nothing about x0 where alpha is 0, at the end"
+                f"parameterization={type(self).__name__.lower()} does not determine x0 where alpha is 0, at the end"
                 f" of {type(schedule).__name__}: choose parameterization=v, velocity, x0 or edm"
             )
 
     def predict(self, x_t: Tensor, output: Tensor, level: NoiseLevel) -> Prediction:
-        """Reads the network's output at x_t; both (B, C, H, W)."""
+        """The prediction from the network's output at x_t; both (B, C, H, W)."""
         _, c_skip, c_out = self.coefficients(level)
         return Prediction(x_t, level, output, c_skip, c_out)
 
@@ -133,8 +135,8 @@ class Score(Parameterization):
     """F is the score -eps/sigma of p(x_t): c_in = 1, c_skip = 1/alpha, c_out = sigma^2/alpha.
 
     Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 7), whose loss weight sigma^2 on the score is
-    `weighting=snr`; the plain error (`simple`) of the score is ruled by the smallest sigma. Off
-    variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    `weighting=snr`; the smallest sigma dominates the plain error (`simple`) of the score. Off variance-preserving
+    schedules c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
     sees_pure_noise = False
@@ -200,8 +202,8 @@ class EDM(Parameterization):
         c_in = 1/r,   c_skip = alpha sigma_data^2/r^2,   c_out = sigma sigma_data/r,
         r^2 = sigma^2 + alpha^2 sigma_data^2,   label = ln(sigma/alpha)/4
 
-    The paper has alpha = 1; other schedules are brought to that by x_t/alpha. |ln(sigma/alpha)| is bounded by
-    20 in the label, so that it is finite for pure noise.
+    The paper has alpha = 1; other schedules are scaled to that by x_t/alpha. |ln(sigma/alpha)| is bounded by 20 in the
+    label, so that it is finite for pure noise.
 
     Args:
         sigma_data: standard deviation of the data, 0.5 for CIFAR-10 in [-1, 1].

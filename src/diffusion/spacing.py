@@ -1,9 +1,9 @@
 """Spacings: which times a sampler visits.
 
-A spacing returns falling times, t_S > ... > t_1 > 0, and clean data at the end: S network evaluations for a
-sampler that asks once a step. Spacings of a table give 0-based rising indices as the published codes
-write them; index i is time i + 1 of the table, whose row 0 is clean. The others work on every schedule, and
-on a table may visit times between two rows.
+A spacing returns falling times, t_S > ... > t_1 > 0, and 0 (clean data) at the end: S network evaluations for a
+sampler that makes one per step. Spacings of a table are rising 0-based indices, as in the published codes; index i is
+time i + 1 of the table, whose row 0 is clean. The other spacings work on every schedule, and on a table may visit
+times between two rows.
 """
 
 import math
@@ -20,14 +20,14 @@ class Spacing(ABC):
     """A rule that picks a schedule's times.
 
     Attributes:
-        whole_rows: whether it visits the rows of a table only, so that T is its limit there.
+        whole_rows: whether it visits only the rows of a table, which limits the steps to T.
     """
 
     whole_rows = False
 
     @abstractmethod
     def times(self, schedule: Schedule, steps: int) -> Tensor:
-        """The falling times before clean data, float64: `steps` of them, or fewer where the rule doubles some."""
+        """The falling times before clean data, float64: `steps` of them, or fewer where the rule repeats some."""
 
     def __call__(self, schedule: Schedule, steps: int) -> Tensor:
         """The times to visit.
@@ -37,10 +37,10 @@ class Spacing(ABC):
             steps: S, the number of steps, at least 1.
 
         Returns:
-            S + 1 falling times, float64, the last of them 0; fewer where the rule says so.
+            S + 1 falling times, float64, the last of them 0; fewer where the rule repeats some.
 
         Raises:
-            ValueError: steps is out of range, or the rule does not fit the schedule or would double many times.
+            ValueError: steps is out of range, or the rule does not fit the schedule or would repeat many times.
         """
         if self.whole_rows and isinstance(schedule, DiscreteSchedule):
             if not 1 <= steps <= schedule.T:
@@ -53,8 +53,8 @@ class Spacing(ABC):
 class IndexSpacing(Spacing):
     """A rule for the rows of a table.
 
-    Rows that it doubles are visited once; where they are more than a tenth it is refused, for what would run
-    is no longer what was asked for.
+    Rows that the rule repeats are visited once. Where more than a tenth are repeated it is refused, since the run would
+    have far fewer steps than requested.
     """
 
     whole_rows = True
@@ -64,7 +64,7 @@ class IndexSpacing(Spacing):
         if not isinstance(schedule, DiscreteSchedule):
             raise ValueError(
                 f"steps of a continuous schedule cannot be spaced by {name}, which picks rows of a table: choose"
-                " spacing=trailing, uniform_time, uniform_log_snr or karras"
+                " spacing=trailing, uniform_time, quadratic_time, uniform_log_snr or karras"
             )
         distinct = sorted(set(self.indices(schedule.T, steps)), reverse=True)
         if len(distinct) < 0.9 * steps:
@@ -92,7 +92,7 @@ class Leading(IndexSpacing):
 class Linspace(IndexSpacing):
     """round(linspace(0, T - 1, S)): both the first and the last step (diffusers' "linspace").
 
-    Improved DDPM with one section, but for some S in which a half is rounded another way (`Sections`).
+    The same as improved DDPM with one section, except for some S where a half is rounded differently (`Sections`).
     """
 
     def indices(self, T, steps):
@@ -102,8 +102,9 @@ class Linspace(IndexSpacing):
 class Quadratic(IndexSpacing):
     """floor(linspace(0, sqrt(0.8 T), S)^2): DDIM's sub-sequence for CIFAR-10 (Song et al. 2021, app. D.2).
 
-    From S = 50 at T = 1000 the smallest indices repeat: 49 are distinct there, 96 at S = 100. DDIM's code asks
-    the network again for each and stays where it is; here they are visited once, with the same images.
+    From S = 50 at T = 1000 the smallest indices repeat: 49 are distinct there, 96 at S = 100. DDIM's code evaluates
+    the network again at each repetition, without moving; here they are visited once, with the same images.
+    `QuadraticTime` is the grid of continuous schedules.
     """
 
     def indices(self, T, steps):
@@ -114,36 +115,43 @@ class Sections(IndexSpacing):
     """Sections of the table with a number of steps each (improved DDPM, Nichol & Dhariwal 2021, sec. 4).
 
     "10,15,20" splits the table into three parts, nearly equal, and takes that many steps of each, evenly with
-    both ends. "ddim25" takes every k-th step from the first, k the whole number that gives exactly 25.
+    both ends. "ddim25" takes every k-th step from the first, with the whole number k that gives exactly 25.
 
     Args:
-        sections: the numbers, or "ddim" and one number; their sum is the number of steps.
+        sections: the numbers, or "ddim" and one number, which add up to the number of steps; None for one section, or
+            "ddim" alone for one stride, of all the steps.
 
     Raises:
-        ValueError: it does not read so.
+        ValueError: sections is malformed.
     """
 
-    def __init__(self, sections: str | int):
+    def __init__(self, sections: str | int | None = None):
         text = str(sections)
         self.strided = text.startswith("ddim")
+        self.counts: list[int] = []
+        if sections is None or text == "ddim":
+            return
         try:
             self.counts = [int(count) for count in text.removeprefix("ddim").split(",")]
         except ValueError:
-            self.counts = []
-        if not self.counts or min(self.counts) < 1 or (self.strided and len(self.counts) > 1):
-            raise ValueError(f'sections must read like "10,15,20" or "ddim25", got "{text}"')
+            self.counts = [0]
+        if min(self.counts) < 1 or (self.strided and len(self.counts) > 1):
+            raise ValueError(
+                f'sections must read like "10,15,20" or "ddim25" (null or "ddim" for all steps), got "{text}"'
+            )
 
     def indices(self, T, steps):
-        if steps != sum(self.counts):
-            raise ValueError(f"steps must be {sum(self.counts)}, the sum of spacing.sections; got {steps}")
+        counts = self.counts or [steps]
+        if steps != sum(counts):
+            raise ValueError(f"steps must be {sum(counts)}, the sum of spacing.sections; got {steps}")
         if self.strided:
             return self._strided(T, steps)
         indices, start = [], 0
-        for part, count in enumerate(self.counts):
-            size = T // len(self.counts) + (part < T % len(self.counts))
+        for part, count in enumerate(counts):
+            size = T // len(counts) + (part < T % len(counts))
             if count > size:
                 raise ValueError(f"steps of section {part + 1} must be at most its {size} times, got {count}")
-            # running sums, as in the published code: where a half is rounded hangs on the last bit
+            # running sums, as in the published code: the rounding of halves depends on the last bit
             stride = (size - 1) / (count - 1) if count > 1 else 0.0
             indices += [start + round(place) for place in accumulate(repeat(stride, count - 1), initial=0.0)]
             start += size
@@ -154,7 +162,7 @@ class Sections(IndexSpacing):
         if steps not in strides:
             near = sorted(strides, key=lambda count: (abs(count - steps), count))[:2]
             raise ValueError(
-                f"steps={steps}: no whole stride visits so many of {T} times; {min(near)} and {max(near)} can be had"
+                f"steps={steps}: no whole stride visits that many of {T} times; choose {min(near)} or {max(near)}"
             )
         return list(range(0, T, strides[steps]))
 
@@ -183,8 +191,8 @@ class EvenSpacing(Spacing):
     """A grid that is even in something, from t_max to the last time before clean data, both included.
 
     Args:
-        end: the last time as a share of t_max, e.g. the 1e-3 of score SDE's and DPM-Solver's codes; never below the
-            schedule's t_min.
+        end: the last time as a share of t_max, e.g. the 1e-3 of score SDE's and DPM-Solver's codes; where it is below
+            the schedule's t_min, t_min is taken.
 
     Raises:
         ValueError: end is not in [0, 1).
@@ -207,12 +215,24 @@ class UniformTime(EvenSpacing):
         return torch.linspace(schedule.t_max, self.last(schedule), steps, dtype=torch.float64)
 
 
+class QuadraticTime(EvenSpacing):
+    """Evenly in sqrt(t), denser near the data: "time_quadratic" of DPM-Solver's code; one step starts at t_max.
+
+    DDIM's quadratic sub-sequence without its factor 0.8 and its rounding to rows.
+    """
+
+    def times(self, schedule, steps):
+        ends = [time**0.5 for time in (schedule.t_max, self.last(schedule))]
+        times = torch.linspace(*ends, steps, dtype=torch.float64) ** 2
+        return times.clamp(self.last(schedule), schedule.t_max)  # rounding
+
+
 class UniformLogSNR(EvenSpacing):
-    """Evenly in ln(alpha/sigma): what DPM-Solver asks for (Lu et al. 2022, arXiv:2206.00927)."""
+    """Evenly in ln(alpha/sigma): DPM-Solver's grid (Lu et al. 2022, arXiv:2206.00927)."""
 
     def times(self, schedule, steps):
         ends = _log_snr_range(schedule, self.last(schedule))
-        return schedule.time_of_log_snr(torch.linspace(*ends, steps, dtype=torch.float64))
+        return schedule.nearest_time(torch.linspace(*ends, steps, dtype=torch.float64))
 
 
 class Karras(Spacing):
@@ -239,13 +259,13 @@ class Karras(Spacing):
     def times(self, schedule, steps):
         first, last = _log_snr_range(schedule, schedule.t_min, self.sigma_max, self.sigma_min)
         ends = torch.tensor([-first, -last], dtype=torch.float64).div(self.rho).exp().tolist()
-        return schedule.time_of_log_snr(-self.rho * torch.linspace(*ends, steps, dtype=torch.float64).log())
+        return schedule.nearest_time(-self.rho * torch.linspace(*ends, steps, dtype=torch.float64).log())
 
 
 def _log_snr_range(
     schedule: Schedule, last_time: float, sigma_max: float | None = None, sigma_min: float | None = None
 ) -> tuple[float, float]:
-    """ln(alpha/sigma) of the first and the last time before clean data."""
+    """ln(alpha/sigma) of the first and the last time before clean data; checked, so that rounding alone leaves it."""
     first, last = schedule(torch.tensor([schedule.t_max, last_time], dtype=torch.float64)).scalars()
     slack = 1e-6
     for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min)):
@@ -263,7 +283,7 @@ def _log_snr_range(
 
 
 def _linspace(stop: float, num: int) -> list[float]:
-    """num values from 0 to stop in numpy's order of operations, since truncation hangs on the last bit."""
+    """num values from 0 to stop in numpy's order of operations, since truncation depends on the last bit."""
     if num == 1:
         return [0.0]
     step = stop / (num - 1)

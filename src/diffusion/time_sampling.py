@@ -26,11 +26,11 @@ class TimeSampling(ABC):
 
 
 class AdaptiveTimeSampling(TimeSampling):
-    """One that wants to be told the losses."""
+    """A distribution that learns from the losses."""
 
     @abstractmethod
     def update(self, t: Tensor, losses: Tensor, schedule: Schedule) -> None:
-        """Learns from a global batch, the same in the same order on all ranks.
+        """Learns from a global batch, which must be the same in the same order on all ranks.
 
         Args:
             t: times, shape (n,), on the CPU.
@@ -50,7 +50,7 @@ class Stratified(TimeSampling):
     """Uniform, with one draw in each of n equal bins of the global batch: the same mean loss with less variance.
 
     The low-discrepancy sampler of variational diffusion models (Kingma et al. 2021, arXiv:2107.00630, app. I.1)
-    has one draw for all bins. The bins are shuffled, so that each device meets all noise levels.
+    has one draw for all bins. The bins are shuffled, so that each device gets all noise levels.
     """
 
     def __call__(self, n, schedule, generator):
@@ -61,7 +61,7 @@ class Stratified(TimeSampling):
 class LogNormal(TimeSampling):
     """ln(sigma/alpha) ~ N(mean, std^2), EDM's choice (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    What falls outside the schedule's range goes to its ends; on a table the nearest row is taken.
+    Draws outside the schedule's range move to its ends; on a table the nearest row is taken.
 
     Args:
         mean: of ln(sigma/alpha); -1.2 in the paper.
@@ -77,7 +77,7 @@ class LogNormal(TimeSampling):
 
     def __call__(self, n, schedule, generator):
         log_sigma = self.mean + self.std * torch.randn(n, dtype=torch.float64, generator=generator)
-        return schedule.time_at(schedule.quantile(schedule.time_of_log_snr(-log_sigma)))
+        return schedule.time_at(schedule.quantile(schedule.nearest_time(-log_sigma)))
 
 
 class LogitNormal(TimeSampling):
@@ -106,7 +106,7 @@ class Importance(AdaptiveTimeSampling, nn.Module):
     """p_t ~ sqrt(E[L_t^2]) over the last losses of each time: least variance for the variational bound.
 
     Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18). Uniform until every time has its history. The
-    state is the same on all ranks, which are told the global batch's losses, and is kept in checkpoints.
+    state is the same on all ranks, since `update` gets the global batch's losses, and is kept in checkpoints.
 
     Args:
         bins: number of equal parts of the time range that share a probability: T for a discrete schedule.

@@ -2,8 +2,8 @@
 
     small:          sigma_{t|s}^2 sigma_s^2 / sigma_t^2   (beta-tilde: exact where x0 is known)
     large:          sigma_{t|s}^2                         (beta: exact where x0 ~ N(0, I))
-    learned_range:  between the two, as the network says
-    learned:        what the network says
+    learned_range:  between the two, by the network's output
+    learned:        the network's output
 
 with sigma_{t|s}^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Ho et al. 2020, sec. 3.2). The first three follow
 from the two levels for any sub-sequence of times.
@@ -19,10 +19,10 @@ from .schedule import DiscreteSchedule, Schedule
 
 
 class Variance(ABC):
-    """How the variance of the reverse step is chosen.
+    """The choice of the reverse step's variance.
 
     Attributes:
-        outputs: outputs that the network needs for each channel of the image.
+        outputs: the network's output channels for each channel of the image.
     """
 
     outputs = 1
@@ -32,25 +32,25 @@ class Variance(ABC):
         """The variance of p(x_s | x_t): of the levels' shape, or an image's if it is learned."""
 
     def decoder(self, t: NoiseLevel, beta_tilde: Tensor | float, prediction: Prediction) -> Tensor | float:
-        """The variance of p(x_0 | x_t), the step to clean data, for the likelihood; a sampler needs none there.
+        """The variance of p(x_0 | x_t), the step to clean data, for the likelihood; samplers add no noise there.
 
         Args:
             t: level of the chain's first time.
-            beta_tilde: of the chain's second step, which stands in for that of the first, 0: both fixed
-                variances of DDPM's code take it.
+            beta_tilde: of the chain's second step, which replaces that of the first, 0, in both fixed variances of
+                DDPM's code.
             prediction: the denoiser's, at t.
         """
         return beta_tilde
 
     def check(self, schedule: Schedule) -> None:
-        """Holds the variance against a schedule.
+        """Checks that the variance fits a schedule.
 
         Raises:
-            ValueError: it is learned, and the schedule has no steps; says what to choose instead.
+            ValueError: the variance is learned, and the schedule is not discrete.
         """
         if self.outputs > 1 and not isinstance(schedule, DiscreteSchedule):
             raise ValueError(
-                "variance=learned and learned_range are of the steps of a discrete schedule, not of"
+                "variance=learned and learned_range need the steps of a discrete schedule, got"
                 f" {type(schedule).__name__}: choose variance=small or large, or e.g. schedule=cosine"
             )
 
@@ -70,10 +70,9 @@ class Large(Variance):
 
 
 class Learned(Variance):
-    """exp of the network's second half: "learned" in improved DDPM's code.
+    """exp of the second half of the network's output: "learned" in improved DDPM's code.
 
-    It is the variance of the steps that the network was trained for, t to t - 1. For other sub-sequences choose
-    `LearnedRange`.
+    It is the variance of the steps of training, t to t - 1. For sub-sequences choose `LearnedRange`.
     """
 
     outputs = 2
@@ -86,7 +85,7 @@ class Learned(Variance):
 
 
 class LearnedRange(Learned):
-    """beta^frac beta-tilde^(1 - frac), frac = (v + 1)/2, v the network's second half.
+    """beta^frac beta-tilde^(1 - frac), frac = (v + 1)/2, v the second half of the network's output.
 
     Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). v is not bounded.
     """

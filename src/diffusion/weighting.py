@@ -1,7 +1,7 @@
-"""Loss weightings, each written once: as a weight on the squared error of x0_hat.
+"""Loss weightings, all defined as weights on the squared error of x0_hat.
 
-The loss compares the network's output F with its target, and x0_hat - x0 = c_out (F - target), so the
-weight there is weight(level) c_out^2, whatever the parameterisation.
+The loss compares the network's output F with its target, and x0_hat - x0 = c_out (F - target), so that the
+weight there is weight(level) c_out^2 for every parameterisation.
 """
 
 import math
@@ -21,7 +21,7 @@ class Weighting(ABC):
         """The weights, float64, of the levels' shape (B,); c_out is the parameterisation's."""
 
     def balance(self, losses: Tensor, level: NoiseLevel) -> Tensor:
-        """A last word on the weighted losses of each image, shape (B,), in training; by default none."""
+        """The weighted losses of each image, shape (B,), rebalanced in training; by default unchanged."""
         return losses
 
 
@@ -83,8 +83,8 @@ class P2(Weighting):
 class EDM(Weighting):
     """(sigma^2 + sigma_data^2)/(sigma sigma_data)^2 (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    On schedules with another alpha, sigma/alpha stands for sigma: it is 1/c_out^2 of EDM's preconditioning, and
-    so weighs its targets alike, whatever is predicted.
+    On schedules with another alpha, sigma/alpha replaces sigma: the weight is 1/c_out^2 of EDM's preconditioning, so
+    that its targets have equal weights, whatever the network predicts.
 
     Args:
         sigma_data: standard deviation of the data.
@@ -106,11 +106,11 @@ class LearnedUncertainty(Weighting, nn.Module):
     """loss / exp(u) + u, with u(noise level) learned beside the network: EDM2's balance of noise levels.
 
     Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that every
-    noise level contributes 1. u is linear in random Fourier features of ln(sigma/alpha)/4, 0 at first, and used
-    in training mode only: validation losses stay comparable. |ln(sigma/alpha)| is bounded by 20, for pure noise.
+    noise level contributes 1. u is linear in random Fourier features of ln(sigma/alpha)/4, starts at 0, and is used
+    in training mode only, so that validation losses stay comparable. |ln(sigma/alpha)| is bounded by 20 for pure noise.
 
     Args:
-        weighting: gives the losses that are balanced; EDM's in the paper.
+        weighting: of the losses to be balanced; EDM's in the paper.
         features: number of Fourier features.
 
     Raises:

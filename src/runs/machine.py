@@ -1,13 +1,17 @@
 """The machine: versions, hardware, the git revision, SLURM, the memory allocator."""
 
 import ctypes
+import logging
 import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -55,11 +59,27 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def is_first_process() -> bool:
-    """Whether this process is rank 0, or is about to start the others."""
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    )
+def is_first_process(several: bool = True) -> bool:
+    """Whether this process is rank 0, or is about to start the others; for use before there is a Trainer.
+
+    Args:
+        several: whether the training may have several processes. A training of one process is always the first: a SLURM
+            allocation of independent tasks gives each another SLURM_PROCID.
+    """
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not several or all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def discard_output(stream: TextIO, error: OSError) -> None:
+    """Redirects a stream that cannot be written to (a closed pipe, a full disk) to the null device, and logs that.
+
+    Neither later writes nor the flush at the interpreter's exit fail then.
+    """
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    log.warning("output is lost (%s); training continues", error.strerror or error)
 
 
 def keep_freed_memory() -> None:

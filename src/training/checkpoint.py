@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a killed process never harms a good one, and found again by step."""
+"""Checkpoints: a killed process never damages a good one, and the newest is found by its step."""
 
 import errno
 import json
@@ -17,28 +17,31 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.runs.files import Sidecar, sidecar_path, write_atomically
 from src.runs.folder import BEST_FILE, checkpoints_by_step
+from src.training import post_hoc
+from src.training.ema import EMA
 from src.training.signals import Stopped
 
 log = logging.getLogger(__name__)
 
-# Appended to the names of checkpoints of a future that a run has turned away from.
+# Appended to the names of files of later steps, when a run is continued from an earlier one.
 SET_ASIDE = ".set_aside"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Streams to a file beside the target, flushes it to the disk, renames it, and records its checksum.
 
-    Lightning's own way goes through a copy in memory and one in $TMPDIR; where that is another filesystem,
-    a kill during the move leaves the good checkpoint truncated.
+    Lightning makes a copy in memory and another in $TMPDIR; where that is another filesystem, a kill during the move
+    leaves the good checkpoint truncated.
 
-    Weights that are not finite are never written, and a disk that cannot be written to does not end the
-    training: both are told in the log, and the file of that name is left as it was.
+    Weights, averages and moments that are not finite are never written, and a disk that cannot be written to does not
+    end the training: both are logged, and the existing file of that name is kept.
 
     Attributes:
-        failures: how many writes have failed or were refused since the last good one.
+        failures: number of writes that have failed or were refused since the last good one.
     """
 
     def __init__(self) -> None:
@@ -49,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        broken = [name for name, tensor in tensors_of(checkpoint) if not bool(tensor.isfinite().all())]
+        broken = [name for name, tensor in _trained(checkpoint) if not bool(tensor.isfinite().all())]
         if broken:
             self.failures += 1
             log.error("%s is not written: %s is not finite", path, broken[0])
@@ -62,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             log.error("%s; %s is not written", reason(error, checkpoint), path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Tensors and primitives only, whatever the caller asks for: nothing in the file is executed."""
+        """Tensors and primitives only, whatever the arguments say: nothing in the file is executed."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -76,8 +79,16 @@ def tensors_of(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_of(value, f"{name}.{key}" if name else str(key))
 
 
+def _trained(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The weights, the optimiser's moments and the averages. Other states may be infinite, as EarlyStopping's score."""
+    for name in ("state_dict", "optimizer_states"):
+        yield from tensors_of(checkpoint.get(name), name)
+    averages = checkpoint.get("callbacks", {}).get(EMA.state_key)
+    yield from tensors_of(averages, f"callbacks.{EMA.state_key}")
+
+
 def reason(error: OSError, checkpoint: dict[str, Any]) -> str:
-    """Why a checkpoint could not be written, for people."""
+    """Why a checkpoint could not be written, for messages."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         needed = sum(tensor.nbytes for _, tensor in tensors_of(checkpoint))
         return f"disk full, {needed / 1e6:.1f} MB needed"
@@ -119,13 +130,14 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
                 raise stream.error or error from None
             file.flush()
             os.fsync(file.fileno())
+        origin = checkpoint.get("origin", {})  # of ResumeCheck
         record = Sidecar(
             stream.size,
             stream.digest.hexdigest(),
             checkpoint["global_step"],
-            checkpoint["ImageDataModule"]["samples"],
-            checkpoint["origin"]["world_size"],
-            checkpoint["origin"]["data"],
+            checkpoint.get(ImageDataModule.__qualname__, {}).get("samples"),
+            origin.get("world_size", 1),
+            origin.get("data"),
         )
         # A kill between these lines leaves a good checkpoint without a record, never one with a wrong record.
         sidecar_path(path).unlink(missing_ok=True)
@@ -136,14 +148,14 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Renames a file of a future that the training has turned away from, so that nobody finds it; tells so."""
-    log.warning("%s is set aside: the training goes on from an earlier step", path)
+    """Renames a file of a later step than the training continues from, so that it is not found; logs that."""
+    log.warning("%s is set aside: the training continues from an earlier step", path)
     sidecar_path(path).unlink(missing_ok=True)
     path.rename(path.with_name(path.name + SET_ASIDE))
 
 
 def _known_step(checkpoint: Path) -> float:
-    """By its record; infinite without one: the process was killed as it wrote the file, later than any other."""
+    """By its record; infinite without one: a kill came between file and record, so no other file is newer."""
     try:
         return json.loads(sidecar_path(checkpoint).read_text())["step"]
     except (OSError, ValueError, KeyError):
@@ -151,17 +163,17 @@ def _known_step(checkpoint: Path) -> float:
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` optimiser steps, at the end of training and when it is stopped by a signal.
+    """Saves every `every` optimiser steps, at the end of training and when a signal stops it.
 
-    Keeps the newest `keep` files. Resumed from an earlier step, the checkpoints of later ones, the best among them, are
-    set aside (renamed), so that the newest is always of the history that led to it.
+    Keeps the newest `keep` files. If the training continues from an earlier step, the checkpoints of later steps, the
+    best one included, and the snapshots of averages are set aside (renamed), so that all files are of one history.
 
     Args:
         folder: where to write step_<k>.ckpt.
-        config: the composed configuration, primitives only, stored in each file so that it explains itself.
+        config: the composed configuration, primitives only, stored in each file, which is then enough to load it.
         every: optimiser steps between two checkpoints.
-        keep: how many to keep, at least 2: the newest may be lost to a bad disk.
-        stop_after: writes that may fail in a row before the training is stopped.
+        keep: number of files to keep, at least 2: the newest may be lost to a bad disk.
+        stop_after: failed writes in a row after which the training is stopped.
 
     Raises:
         ValueError: a number is too small.
@@ -193,6 +205,9 @@ class Checkpoints(Checkpoint):
             for path in checkpoints_by_step(self.folder):
                 if path > self._path(trainer.global_step):
                     set_aside(path)
+            for path in post_hoc.snapshots(Path(trainer.default_root_dir) / post_hoc.FOLDER):
+                if post_hoc.step_of(path) > trainer.global_step:
+                    set_aside(path)
             best = self.folder / BEST_FILE
             if best.is_file() and _known_step(best) > trainer.global_step:
                 set_aside(best)
@@ -202,13 +217,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # once a step, though its micro-batches come here too
+        # once a step, though this is called for its micro-batches too
         if trainer.global_step % self.every == 0 and trainer.global_step != self._tried:
             failures = self._save(trainer)
             if failures >= self.stop_after:
                 raise UserError(
-                    f"{failures} checkpoints in a row could not be written to {self.folder}, see above: mend it, or "
-                    "allow more with callbacks.checkpoints.stop_after"
+                    f"{failures} checkpoints in a row could not be written to {self.folder}, see above: make room "
+                    "there, or set callbacks.checkpoints.stop_after to more"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,13 +239,12 @@ class Checkpoints(Checkpoint):
 
     def _lost(self, trainer: Trainer) -> str:
         kept = checkpoints_by_step(self.folder)
-        return (
-            f"step {trainer.global_step} could not be saved in {self.folder}, see above: mend it and go on from the "
-            f"newest checkpoint, {f'ckpt={kept[-1]}' if kept else 'of which there is none'}"
+        return f"step {trainer.global_step} could not be saved in {self.folder}, see above: " + (
+            f"continue with ckpt={kept[-1]}" if kept else "there is no earlier checkpoint"
         )
 
     def _save(self, trainer: Trainer) -> int:
-        """Saves, unless this step is saved already; how many writes have failed in a row, on all ranks."""
+        """Saves, unless this step is saved already; the number of failed writes in a row, the same on all ranks."""
         step = trainer.global_step
         if step == self._saved:
             return 0
@@ -252,7 +266,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content: tensors and primitives only, nothing in it is executed.
 
     Raises:
-        UserError: the file is no checkpoint of this project.
+        UserError: the file is not a checkpoint of this project.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

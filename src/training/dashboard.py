@@ -1,11 +1,11 @@
-"""Weights & Biases without surprises: never a prompt, never the end of a training, never a long wait."""
+"""Loggers that never end a training: the curves as CSV, and Weights & Biases without prompts and long waits."""
 
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,32 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.errors import UserError
 from src.runs.files import forgiving
 
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 PATIENCE = 8.0
-"""Seconds that a server which does not answer is waited for, at the start and again at the end."""
+"""Seconds to wait for a server that does not answer, at the start and again at the end."""
 
 
 class CurveFiles(CSVLogger):
-    """The curves as CSV files, each row on the disk at once: what a killed process held back would be lost."""
+    """The curves as CSV files. Each row is written at once: a killed process would lose those that it kept."""
 
     def __init__(self, folder: Path):
         super().__init__(folder, name="csv", flush_logs_every_n_steps=1)
 
     def save(self) -> None:
-        with forgiving("curves"):  # the rows are kept, and written with the next
+        with forgiving("curves"):  # the rows stay in memory, and are written with the next
             super().save()
 
 
 class Dashboard(WandbLogger):
-    """Lightning's logger for Weights & Biases; what goes wrong with it is told once and then left alone.
+    """Lightning's logger for Weights & Biases, whose first failure is logged and whose later ones are ignored.
 
-    If the server cannot be reached at the start, the run is logged offline; if wandb's own process dies, the
-    curves go on in the CSV files only.
+    If the server cannot be reached at the start, the run is logged offline; if wandb's own process dies, the curves
+    continue in the CSV files only. The run's id is kept in the run folder, so that a resumed run continues its curves.
     """
 
     def __init__(self, **settings: Any):
@@ -48,17 +49,25 @@ class Dashboard(WandbLogger):
     def experiment(self) -> Any:
         if self._lost:
             return DummyExperiment()
+        self._keep_id()
         try:
             return super().experiment
         except Exception as error:
             log.warning("wandb       offline (%s); later: wandb sync %s", _first_line(error), self.save_dir)
-        _forget_service()  # it would say that the run's id is in use
+        _forget_service()  # it would report that the run's id is in use
         self._wandb_init |= {"mode": "offline", "resume": None}
         try:
             return super().experiment
         except Exception as error:
             self._lose(error)
             return DummyExperiment()
+
+    @rank_zero_only
+    def _keep_id(self) -> None:
+        file = Path(self.save_dir) / RUN_ID_FILE
+        if self.version and not file.is_file():
+            with forgiving("the run's id for wandb"):
+                file.write_text(self.version)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -77,12 +86,25 @@ class Dashboard(WandbLogger):
             return
         try:
             action(*arguments, **named)
-        except Exception as error:  # of whatever class: the training is worth more than its picture
+        except Exception as error:  # of any class: it must not end the training
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
         self._lost = True
-        log.warning("wandb       lost (%s); the curves go on in csv/", _first_line(error))
+        log.warning("wandb       lost (%s); the curves continue in csv/", _first_line(error))
+
+
+@contextmanager
+def needs_package(option: str) -> Iterator[None]:
+    """Turns a missing package of a logger into one line.
+
+    Raises:
+        UserError: something could not be imported in the block.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{option}: {_first_line(error)}; install it, or choose logger=csv") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -90,13 +112,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _forget_service() -> None:
-    """Lets go of wandb's own process, in whatever state it is; the next run starts another."""
+    """Drops wandb's own process, whatever its state; the next run starts another."""
     with suppress(Exception):
         sys.modules["wandb"].teardown()
 
 
 def finish_dashboards() -> None:
-    """Ends the wandb run, so that the next job of a sweep opens its own."""
+    """Ends the wandb run, so that the next job of a sweep starts another."""
     if "wandb" not in sys.modules:
         return
     try:
@@ -107,26 +129,22 @@ def finish_dashboards() -> None:
 
 
 def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
-    """What the logger of a run folder is given.
-
-    The run's id is kept in the folder, so that a resumed run continues its curves. Offline unless a key is
-    configured or WANDB_MODE says otherwise.
+    """Arguments of the `Dashboard` of a run folder. Offline unless a key is configured or WANDB_MODE says otherwise.
 
     Args:
         folder: the run's folder; a sweep's jobs are grouped by the folder above it.
         name: shown in the dashboard; by default the folder's name.
+
+    Raises:
+        UserError: wandb is not installed.
     """
-    # its telemetry waits at the exit, for longer than finish_timeout, for a server that does not answer
+    # at the exit its telemetry waits longer than finish_timeout for a server that does not answer
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
+    with needs_package("logger=wandb"):
+        import wandb
 
     id_file = folder / RUN_ID_FILE
-    if id_file.is_file():
-        run_id = id_file.read_text().strip()
-    else:
-        run_id = secrets.token_hex(4)
-        folder.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(run_id)
+    run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     if mode == "offline":
         log.info("wandb       offline (no key); later: wandb sync %s/wandb/offline-run-*", folder)

@@ -1,7 +1,7 @@
 """Averages of the network's weights: what is sampled from and scored.
 
-Lightning's own weight averaging is not used: it breaks resuming with torch.compile, stores exchanged
-weights when an exception meets validation, and costs several times as much.
+Lightning's own weight averaging is not used: it breaks resuming with torch.compile, stores exchanged weights when an
+exception interrupts validation, and costs several times as much.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,28 @@ from torch import Tensor, nn
 
 from src.runs.files import forgiving
 from src.training import post_hoc
-from src.training.checkpoint import set_aside
+from src.training.nonfinite import is_free_to_read
 
 Weights = dict[str, Tensor]
 
 
 class EMA(Callback):
-    """average <- decay average + (1 - decay) weights, once each optimiser step.
+    """average <- decay average + (1 - decay) weights, once for each optimiser step.
+
+    Averages are kept in float32, or in the weights' dtype where that is wider: increments of (1 - decay) of a weight
+    are below the resolution of bfloat16.
+
+    The callback reads two attributes of the module: `denoiser.network`, and `gradient_norm`, which is not finite
+    after a step that was skipped. Such a step leaves the averages as they are.
 
     Args:
         decay: in [0, 1); 0.9999 is DDPM's (Ho et al. 2020, app. B).
-        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the initial weights are forgotten
-            quickly; without it 61 % of them remain after 5,000 updates at 0.9999.
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the initial weights are forgotten quickly;
+            without it 61 % of them remain after 5,000 updates at 0.9999.
 
     Attributes:
-        averages: the averages by parameter name; the first is the one that is judged.
-        updates: optimiser steps that they have seen.
+        averages: the averages by parameter name; the first is the one that is sampled from and scored.
+        updates: number of optimiser steps so far.
 
     Raises:
         ValueError: decay is out of range.
@@ -49,42 +55,64 @@ class EMA(Callback):
 
     @property
     def weights(self) -> Weights:
-        """The average that is judged."""
+        """The average that is sampled from and scored; empty before the training has started."""
         return self.averages[0]
 
     @property
     def name(self) -> str:
-        """What protocols call it, besides its decay."""
+        """Its name in protocols, besides its decay."""
         return "ema"
 
     def decays_at(self, update: int) -> list[float]:
         """The decay of each average at the update with this number, from 0."""
         return [min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = dict(pl_module.denoiser.network.named_parameters())
-        number = len(self.decays_at(0))
-        if len(self.averages) != number or self.weights.keys() != weights.keys():
-            self.averages = [{n: w.detach().clone() for n, w in weights.items()} for _ in range(number)]
-        else:
-            self.averages = [{n: a.to(weights[n]) for n, a in average.items()} for average in self.averages]
+    def start(self, network: nn.Module) -> None:
+        """Starts from the network's weights, or continues with loaded averages on the network's device."""
+        weights = {name: weight.detach() for name, weight in network.named_parameters()}
+        averages = self.averages
+        if len(averages) != len(self.decays_at(0)) or self.weights.keys() != weights.keys():
+            averages = [{n: w.clone() for n, w in weights.items()} for _ in self.decays_at(0)]
+        self.averages = [
+            {n: a.to(weights[n].device, _at_least_float32(weights[n].dtype)) for n, a in average.items()}
+            for average in averages
+        ]
 
     @torch.no_grad()
+    def update(self, network: nn.Module, finite: Tensor) -> None:
+        """Moves the averages towards the network's weights.
+
+        Args:
+            network: whose weights are averaged.
+            finite: whether the optimiser's step has changed them; bool, shape (), on the network's device.
+        """
+        on_host = is_free_to_read(finite)
+        if on_host and not finite:
+            return
+        for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
+            averages = list(average.values())
+            weights = [w.to(a.dtype) for w, a in zip(network.parameters(), averages, strict=True)]
+            if on_host:
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+            else:  # by a factor that is 0 if the step was skipped: the host does not wait for the device
+                increments = torch._foreach_sub(weights, averages)
+                torch._foreach_mul_(increments, (1 - decay) * finite.to(averages[0].dtype))
+                torch._foreach_add_(averages, increments)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start(pl_module.denoiser.network)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.updates:  # a micro-batch that has only accumulated gradients
-            return
-        if not pl_module.skipped:
-            weights = list(pl_module.denoiser.network.parameters())
-            for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
-                torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
-        self.updates = trainer.global_step
+        if trainer.global_step != self.updates:  # not after a micro-batch that has only accumulated gradients
+            self.update(pl_module.denoiser.network, pl_module.gradient_norm.isfinite())
+            self.updates = trainer.global_step
 
     @contextmanager
     @torch.no_grad()
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """Puts the average in the weights' place, and the weights back at the end, whatever happens."""
+        """Gives the network the averaged weights, in its own dtype, and restores its own at the end, also on errors."""
         if not self.weights:
             yield
             return
@@ -104,10 +132,14 @@ class EMA(Callback):
         self.updates = state_dict["updates"]
 
 
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class HalfLifeEMA(EMA):
     """decay = 2^(-batch_size/h), h = min(half_life, ramp times the images seen so far): EDM's.
 
-    Karras et al. 2022's code, with half_life 500,000 and ramp 0.05 for CIFAR-10.
+    As in the code of Karras et al. 2022, with half_life 500,000 and ramp 0.05 for CIFAR-10.
 
     Args:
         half_life: images after which a weight's share has halved.
@@ -133,12 +165,12 @@ class HalfLifeEMA(EMA):
 class PowerEMA(EMA):
     """decay = (1 - 1/n)^(gamma + 1) at update n = 1, 2, ...: the weight of update t in the average is ~ t^gamma.
 
-    EDM2 (Karras et al. 2024, arXiv:2312.02696, sec. 3.1). The length is told by `std`, the relative standard
-    deviation of that profile: 0.10 averages over about the last tenth of the run, however long it gets.
-    Snapshots of several lengths make any other one afterwards: `weights=0.07` at the doors (`post_hoc`).
+    EDM2 (Karras et al. 2024, arXiv:2312.02696, sec. 3.1). `std`, the relative standard deviation of that profile,
+    states the length: 0.10 averages over about the last tenth of the run, however long it gets. From snapshots of
+    several lengths any other one can be made afterwards: `weights=0.07` when a run is sampled (`post_hoc`).
 
     Args:
-        stds: lengths, each in (0, 0.28]; the first is the one that is judged.
+        stds: lengths, each in (0, 0.28]; the first is the one that is sampled from and scored.
         snapshot_every: optimiser steps between two snapshots of all averages, in <run folder>/ema; 0 for none.
 
     Raises:
@@ -152,7 +184,7 @@ class PowerEMA(EMA):
         self.exponents = [post_hoc.exponent(std) for std in stds]
         if snapshot_every < 0:
             raise ValueError(f"snapshot_every must be at least 0, got {snapshot_every}")
-        self.decay = None  # none in particular
+        self.decay = None  # it has no constant one
         self.stds, self.snapshot_every = list(stds), snapshot_every
 
     @property
@@ -162,13 +194,6 @@ class PowerEMA(EMA):
     def decays_at(self, update):
         return [(1 - 1 / (update + 1)) ** (gamma + 1) for gamma in self.exponents]
 
-    def on_train_start(self, trainer, pl_module):
-        super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero:
-            for path in post_hoc.snapshots(self._folder(trainer)):
-                if post_hoc.step_of(path) > trainer.global_step:
-                    set_aside(path)
-
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         before = self.updates
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -177,8 +202,5 @@ class PowerEMA(EMA):
         )
         if due and self.updates != before and trainer.is_global_zero:
             with forgiving(f"snapshot of the averages at step {self.updates}"):
-                post_hoc.save(self._folder(trainer), self.updates, self.stds, self.averages)
-
-    @staticmethod
-    def _folder(trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / post_hoc.FOLDER
+                folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
+                post_hoc.save(folder, self.updates, self.stds, self.averages)

@@ -6,7 +6,6 @@ global batch and sliced by place: resuming, sharding and callbacks cannot change
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,29 +21,16 @@ from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import Loss
 from src.randomness import draws_at, generator, key
 from src.training.ema import EMA
+from src.training.nonfinite import clip_or_skip
 
 # Validation draws do not depend on the run's seed, so that curves of different seeds can be compared.
 VALIDATION_SEED = 0
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What a training step hands to the callbacks.
-
-    Attributes:
-        losses: the loss of each image, shape (b,), detached, on the device.
-        times: their times as quantiles of the schedule's range, in [0, 1], shape (b,), on the CPU.
-    """
-
-    losses: Tensor
-    times: Tensor
-
-
 class DiffusionModule(LightningModule):
     """Trains the network of a `Loss`.
 
-    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks; `skipped`
-    says whether the latest step was one.
+    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks.
 
     Args:
         loss: owns the denoiser and draws the times; all its parameters are trained.
@@ -55,6 +41,10 @@ class DiffusionModule(LightningModule):
         batch_size: the global batch size.
         codec: encodes the images for the network.
         conditioning: what of the data's condition the network is given; None for nothing.
+
+    Attributes:
+        gradient_norm: of the latest optimiser step, before clipping, shape (), on the device; not finite if the step
+            was skipped.
     """
 
     def __init__(
@@ -78,8 +68,6 @@ class DiffusionModule(LightningModule):
         self.codec = codec
         self.conditioning = conditioning
         self.gradient_norm = torch.zeros(())
-        self.skipped = False
-        self.step_output: StepOutput | None = None
         self._remembered: list[Tensor] = []
         # means over images, which Lightning's own reduction misses where ranks have unequal shares
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
@@ -91,7 +79,9 @@ class DiffusionModule(LightningModule):
     def denoiser(self) -> Denoiser:
         return self.loss.denoiser
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The `loss`, and for callbacks, detached, shape (b,): each image's loss, on the device, as `losses`, and its
+        time as a quantile of the schedule's range, in [0, 1], as `times`."""
         x0, positions = self.encode(batch), batch.positions
         draws = draws_at(positions, self.batch_size, self._draws)
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
@@ -103,11 +93,11 @@ class DiffusionModule(LightningModule):
         losses = self.loss(x0, draws, eps, condition)
         self._remember(positions, draws, losses.detach())
         losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)
-        self.step_output = StepOutput(losses.detach(), self.loss.quantile(draws))
         loss = losses.mean()
         # The factor is 1, or NaN if the loss is not finite: then the gradients are not either, and the sum of
-        # gradients over the ranks tells all of them without a further collective.
-        return loss * (1 + 0 * loss.detach())
+        # gradients over the ranks passes that on to all of them without a further collective.
+        loss = loss * (1 + 0 * loss.detach())
+        return {"loss": loss, "losses": losses.detach(), "times": self.loss.quantile(draws)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
@@ -167,13 +157,10 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and keeps it, so that logging it costs nothing more; drops what is not finite."""
+        """Clips the global norm and keeps it; a step whose norm is not finite updates nothing."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.loss.parameters(), limit, foreach=True)
-        self.skipped = not bool(self.gradient_norm.isfinite())
-        if self.skipped:
-            # without a gradient an optimiser leaves the weight and its state alone
-            optimizer.zero_grad(set_to_none=True)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
+        self.gradient_norm = clip_or_skip(optimizer, self.loss.parameters(), limit, scaler)
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())

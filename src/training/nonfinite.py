@@ -1,21 +1,73 @@
-"""Steps whose loss or gradient is not finite: counted, and not more than a few in a row."""
+"""Steps whose loss or gradient is not finite: they update nothing, are counted, and are limited in a row.
 
+Reading a number of an accelerator makes the host wait for the device, which costs more than the number is worth if it
+happens at every step. So on an accelerator the decision stays on the device; on the CPU reading is free.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from src.errors import UserError
+from src.runs.folder import CHECKPOINTS, checkpoints_by_step
+
+
+def is_free_to_read(number: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return number.device.type == "cpu"
+
+
+def clip_or_skip(
+    optimizer: Optimizer,
+    parameters: Iterable[nn.Parameter],
+    limit: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Clips the gradient's norm; if it is not finite, the next `optimizer.step()` leaves weights and its state alone.
+
+    A fused optimiser on an accelerator reads the flag `found_inf` on the device, the protocol of
+    `torch.amp.GradScaler`. Otherwise the host reads the norm, and waits for the device: with optimisers that are not
+    fused, and with a scaler (precision=16-mixed), which owns the flag.
+
+    Args:
+        optimizer: about to make a step.
+        parameters: all that it updates, with their gradients.
+        limit: of the global norm; infinite for none.
+        scaler: by which the loss was scaled, if it was.
+
+    Returns:
+        The norm before clipping, shape (), on the device of the gradients.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if scaler is not None and fused:
+        scaler.unscale_(
+            optimizer
+        )  # Lightning leaves that to fused optimisers, which do it after the clipping
+    norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    if fused and scaler is None and not is_free_to_read(norm):
+        optimizer.found_inf = (~norm.isfinite()).float()
+    elif not bool(norm.isfinite()):
+        # without a gradient an optimiser leaves the weight and its state alone
+        optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 class SkipNonFinite(Callback):
-    """Counts the optimiser steps that the module has skipped, and ends a training that does not recover.
+    """Counts the optimiser steps that were skipped, and ends a training that does not recover.
 
-    A step whose loss or gradient is not finite on any rank updates nothing (see `DiffusionModule`); weights,
-    averages and optimiser stay as they were, and the stream goes on. Logged as `train/skipped_steps`.
+    A step whose loss or gradient is not finite on any rank updates nothing (see `DiffusionModule`): weights, averages
+    and optimiser stay as they were, and the training continues with the next batch. The number of such steps is logged
+    as `train/skipped_steps`. On an accelerator the counts are read every `stop_after` steps only, so the training may
+    stop up to that many steps later.
 
     Args:
-        stop_after: skipped steps in a row after which the training is stopped. Loss scaling of
-            precision=16-mixed skips a few steps by design, while it looks for its scale.
+        stop_after: skipped steps in a row after which the training is stopped. Loss scaling of precision=16-mixed skips
+            a few steps by design, while it looks for its scale.
 
     Raises:
         ValueError: stop_after is below 1.
@@ -27,10 +79,16 @@ class SkipNonFinite(Callback):
         self.stop_after = stop_after
         self.skipped = 0
         self.in_a_row = 0
+        self._longest = 0
+        self._logged = 0
         self._step = 0
+        self._unread: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        self._logged = self.skipped
+        self._longest = 0
+        self._unread = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,20 +96,38 @@ class SkipNonFinite(Callback):
         if trainer.global_step == self._step:  # a micro-batch that has only accumulated gradients
             return
         self._step = trainer.global_step
-        if not pl_module.skipped:
-            self.in_a_row = 0
-            return
-        self.skipped += 1
-        self.in_a_row += 1
-        for logger in trainer.loggers:
-            logger.log_metrics({"train/skipped_steps": self.skipped}, step=self._step)
-        if self.in_a_row >= self.stop_after:
+        self._unread.append(pl_module.gradient_norm)
+        if is_free_to_read(pl_module.gradient_norm) or len(self._unread) >= self.stop_after:
+            self._report(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        self._read()
+        if self.skipped != self._logged:
+            self._logged = self.skipped
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/skipped_steps": self.skipped}, step=self._step)
+        if self._longest >= self.stop_after:
+            kept = checkpoints_by_step(Path(trainer.default_root_dir) / CHECKPOINTS)
+            before = f"the last checkpoint, {kept[-1].name}, is from before; " if kept else ""
             raise UserError(
-                f"stopped at step {self._step}: loss or gradient not finite {self.in_a_row} times in a row; the "
-                "last checkpoint is from before. Lower optimizer.lr, or choose trainer.precision=32-true"
+                f"stopped at step {self._step}: loss or gradient not finite {self._longest} times in a row; {before}"
+                "lower optimizer.lr, or choose trainer.precision=32-true"
             )
 
+    def _read(self) -> None:
+        norms, self._unread = self._unread, []
+        if not norms:
+            return
+        for updated in torch.stack(norms).isfinite().tolist():
+            self.skipped += not updated
+            self.in_a_row = 0 if updated else self.in_a_row + 1
+            self._longest = max(self._longest, self.in_a_row)
+
     def state_dict(self) -> dict[str, Any]:
+        self._read()
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Averages of any length, made after training from stored snapshots (Karras et al. 2024, arXiv:2312.02696, sec. 3.2).
 
 The power-function average at step n has the profile p(t) = (gamma + 1) t^gamma / n^(gamma + 1) over the steps t in
-[0, n]. A wanted profile is approximated, in the sense of least squares, by a linear combination of the stored
-ones; the same combination of the stored weights is the wanted average.
+[0, n]. A linear combination of the stored profiles approximates a wanted one in the least-squares sense; the same
+combination of the stored weights is the wanted average.
 """
 
 import json
@@ -41,7 +41,7 @@ def exponent(std: float) -> float:
 
 
 def coefficients(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> np.ndarray:
-    """The combination of stored averages that comes closest to the wanted one (app. C).
+    """The combination of stored averages that is closest to the wanted one (app. C).
 
     Args:
         stored: (step, gamma) of each.
@@ -85,7 +85,7 @@ def snapshots(folder: Path) -> list[Path]:
 
 
 def step_of(snapshot: Path) -> int:
-    """The optimiser step at which it was made."""
+    """The optimiser step of a snapshot."""
     return int(snapshot.stem.removeprefix("step_"))
 
 
@@ -106,7 +106,7 @@ def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
     paths = [path for path in snapshots(folder) if step_of(path) <= step]
     if not paths or step_of(paths[-1]) != step:
         raise UserError(
-            f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, whose snapshots are made"
+            f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, which makes snapshots"
             " every ema.snapshot_every steps and at the end"
         )
     try:

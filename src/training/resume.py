@@ -1,17 +1,18 @@
-"""What a resumed training still has in common with the one that it continues, said aloud.
+"""What a resumed training has in common with the one that it continues.
 
 bit-exact      the numbers are those of the uninterrupted run
 order-exact    the same images in the same order, none left out or repeated. Times, flips and noise are the same too and
-               sums are rounded differently, but for these: another batch size means other times, flips and noise
-               (they are drawn for the whole batch), another type of device other noise (its generator has other
+               sums are rounded differently, with these exceptions: another batch size means other times, flips and
+               noise (they are drawn for the whole batch), another type of device other noise (its generator has other
                numbers), another size of the micro-batches other dropout
-approximate    the data, the code or the experiment itself has changed: only if it is allowed
+approximate    the data, the code or the experiment itself has changed, or it is not known whether they have
 """
 
 import logging
+import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,121 +20,123 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from src.errors import UserError
-from src.runs.machine import is_first_process
+from src.training.fingerprint import code_fingerprints
 
 log = logging.getLogger(__name__)
 
-# Options that the numbers of a training do not depend on: where things lie, what is watched and for how long.
-FREE = (
-    "allow_changes",
-    "cache",
-    "callbacks",
-    "ckpt",
-    "clipping",
-    "data.cache",
-    "data.root",  # the fingerprint tells whether the images are others
-    "generation",
-    "logger",
-    "metrics",
-    "name",
-    "runs",
-    "sampler",
-    "spacing",
-    "trainer.max_steps",
-    "validate_every",
-    "workers",
+# Lightning's callbacks that do not change the numbers; those of `src` do not either.
+PASSIVE = (
+    "DeviceStatsMonitor",
+    "EarlyStopping",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "RichModelSummary",
+    "RichProgressBar",
+    "TQDMProgressBar",
+    "ThroughputMonitor",
+    "Timer",
 )
-# Options that change how the stream is cut up and rounded, and in part what is drawn, not which images follow.
-ORDER = (
-    "batch_size",
-    "compile",
-    "max_device_batch",
-    "trainer.accelerator",
-    "trainer.deterministic",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-)
-# Options whose values come back with the optimiser's and the schedule's state.
-TUNING = ("optimizer", "lr_schedule")
-# Rooms of src/ whose code the numbers of a training depend on.
-ROOMS = ("data", "diffusion", "model", "training", "randomness.py")
 LISTED = 6
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the numbers of a training depend on besides its seed; kept in every checkpoint.
+    """What the numbers of a training depend on besides its configuration; stored in every checkpoint.
 
     Attributes:
-        data: fingerprint of the training set.
-        code: fingerprints of the source files by path.
+        data: fingerprint of the training set; None if the data module has no source.
+        code: of `code_fingerprints`.
         world_size: number of processes.
         accumulation: micro-batches of an optimiser step.
         machine: versions and devices by name.
     """
 
-    data: str
-    code: dict[str, str]
+    data: str | None
+    code: dict[str, Any]
     world_size: int
     accumulation: int
     machine: dict[str, str]
 
 
-def code_fingerprints() -> dict[str, str]:
-    """The source files that a training runs through: path under src/ -> start of the SHA-256."""
-    src = Path(__file__).parent.parent
-    files = [file for room in ROOMS for file in sorted([*(src / room).rglob("*.py"), src / room])]
-    return {
-        file.relative_to(src).as_posix(): sha256(file.read_bytes()).hexdigest()[:12]
-        for file in files
-        if file.is_file()
-    }
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between a checkpoint and the training that continues from it, in words.
+
+    Attributes:
+        experiment: options and data on which the numbers depend.
+        code: modules.
+        unknown: what cannot be compared.
+        rounding: what changes order or rounding only.
+    """
+
+    experiment: list[str]
+    code: list[str]
+    unknown: list[str]
+    rounding: list[str]
+
+    @property
+    def level(self) -> str:
+        """ "bit-exact", "order-exact" or "approximate"."""
+        if self.experiment or self.code or self.unknown:
+            return "approximate"
+        return "order-exact" if self.rounding else "bit-exact"
+
+    @property
+    def differences(self) -> list[str]:
+        """Those that decide the level."""
+        return [*self.experiment, *self.code, *self.unknown] or self.rounding
 
 
-def machine(trainer: Trainer) -> dict[str, str]:
-    """What rounding depends on."""
-    device = trainer.strategy.root_device
-    cuda = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "threads": "" if cuda else str(torch.get_num_threads()),
-    }
-
-
-def origin(trainer: Trainer, data: str) -> Origin:
-    """What the numbers of a training on data of this fingerprint depend on."""
-    return Origin(
-        data, code_fingerprints(), trainer.world_size, trainer.accumulate_grad_batches, machine(trainer)
-    )
-
-
-def level(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, list[str]]:
-    """How exactly a run goes on.
+def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], str]) -> Comparison:
+    """How exactly a run continues.
 
     Args:
         then: the stored `Origin` as a dictionary, and the flat `config` of the checkpoint.
-        now: the same of this training.
-
-    Returns:
-        "bit-exact", "order-exact" or "approximate", and what differs, in words; of the level itself only.
+        now: the same of this training, and whether its kernels are `deterministic`.
+        effects: dotted option -> what changing it does: "none" or "once" (nothing), "order", "tuning" or
+            "experiment".
     """
-    keys = _different(then["config"], now["config"])
-    decisive = [key for key in keys if not _below(key, FREE + ORDER)]
-    changed = [f"{key}: {then['config'].get(key)} -> {now['config'].get(key)}" for key in decisive]
+    callbacks = _unknown_callbacks(then["config"]) | _unknown_callbacks(now["config"])
+    experiment, rounding = [], []
+    for key in _different(then["config"], now["config"]):
+        effect = "experiment" if ".".join(key.split(".")[:2]) in callbacks else effects(key)
+        if effect == "order":
+            rounding.append(key)
+        elif effect not in ("none", "once"):
+            experiment.append(f"{key}: {then['config'].get(key)} -> {now['config'].get(key)}")
     if then["data"] != now["data"]:
-        changed.append(f"training images: fingerprint {then['data'][:12]} -> {now['data'][:12]}")
-    changed += [f"src/{file}" for file in _different(then["code"], now["code"])]
-    if changed:
-        return "approximate", changed
-    rounding = [key for key in keys if _below(key, ORDER)]
+        experiment.append(f"training images: fingerprint {_short(then['data'])} -> {_short(now['data'])}")
+    unknown = [f"{name}: {target} may change the numbers" for name, target in sorted(callbacks.items())]
+    code = []
+    if then["code"].get("format") == now["code"]["format"]:
+        changed = _different(then["code"]["modules"], now["code"]["modules"])
+        code = [f"code: {module} has changed" for module in changed]
+    else:
+        unknown.append("code: cannot be compared with that of an earlier release or another Python")
     rounding += [name for name in ("world_size", "accumulation") if then[name] != now[name]]
     for name in _different(then["machine"], now["machine"]):
         rounding.append(f"{name}: {then['machine'].get(name)} -> {now['machine'].get(name)}")
     if not now["deterministic"]:
         rounding.append("kernels that are not deterministic (trainer.deterministic=false)")
-    return ("order-exact", rounding) if rounding else ("bit-exact", [])
+    return Comparison(experiment, code, unknown, rounding)
+
+
+def _unknown_callbacks(config: dict[str, Any]) -> dict[str, str]:
+    """callbacks.<name> -> class, of the callbacks that are not known to leave the numbers alone."""
+    found = {}
+    for key, target in config.items():
+        parts = key.split(".")
+        if len(parts) == 3 and parts[0] == "callbacks" and parts[2] == "_target_":
+            ours = str(target).startswith("src.")
+            passive = str(target).startswith("lightning.") and str(target).rpartition(".")[2] in PASSIVE
+            if not ours and not passive:
+                found[f"callbacks.{parts[1]}"] = str(target)
+    return found
+
+
+def _short(fingerprint: str | None) -> str:
+    return str(fingerprint)[:12]
 
 
 def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -142,10 +145,6 @@ def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
-
-
-def _below(key: str, options: tuple[str, ...]) -> bool:
-    return any(key == option or key.startswith(f"{option}.") for option in options)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,8 +158,19 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def machine(trainer: Trainer) -> dict[str, str]:
+    """What rounding depends on."""
+    device = trainer.strategy.root_device
+    cuda = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "threads": "" if cuda else str(torch.get_num_threads()),
+    }
+
+
 def retune(trainer: Trainer, configured: Any) -> None:
-    """Puts fresh options in the place of those that came with an optimiser's state.
+    """Replaces the options that came with an optimiser's state by new ones.
 
     Args:
         trainer: its optimiser and schedule have been restored.
@@ -169,7 +179,7 @@ def retune(trainer: Trainer, configured: Any) -> None:
     fresh, schedule = configured, None
     if isinstance(configured, dict):
         fresh, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-        with warnings.catch_warnings(action="ignore"):  # no optimiser steps in between: meant
+        with warnings.catch_warnings(action="ignore"):  # there are no optimiser steps in between
             for _ in range(trainer.global_step):
                 schedule.step()
     for group, options in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
@@ -179,29 +189,47 @@ def retune(trainer: Trainer, configured: Any) -> None:
 
 
 class ResumeCheck(Callback):
-    """Keeps the origin of a training in its checkpoints, and holds it against that of a run that is continued.
+    """Stores the origin of a training in its checkpoints, and compares it with that of a run that is continued.
 
-    If optimiser or learning-rate schedule have changed, they go on as if they had been so from the start: the state
+    If optimiser or learning-rate schedule have changed, they continue as if they had been so from the start: the state
     (moments) is the checkpoint's, the options are the new ones, and the rate is that of the new schedule at this step.
 
     Args:
         config: the composed configuration, primitives only.
         checkpoint: the file to continue from; None for a new run.
-        allow_changes: go on even if data, code or the experiment have changed.
+        allow_changes: continue even if data, code or the experiment have changed.
+        effects: dotted option -> what changing it does, see `compare`.
+        upgrade: applied to a stored configuration, for options that have been renamed since.
+        packages: whose code counts: `src`, and those that the user trusts.
     """
 
-    def __init__(self, config: dict[str, Any], checkpoint: Path | None, allow_changes: bool):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        checkpoint: Path | None,
+        allow_changes: bool,
+        effects: Callable[[str], str],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
+        packages: Sequence[str] = ("src",),
+    ):
         self.config = config
         self.checkpoint = checkpoint
         self.allow_changes = allow_changes
+        self.effects = effects
+        self.upgrade = upgrade
+        self.packages = packages
+        self._code: dict[str, Any] | None = None
         self._origin: Origin | None = None
         self._retuned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._origin = origin(trainer, trainer.datamodule.source.fingerprint("train"))
+        data = trainer.datamodule
+        self._origin = self._origin_of(trainer, pl_module, data, _data_fingerprint(data))
 
     def check(self, trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
-        """Refuses what may not go on, and says how exactly the rest does; to be called before anything is written.
+        """Refuses what must not continue, and logs how exactly the rest does; to be called before anything is written.
+
+        In a SLURM job that was put back into the queue, changed code is not refused: nobody is there to answer.
 
         Raises:
             UserError: data, code or the experiment have changed, and it is not allowed; names what differs. Or the
@@ -209,45 +237,54 @@ class ResumeCheck(Callback):
         """
         if self.checkpoint is None:
             return
-        # mapped, not read: the weights are of no interest here
+        # mapped, not read: the weights are not needed here
         stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if "origin" not in stored:
             raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project's trainings")
-        deterministic = trainer.strategy.root_device.type == "cpu" or bool(
-            torch.are_deterministic_algorithms_enabled()
-        )
-        then = {**stored["origin"], "config": flat(stored["config"])}
-        if is_first_process():
+        then = {**stored["origin"], "config": flat(self.upgrade(stored["config"]))}
+        fingerprint = then["data"]  # the machine of another process may not have the data yet
+        if trainer.is_global_zero:
             data.prepare_data()
-            fingerprint = data.source.fingerprint("train")
-        else:  # its machine may not have the data yet, and the first process looks at them
-            fingerprint = then["data"]
+            fingerprint = _data_fingerprint(data)
         now = {
-            **asdict(origin(trainer, fingerprint)),
+            **asdict(self._origin_of(trainer, module, data, fingerprint)),
             "config": flat(self.config),
-            "deterministic": deterministic,
+            "deterministic": trainer.strategy.root_device.type == "cpu"
+            or torch.are_deterministic_algorithms_enabled(),
         }
-        self._retuned = any(_below(key, TUNING) for key in _different(then["config"], now["config"]))
-        name, differences = level(then, now)
-        if name == "approximate" and not self.allow_changes:
-            more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-            raise UserError(
-                f"ckpt={self.checkpoint} is of another experiment ({'; '.join(differences[:LISTED])}{more}): "
-                "undo the changes, or go on with allow_changes=true"
-            )
+        changed = _different(then["config"], now["config"])
+        self._retuned = any(self.effects(key) == "tuning" for key in changed)
+        found = compare(then, now, self.effects)
+        self._refuse_changes(found)
         unfit = _different(_shapes(stored["state_dict"]), _shapes(module.state_dict()))
         if unfit:
             raise UserError(
                 f"ckpt={self.checkpoint}: {len(unfit)} of its weights do not fit ({unfit[0]} is the first), which"
-                " allow_changes=true cannot mend: choose model, data, variance and weighting as they were"
+                " allow_changes=true cannot change: choose model, data, variance and weighting as they were"
             )
-        if is_first_process():
-            log.info(
-                "resume      %s from step %d%s",
-                name,
-                stored["global_step"],
-                f" ({'; '.join(differences)})" if differences else "",
+        if trainer.is_global_zero:
+            for warning in [*found.code, *found.unknown]:
+                log.warning("%s", warning)
+            why = f" ({_listed(found.differences)})" if found.differences else ""
+            log.info("resume      %s from step %d%s", found.level, stored["global_step"], why)
+
+    def _refuse_changes(self, found: Comparison) -> None:
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        refused = found.experiment + ([] if requeued else found.code)
+        if refused and not self.allow_changes:
+            raise UserError(
+                f"ckpt={self.checkpoint} is of another experiment ({_listed(refused)}): undo the changes, or continue"
+                " with allow_changes=true"
             )
+
+    def _origin_of(
+        self, trainer: Trainer, module: LightningModule, data: LightningDataModule, fingerprint: str | None
+    ) -> Origin:
+        if self._code is None:
+            self._code = code_fingerprints((module, data), self.packages)
+        return Origin(
+            fingerprint, self._code, trainer.world_size, trainer.accumulate_grad_batches, machine(trainer)
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._retuned:
@@ -257,3 +294,13 @@ class ResumeCheck(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["origin"] = asdict(self._origin)
+
+
+def _data_fingerprint(data: LightningDataModule) -> str | None:
+    source = getattr(data, "source", None)
+    return None if source is None else source.fingerprint("train")
+
+
+def _listed(differences: list[str]) -> str:
+    more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+    return f"{'; '.join(differences[:LISTED])}{more}"

@@ -110,7 +110,7 @@ def test_missing_files_are_named_before_anything_loads(folder):
         CIFAR10(root=str(folder)).check()
 
 
-def test_failed_download_is_one_line_with_a_cure(tmp_path, monkeypatch):
+def test_failed_download_is_one_line_with_a_fix(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route\nto host")
 

@@ -113,7 +113,7 @@ def test_missing_files_are_named_before_anything_loads(tmp_path):
         MNIST(root=str(tmp_path)).check()
 
 
-def test_failed_download_is_one_line_with_a_cure(tmp_path, monkeypatch):
+def test_failed_download_is_one_line_with_a_fix(tmp_path, monkeypatch):
     def refuse(self, folder):
         raise RuntimeError("no route\nto host")
 

@@ -1,10 +1,13 @@
+import contextlib
 import io
 import os
 import re
+import resource
+import shutil
 import struct
 import zlib
+from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from src.data import folder_index
 from src.data.datamodule import ImageDataModule
+from src.data.folder_index import FolderIndex
 from src.data.image_folder import DecodedFiles, ImageFolder, StreamedFiles
 from src.data.stream import FixedOrder
 from src.errors import UserError
@@ -32,8 +35,10 @@ def encoded(picture, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG by hand, for kinds that Pillow does not write."""
+def png(
+    width: int, height: int, bits: int, colour: int, rows: bytes, transparent: bytes | None = None
+) -> bytes:
+    """A PNG by hand, for kinds that Pillow does not write; `transparent` is the content of tRNS."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
@@ -42,7 +47,17 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+    transparency = b"" if transparent is None else chunk(b"tRNS", transparent)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparency + end
+
+
+def tiff(bits: int, rows: bytes, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A grey TIFF of one strip by hand, SIZE x SIZE, little-endian."""
+    tags = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: SIZE}
+    tags |= {279: len(rows), 339: sample_format}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + rows
 
 
 def whole(root: Path, tmp_path: Path, **options) -> torch.Tensor:
@@ -155,6 +170,77 @@ def test_floats_in_the_unit_interval_are_scaled(root, tmp_path):
     assert torch.equal(whole(root, tmp_path)[0], grey(RAMP_8))
 
 
+RAMP_12 = np.linspace(0, 4095, SIZE**2).round().astype(np.uint16).reshape(SIZE, SIZE)
+
+
+def test_12_bits_in_files_of_16_are_reported_and_data_white_scales_them(root, tmp_path, caplog):
+    (root / "a.png").write_bytes(encoded(RAMP_12))
+    (root / "b.tiff").write_bytes(encoded(RAMP_12.astype(np.int32), "TIFF"))
+    (root / "c.tiff").write_bytes(encoded(RAMP_12.astype(np.float32), "TIFF"))
+    assert whole(root, tmp_path, on_error="skip").max() == 16
+    assert "brighter than 6.3 % of white" in caplog.text
+    assert "data.white=4095" in caplog.text
+    caplog.clear()
+    images = whole(root, tmp_path, white=4095)
+    want = torch.tensor(np.rint(RAMP_12 / 4095 * 255).astype(np.uint8))
+    assert all(torch.equal(image, grey(want)) for image in images)
+    assert "white" not in caplog.text
+    # The streamed path scales too.
+    assert torch.equal(whole(root, tmp_path, white=4095, memory_limit_mb=0), images)
+
+
+def test_bright_16_bit_sets_and_dark_8_bit_sets_are_not_reported(root, tmp_path, caplog):
+    (root / "a.png").write_bytes(encoded(np.zeros((SIZE, SIZE), np.uint8)))
+    (root / "b.png").write_bytes(encoded(RAMP))
+    (root / "c.png").write_bytes(encoded(RAMP_12))
+    whole(root, tmp_path)
+    assert "white" not in caplog.text
+
+
+def test_dark_16_bit_colour_is_reported_and_data_white_is_refused_for_it(root, tmp_path, caplog):
+    rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in RAMP_12)
+    (root / "a.png").write_bytes(png(SIZE, SIZE, 16, 2, rows))
+    whole(root, tmp_path)
+    assert "of white" in caplog.text
+    with pytest.raises(UserError, match=r"a.png \(16 bits of colour"):
+        whole(root, tmp_path, white=4095)
+
+
+def test_values_above_white_are_refused(root, tmp_path):
+    (root / "a.png").write_bytes(encoded(RAMP))
+    with pytest.raises(UserError, match=r"a.png \(values from 0 to 65535, not within \[0, 4095\]"):
+        whole(root, tmp_path, white=4095)
+
+
+def test_tiff_of_12_bits_has_a_white_of_its_own(root, tmp_path):
+    digits = (RAMP_12[..., None] >> np.arange(12)[::-1]) & 1
+    (root / "a.tiff").write_bytes(tiff(12, np.packbits(digits.astype(np.uint8)).tobytes()))
+    want = torch.tensor(np.rint(RAMP_12 / 4095 * 255).astype(np.uint8))
+    assert torch.equal(whole(root, tmp_path)[0], grey(want))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "u1"), (16, "<u2")])
+def test_tiff_where_white_is_zero(root, tmp_path, bits, kind):
+    values = RAMP if bits == 16 else RAMP >> 8
+    (root / "a.tiff").write_bytes(tiff(bits, values.astype(kind).tobytes(), photometric=0))
+    want = torch.tensor(np.rint((2**bits - 1 - values.astype(int)) * 255 / (2**bits - 1)).astype(np.uint8))
+    assert torch.equal(whole(root, tmp_path)[0], grey(want))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "i1"), (16, "<i2")])
+def test_signed_values_need_data_white(root, tmp_path, bits, kind):
+    values = np.arange(SIZE**2).reshape(SIZE, SIZE) % 101
+    (root / "a.tiff").write_bytes(tiff(bits, values.astype(kind).tobytes(), sample_format=2))
+    with pytest.raises(UserError, match=r"a.tiff \(signed integers.*data.white"):
+        whole(root, tmp_path)
+    want = torch.tensor(np.rint(values / 100 * 255).astype(np.uint8))
+    assert torch.equal(whole(root, tmp_path, white=100)[0], grey(want))
+    values[0, 0] = -1
+    (root / "a.tiff").write_bytes(tiff(bits, values.astype(kind).tobytes(), sample_format=2))
+    with pytest.raises(UserError, match="values from -1 to 100"):
+        whole(root, tmp_path, white=100)
+
+
 def test_16_bit_colour_keeps_its_brightness(root, tmp_path):
     rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in RAMP)
     (root / "a.png").write_bytes(png(SIZE, SIZE, 16, 2, rows))
@@ -177,6 +263,31 @@ def test_transparency_is_white(root, tmp_path, mode):
         image = whole(root, tmp_path, channels=channels)[0]
         assert image[:, :, : SIZE // 2].unique().tolist() == [40]
         assert image[:, :, SIZE // 2 :].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_is_white_and_no_other(root, tmp_path, bits):
+    # tRNS holds a value in the file's own bits (PNG specification, 11.3.2.1).
+    last = 2**bits - 1
+    values = np.arange(SIZE**2).reshape(SIZE, SIZE) * 257 % 2**bits if bits > 4 else None
+    if values is None:
+        values = np.indices((SIZE, SIZE)).sum(0) % 2**bits
+    chosen = int(values[0, 1])
+    digits = (values[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = b"".join(b"\0" + np.packbits(row.astype(np.uint8).reshape(-1)).tobytes() for row in digits)
+    (root / "a.png").write_bytes(png(SIZE, SIZE, bits, 0, rows, struct.pack(">H", chosen)))
+    want = np.where(values == chosen, 255, np.rint(values * 255 / last)).astype(np.uint8)
+    assert torch.equal(whole(root, tmp_path, channels=1)[0, 0], torch.tensor(want))
+
+
+def test_the_transparent_colour_of_a_16_bit_png_is_white(root, tmp_path):
+    values = np.full((SIZE, SIZE, 3), 1000, ">u2")
+    values[: SIZE // 2] = [2000, 30000, 5]
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    (root / "a.png").write_bytes(png(SIZE, SIZE, 16, 2, rows, struct.pack(">3H", 2000, 30000, 5)))
+    image = whole(root, tmp_path)[0]
+    assert image[:, : SIZE // 2].unique().tolist() == [255]
+    assert image[:, SIZE // 2 :].unique().tolist() == [1000 >> 8]
 
 
 def test_half_transparent_is_halfway_to_white(root, tmp_path):
@@ -231,6 +342,34 @@ def test_shorter_side_is_scaled_and_the_centre_cut_out(root, tmp_path):
         assert image[:, 2:-2, 2:-2].unique().tolist() == [90]
 
 
+@pytest.mark.parametrize("memory_limit_mb", [0, 100])
+def test_images_of_another_shape_than_square(root, tmp_path, memory_limit_mb):
+    picture = noise(size=(24, 12))
+    (root / "a.png").write_bytes(encoded(picture))
+    # A white frame left and right of what [12, 24] keeps.
+    (root / "b.png").write_bytes(encoded(np.pad(picture, ((0, 0), (6, 6), (0, 0)), constant_values=255)))
+    data = source(root, tmp_path, image_size=[12, 24], holdout=0, memory_limit_mb=memory_limit_mb)
+    assert data.image_shape == (3, 12, 24)
+    assert data.image_size == [12, 24]
+    want = torch.tensor(picture).permute(2, 0, 1)
+    assert all(torch.equal(image, want) for image in data.split("train").images([0, 1]))
+
+
+def test_a_crop_that_drops_much_is_reported(root, tmp_path, caplog):
+    for i in range(3):
+        (root / f"{i}.png").write_bytes(encoded(noise(size=(96, 48))))
+    whole(root, tmp_path, image_size=48)
+    assert "drops 50 % or more of the area" in caplog.text
+    assert "data.image_size=[48,96]" in caplog.text
+    caplog.clear()
+    whole(root, tmp_path, image_size=[48, 96])
+    whole(root, tmp_path, image_size=[24, 40])  # one sixth is dropped
+    for i in range(4):
+        (root / f"square{i}.png").write_bytes(encoded(noise(size=(48, 48))))
+    whole(root, tmp_path, image_size=48)
+    assert not caplog.text
+
+
 def test_scaling_is_antialiased(root, tmp_path):
     # A chessboard of single pixels has the mean 127.5 everywhere; picking pixels would give 0 or 255.
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
@@ -255,13 +394,62 @@ def test_large_images_are_no_fault(root, tmp_path, recwarn):
     assert not recwarn.list
 
 
+def test_further_frames_are_counted(root, tmp_path, caplog):
+    frames = [Image.fromarray(noise(i)) for i in range(4)]
+    for name in ("stack.tiff", "animation.gif", "animation.webp", "animation.png"):
+        frames[0].save(root / name, save_all=True, append_images=frames[1:])
+    (root / "single.tiff").write_bytes(encoded(noise()))
+    images = whole(root, tmp_path)
+    assert torch.equal(images[-1], torch.tensor(noise()).permute(2, 0, 1))
+    assert "of 4 files with several frames only the first is used, 12 frames are left out" in caplog.text
+    # Reported at every start, from the index.
+    caplog.clear()
+    whole(root, tmp_path)
+    assert "12 frames" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_no_file_starts_another_program(root, tmp_path, monkeypatch, name):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
+    tools, trace = tmp_path / "tools", tmp_path / "started"
+    tools.mkdir()
+    (tools / "gs").write_text(f"#!/bin/sh\ntouch {trace}\n")
+    (tools / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    with contextlib.suppress(OSError):
+        Image.open(io.BytesIO(script)).load()
+    assert trace.exists(), "Pillow does start it unless it is kept from it"
+    trace.unlink()
+    (root / "good.png").write_bytes(encoded(noise()))
+    (root / name).write_bytes(script)
+    with pytest.raises(UserError, match=rf"{name} \(not an image\)"):
+        whole(root, tmp_path)
+    assert not trace.exists()
+
+
+def test_names_that_are_not_utf_8_can_be_logged(root, tmp_path, caplog):
+    folder = os.fsencode(root) + b"/\xfe"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(b"")
+    Path(os.fsdecode(folder + b"/good.png")).write_bytes(encoded(noise(size=(3, 3))))
+    data = source(root, tmp_path, on_error="skip", holdout=0, num_classes=1)
+    assert len(data.split("train")) == 1
+    assert r"\xfe/\xff.png" in caplog.text
+    assert data.class_names == [r"\xfe"]
+    for record in caplog.records:
+        record.getMessage().encode()
+
+
 def test_circles_of_links_end_and_nothing_is_taken_twice(root, tmp_path, caplog):
     inner = root / "a" / "b"
     inner.mkdir(parents=True)
     for i in range(24):
         (inner / f"{i}.png").write_bytes(encoded(noise(i)))
     (inner / "up").symlink_to(root)
-    (root / "a" / "self").symlink_to(root / "a" / "self")
+    for folder in (root, root / "a"):
+        (folder / "self").symlink_to(folder / "self")
     (root / "again").symlink_to(inner)
     (root / "again.png").symlink_to(inner / "3.png")
     elsewhere = tmp_path / "elsewhere"
@@ -345,6 +533,69 @@ def test_split_folders(root, tmp_path):
     assert [len(data.split(s)) for s in ("train", "validation", "test")] == [6, 2, 1]
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "Val"), ("training", "testing")])
+def test_split_folders_with_other_names(root, tmp_path, names):
+    several(root, 3, f"{names[0]}/ant", f"{names[0]}/bee")
+    several(root, 2, f"{names[1]}/bee")
+    data = source(root, tmp_path, num_classes=2)
+    assert data.class_names == ["ant", "bee"]
+    assert [len(data.split(s)) for s in ("train", "validation", "test")] == [6, 2, 2]
+
+
+def test_two_folders_for_a_split_are_refused(root, tmp_path):
+    several(root, 1, "train", "val", "Validation")
+    with pytest.raises(UserError, match=r"several folders for validation \(Validation, val\)"):
+        source(root, tmp_path).check()
+
+
+def test_a_set_without_training_images_names_the_fix(root, tmp_path):
+    place = int.from_bytes(blake2b(b"3.png", digest_size=8).digest(), "little") / 2**64
+    assert place < 0.05  # in the test split by the documented rule
+    (root / "3.png").write_bytes(encoded(noise()))
+    data = source(root, tmp_path)
+    with pytest.raises(UserError, match=r"no training images.*data\.holdout=0") as caught:
+        data.split("train")
+    assert "\n" not in str(caught.value)
+    assert len(source(root, tmp_path, holdout=0).split("train")) == 1
+
+
+def test_an_empty_folder_for_training_is_named(root, tmp_path):
+    several(root, 2, "val")
+    (root / "train").mkdir()
+    with pytest.raises(UserError, match=r"no training images.*folder train"):
+        source(root, tmp_path).split("train")
+
+
+def test_no_validation_images_are_reported(root, tmp_path, caplog):
+    several(root, 2, "x")
+    assert len(source(root, tmp_path, holdout=0.001).split("validation")) == 0
+    assert "no validation images" in caplog.text
+    caplog.clear()
+    source(root, tmp_path, holdout=0).split("validation")
+    assert not caplog.text
+
+
+def test_class_names_are_logged_in_the_order_of_the_labels(root, tmp_path, caplog):
+    caplog.set_level("INFO")
+    several(root, 1, "dog", "cat")
+    data = source(root, tmp_path, num_classes=2, holdout=0)
+    assert data.class_names == ["cat", "dog"]
+    data.split("train")
+    data.split("test")
+    assert caplog.text.count("2 classes: 0 = cat, 1 = dog") == 1
+    assert source(root, tmp_path).class_names == []
+
+
+def test_class_names_that_are_numbers_out_of_order(root, tmp_path, caplog):
+    several(root, 1, *map(str, range(11)))
+    source(root, tmp_path, num_classes=11).prepare()
+    assert "label 2 is folder 10" in caplog.text
+    caplog.clear()
+    (root / "10").rename(root / "a")
+    source(root, tmp_path, num_classes=11).prepare()
+    assert "label 2" not in caplog.text
+
+
 def test_only_train_is_split_by_hash(root, tmp_path):
     several(root, 60, "train/ant", "train/bee")
     data = source(root, tmp_path, num_classes=2, holdout=0.2)
@@ -425,8 +676,8 @@ def test_second_start_decodes_nothing_and_a_changed_file_is_seen(
     first = source(root, tmp_path, **options)
     first.prepare()
     examined = []
-    original = folder_index._examine
-    monkeypatch.setattr(folder_index, "_examine", lambda *a: (examined.append(a[1].path), original(*a))[1])
+    original = FolderIndex._examine
+    monkeypatch.setattr(FolderIndex, "_examine", lambda *a: (examined.append(a[1].path), original(*a))[1])
     second = source(root, tmp_path, **options)
     assert len(second.split("train")) == 10
     assert examined == []
@@ -437,8 +688,21 @@ def test_second_start_decodes_nothing_and_a_changed_file_is_seen(
     assert "x/004.png" in examined
     assert third.fingerprint("train") != first.fingerprint("train")
     # One set of pixels a folder is kept, and no partial file is left.
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == (memory_limit_mb > 0)
+    assert len(list((tmp_path / "cache").rglob("*.pixels"))) == (memory_limit_mb > 0)
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("memory_limit_mb", [0, 100])
+def test_a_copy_has_the_same_fingerprint_and_other_content_has_not(root, tmp_path, memory_limit_mb):
+    several(root, 6, "ant", "bee")
+    options = {"num_classes": 2, "holdout": 0, "memory_limit_mb": memory_limit_mb}
+    first = source(root, tmp_path, **options).fingerprint("train")
+    copied = tmp_path / "copied"
+    shutil.copytree(root, copied, copy_function=shutil.copyfile)  # with other times of change
+    assert source(copied, tmp_path, **options).fingerprint("train") == first
+    assert source(copied, tmp_path, **options | {"image_size": 8}).fingerprint("train") != first
+    (copied / "bee" / "003.png").write_bytes(encoded(noise(77)))
+    assert source(copied, tmp_path, **options).fingerprint("train") != first
 
 
 def test_an_error_of_the_disk_is_not_remembered(root, tmp_path, monkeypatch):
@@ -465,20 +729,68 @@ def test_settings_have_pixels_of_their_own(root, tmp_path):
     assert whole(root, tmp_path).shape == (1, 3, 16, 16)
 
 
-def test_damaged_index_is_made_afresh(root, tmp_path):
+def test_damaged_index_is_made_again(root, tmp_path, caplog):
     several(root, 3, "x")
     before = whole(root, tmp_path, memory_limit_mb=0)
-    (index,) = (tmp_path / "cache").rglob("*.json")
-    for content in ("", "[]", '{"x/000.png": 3}'):
-        index.write_text(content)
+    (index,) = (tmp_path / "cache").rglob("*.index")
+    intact = index.read_bytes()
+    for content in (b"", b"[]", b'{"x/000.png": 3}', intact[:-5], intact.replace(b'"x/000', b'"x/001')):
+        caplog.clear()
+        index.write_bytes(content)
         assert torch.equal(whole(root, tmp_path, memory_limit_mb=0), before)
+        assert f"{index} is unreadable or damaged" in caplog.text
+    caplog.clear()
+    assert index.read_bytes() == intact
+    whole(root, tmp_path, memory_limit_mb=0)
+    assert not caplog.text
 
 
-def test_full_disk_is_one_line(root, tmp_path, monkeypatch):
-    several(root, 3, "x")
-    monkeypatch.setattr(folder_index.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(UserError, match=r"data\.cache=.*MB free"):
-        whole(root, tmp_path)
+@pytest.mark.parametrize("damage", ["truncated", "changed", "longer", "empty", "folder"])
+def test_damaged_pixels_are_decoded_again(root, tmp_path, caplog, damage):
+    several(root, 5, "x")
+    before = whole(root, tmp_path).clone()
+    (path,) = (tmp_path / "cache").rglob("*.pixels")
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+        with pytest.raises(UserError, match=r"data\.cache"):
+            whole(root, tmp_path)
+        path.rmdir()
+    else:
+        path.write_bytes(
+            {"truncated": content[:-500], "changed": content, "longer": content + b"0", "empty": b""}[damage]
+        )
+    assert torch.equal(whole(root, tmp_path), before)
+    assert f"{path} is unreadable or damaged" in caplog.text
+    caplog.clear()
+    assert torch.equal(whole(root, tmp_path), before)
+    assert not caplog.text
+
+
+def test_full_disk_is_one_line(root, tmp_path):
+    several(root, 50, "x")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # less than 50 images of 16 x 16 x 3 bytes
+    try:
+        with pytest.raises(UserError, match=r"data\.cache=.*cannot be written \(File too large\)"):
+            whole(root, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(root, tmp_path):
+    several(root, 1, "x")
+    old, recent = (tmp_path / "cache" / "image_folder" / f"{name}.partial" for name in ("old", "recent"))
+    old.parent.mkdir(parents=True)
+    for path in (old, recent):
+        path.touch()
+    os.utime(old, (0, 0))
+    whole(root, tmp_path)
+    assert recent.exists()
+    assert not old.exists()
 
 
 def test_missing_and_empty_folders(root, tmp_path):
@@ -501,7 +813,16 @@ def test_building_and_checking_decode_nothing(root, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"image_size": 0}, {"channels": 4}, {"num_classes": -1}, {"holdout": 0.5}, {"on_error": "ignore"}],
+    [
+        {"image_size": 0},
+        {"image_size": [8]},
+        {"image_size": [8, 0]},
+        {"channels": 4},
+        {"num_classes": -1},
+        {"holdout": 0.5},
+        {"on_error": "ignore"},
+        {"white": 0},
+    ],
 )
 def test_impossible_numbers(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -83,11 +83,11 @@ class Mixture:
 
 
 class MixtureDenoiser(BaseDenoiser):
-    """The exact denoiser of a mixture; counts how often it is asked.
+    """The exact denoiser of a mixture; counts its calls.
 
     Args:
         mixture: the distribution of the data.
-        schedule: gives levels to the samplers that ask for more of them.
+        schedule: for samplers that need more levels.
         variance: of the reverse step.
     """
 

@@ -10,10 +10,10 @@ from src.diffusion.clipping import StaticClipping
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.likelihood import (
     Chain,
+    bound_terms,
     discretised_log_likelihood,
     flow_likelihood,
     flow_log_density,
-    variational_bound,
 )
 from src.diffusion.noise_level import broadcast, conditional_variance
 from src.diffusion.ode import NotFinite, integrate
@@ -33,6 +33,12 @@ class Normal:
 
     def __call__(self, x):
         return torch.randn(x.shape, dtype=torch.float64, generator=self.generator)
+
+
+def _bound(denoiser, chain, x0, noise):
+    """All terms of steps 1 ... S, shape (S, B), and the bound, shape (B,)."""
+    steps = torch.stack(list(bound_terms(denoiser, chain, x0, noise=noise)))
+    return steps, chain.prior(x0) + steps.sum(dim=0)
 
 
 def _bytes(shape, seed=0):
@@ -107,8 +113,9 @@ def test_every_term_of_the_bound(kind, times):
     schedule, alphabar = Cosine(T), reference.alphabar_of(reference.betas_cosine(T))
     x0, recording = _bytes((2, 1, 3, 3)), Normal()
     denoiser = Denoiser(Doubled(), schedule, Eps(), KINDS[kind])
-    bound = variational_bound(denoiser, Chain(schedule, times), x0, noise=recording)
-    np.testing.assert_allclose(bound.prior, reference.prior_bits(alphabar, T, x0.numpy()), rtol=1e-10)
+    chain = Chain(schedule, times)
+    steps, bound = _bound(denoiser, chain, x0, noise=recording)
+    np.testing.assert_allclose(chain.prior(x0), reference.prior_bits(alphabar, T, x0.numpy()), rtol=1e-10)
     replay, expected = Normal(), []
     for i, t in enumerate(times):
         x_t = np.sqrt(alphabar[t]) * x0.numpy() + np.sqrt(1 - alphabar[t]) * replay(x0).numpy()
@@ -116,10 +123,40 @@ def test_every_term_of_the_bound(kind, times):
         x0_hat = (x_t - np.sqrt(1 - alphabar[t]) * eps) / np.sqrt(alphabar[t])
         terms = reference.bound_bits(alphabar, times, i, x0.numpy(), x_t, x0_hat, kind, np.cos(2 * x_t))
         expected.append(terms)
-    np.testing.assert_allclose(bound.steps.detach(), np.stack(expected), rtol=1e-10)
+    np.testing.assert_allclose(steps.detach(), np.stack(expected), rtol=1e-10)
     np.testing.assert_allclose(
-        bound.total.detach(), bound.prior.numpy() + np.stack(expected).sum(axis=0), rtol=1e-10
+        bound.detach(), chain.prior(x0).numpy() + np.stack(expected).sum(axis=0), rtol=1e-10
     )
+
+
+@pytest.mark.parametrize(
+    "variance", [Small(), Large(), LearnedRange(), Learned()], ids=lambda v: type(v).__name__
+)
+def test_a_batch_of_several_steps_has_the_terms_of_each(variance):
+    chain, x0, step = Chain(Cosine(40)), _bytes((4, 1, 3, 3)).float(), torch.tensor([1, 2, 1, 40])
+    output, said, x_t = (torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+    def term(chosen):
+        prediction = Eps().predict(x_t[chosen], output[chosen], chain.level(step[chosen]))
+        return chain.term(step[chosen], x0[chosen], prediction.with_variance(said[chosen]), variance)
+
+    assert torch.equal(term([0, 1, 2, 3]), torch.cat([term([i]) for i in range(4)]))
+    assert torch.equal(term([0, 2]), term([0, 1, 2, 3])[[0, 2]])
+
+
+def test_the_decoder_is_evaluated_for_the_first_step_alone():
+    class Counting(Small):
+        calls = 0
+
+        def decoder(self, t, beta_tilde, prediction):
+            self.calls += 1
+            return super().decoder(t, beta_tilde, prediction)
+
+    variance = Counting()
+    _bound(
+        MixtureDenoiser(_pixels(), Linear(50), variance), Chain(Linear(50)), _bytes((8, 1, 1, 1)), Normal()
+    )
+    assert variance.calls == 1
 
 
 def _pixels():
@@ -171,7 +208,7 @@ def test_the_bound_of_a_gaussian_is_tight_on_any_chain():
     x0, bits = _bytes_of(data, 20_000)
     denoiser = MixtureDenoiser(data, schedule, Matched(data))
     for times in ([1, 3, 10, 30, 100, 300, 1000], [1, 500, 1000]):
-        excess = variational_bound(denoiser, Chain(schedule, times), x0, noise=Normal()).total - bits
+        excess = _bound(denoiser, Chain(schedule, times), x0, noise=Normal())[1] - bits
         assert excess.mean().item() == pytest.approx(0, abs=5 * excess.std().item() / len(x0) ** 0.5 + 2e-3)
 
 
@@ -182,7 +219,7 @@ def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
     schedule = Linear(1000)
     denoiser = MixtureDenoiser(mixture, schedule, Matched(mixture))
     excess = [
-        variational_bound(denoiser, Chain(schedule, times), x0, noise=Normal()).total - bits
+        _bound(denoiser, Chain(schedule, times), x0, noise=Normal())[1] - bits
         for times in ([1, 300, 1000], list(range(1, 1001, 9)))
     ]
     errors = [e.std().item() / len(x0) ** 0.5 for e in excess]
@@ -190,9 +227,7 @@ def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
     assert excess[1].mean().item() == pytest.approx(0, abs=5 * errors[1] + 5e-3)
     # and a fixed variance costs something on the same chain
     fixed = MixtureDenoiser(mixture, schedule, Small())
-    loose = (
-        variational_bound(fixed, Chain(schedule, list(range(1, 1001, 9))), x0, noise=Normal()).total - bits
-    )
+    loose = _bound(fixed, Chain(schedule, list(range(1, 1001, 9))), x0, noise=Normal())[1] - bits
     assert loose.mean() > excess[1].mean() + 0.1
 
 
@@ -246,7 +281,7 @@ def test_the_flow_s_bits_agree_with_the_exact_likelihood_of_a_discretised_mixtur
     mixture = _pixels()
     x0, bits = _bytes_of(mixture, 4000)
     result = flow_likelihood(MixtureDenoiser(mixture, VP()), x0, noise=Normal())
-    # the outer bytes also hold what lies beyond [-1, 1]: no density says that
+    # the outer bytes also hold the mass beyond [-1, 1], which no density covers
     inner = x0.flatten().abs() < 0.99
     assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
 
@@ -265,12 +300,12 @@ def test_bytes_are_spread_over_their_bins():
     assert bits.std() > 0.1
 
 
-def test_a_flow_that_is_not_finite_is_told_with_its_time():
+def test_a_flow_that_is_not_finite_is_named_with_its_time():
     class Diverged(MixtureDenoiser):
         def forward(self, x_t, level, condition=None):
             return super().forward(x_t * (math.nan if level.sigma > 0.9 else 1.0), level)
 
-    with pytest.raises(ValueError, match=r"^the flow is not finite .* from t = 0\.\d+: its weights"):
+    with pytest.raises(ValueError, match=r"^the flow is not finite .* from t = 0\.\d+ on:"):
         flow_log_density(Diverged(three_modes(), VP()), torch.zeros(1, 1, 1, 2).double(), noise=Normal())
 
 
@@ -278,8 +313,8 @@ def test_clipping_may_surround_the_bounded_denoiser():
     schedule = Linear(50)
     denoiser = MixtureDenoiser(gaussian(0.0, 2.0), schedule)
     x0 = _bytes((8, 1, 1, 1))
-    clipped = variational_bound(StaticClipping(denoiser), Chain(schedule), x0, noise=Normal())
-    assert clipped.total.isfinite().all()
+    _, clipped = _bound(StaticClipping(denoiser), Chain(schedule), x0, noise=Normal())
+    assert clipped.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def _diffused(alphabar, x0, eps):
 
 
 def _output(x_t, alphabar):
-    """What `Wavy` says in numpy."""
+    """`Wavy` in numpy."""
     return np.sin(x_t + (_times(alphabar).reshape(-1, 1, 1, 1) - 1) / 100)
 
 

@@ -78,11 +78,16 @@ def test_published_values():
 def test_discrete_schedules_invert_their_log_snr(name):
     schedule = DISCRETE[name][0](T=200)
     pure_noise = schedule.alphabar[-1] == 0
-    # the last time's log-SNR is infinite there, and found by the clamp
+    # the last time's log-SNR is infinite there
     t = torch.linspace(1, 199 if pure_noise else 200, 777, dtype=torch.float64)
     torch.testing.assert_close(schedule.time_of_log_snr(schedule(t).log_snr), t, rtol=1e-7, atol=1e-7)
-    extremes = torch.tensor([math.inf, -math.inf], dtype=torch.float64)
-    assert schedule.time_of_log_snr(extremes).tolist() == [1, 200]
+    assert schedule.nearest_time([math.inf, -math.inf]).tolist() == [1, 200]
+    first, last = schedule.log_snr[1].item(), schedule.log_snr[-1].item()
+    for outside in [first + 0.01] if pure_noise else [first + 0.01, last - 0.01]:
+        with pytest.raises(ValueError, match=r"^log_snr must be in \[.*\], the range of .*'s table, got"):
+            schedule.time_of_log_snr([first, outside])
+    if pure_noise:
+        assert schedule.time_of_log_snr([-30.0, -math.inf]).tolist() == [200, 200]
 
 
 def test_uniform_times_of_a_table():
@@ -125,8 +130,31 @@ def test_continuous_schedules_invert_their_log_snr_and_their_quantiles(name):
     assert t.max().item() < schedule.t_max
     torch.testing.assert_close(schedule.quantile(t), u, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(schedule.time_of_log_snr(schedule(t).log_snr), t, rtol=1e-7, atol=1e-9)
-    extremes = torch.tensor([math.inf, -math.inf], dtype=torch.float64)
-    assert schedule.time_of_log_snr(extremes).tolist() == [schedule.t_min, schedule.t_max]
+    extremes = [math.inf, -math.inf]
+    assert schedule.nearest_time(extremes).tolist() == [schedule.t_min, schedule.t_max]
+    assert schedule.nearest_time(extremes, lowest=0.5 * schedule.t_min).tolist() == [
+        0.5 * schedule.t_min,
+        schedule.t_max,
+    ]
+    assert schedule.nearest_time(extremes, lowest=0.5).tolist() == [schedule.t_min, schedule.t_max]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_log_snr_below_the_smallest_time_is_inverted_exactly(name):
+    schedule, _, _ = CONTINUOUS[name]
+    t = schedule.t_min * torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(schedule.time_of_log_snr(schedule(t).log_snr), t, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_times_may_have_any_shape(name):
+    schedule = ALL[name]
+    t = schedule.time_at(torch.linspace(0.1, 0.9, 6, dtype=torch.float64)).view(3, 2)
+    t[0, 0] = 0.0
+    level, flat = schedule(t), schedule(t.flatten().tolist())
+    for field in ("alpha", "sigma", "label", "log_snr", "snr"):
+        assert getattr(level, field).shape == (3, 2)
+        assert torch.equal(getattr(level, field).flatten(), getattr(flat, field))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -137,7 +165,7 @@ def test_noise_grows_with_time(name):
 
 
 def test_labels():
-    # score SDE's VP networks are told 999 t, EDM's ln(sigma)/4
+    # score SDE's VP networks get 999 t, EDM's ln(sigma)/4
     t = torch.tensor([0.5], dtype=torch.float64)
     assert schedules.VP()(t).label.item() == 499.5
     assert schedules.EDM()(t).label.item() == pytest.approx(math.log(0.5) / 4, rel=1e-14)
@@ -148,6 +176,11 @@ def test_cosine_is_shifted_with_the_resolution():
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
     small, large = schedules.ContinuousCosine(image_size=64)(t), schedules.ContinuousCosine(image_size=256)(t)
     np.testing.assert_allclose(large.log_snr - small.log_snr, -math.log(4), rtol=1e-12)
+    # the geometric mean of 128 and 32 is 64
+    wide = schedules.ContinuousCosine(image_size=[128, 32])(t)
+    np.testing.assert_allclose(wide.log_snr, small.log_snr, rtol=1e-12)
+    square = schedules.ContinuousCosine(image_size=[256, 256])(t)
+    assert torch.equal(square.log_snr, large.log_snr)
 
 
 def test_rescaling_keeps_the_first_row_and_ends_at_pure_noise():
@@ -171,6 +204,7 @@ def test_the_nearest_training_time_of_a_table():
         (lambda: schedules.RectifiedFlow(t_max=1.5), "t_max"),
         (lambda: schedules.ContinuousCosine(t_max=1.0), "t_max"),
         (lambda: schedules.ContinuousCosine(image_size=0), "image_size"),
+        (lambda: schedules.ContinuousCosine(image_size=[32, 0]), "image_size"),
         (lambda: schedules.EDM(sigma_min=100.0), "sigma_min"),
         (lambda: schedules.VE(sigma_min=0.0), "sigma_min"),
         (lambda: schedules.ZeroTerminalSNR(schedules.Linear(T=1, beta_end=1e-4)), "inner"),

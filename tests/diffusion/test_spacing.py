@@ -13,6 +13,7 @@ from src.diffusion.spacing import (
     Leading,
     Linspace,
     Quadratic,
+    QuadraticTime,
     Sections,
     Trailing,
     UniformLogSNR,
@@ -102,9 +103,28 @@ def test_ddim_sections_are_strided(steps, stride):
     assert _indices(Sections(f"ddim{steps}"), 1000, steps) == list(range(0, 1000, stride))
 
 
+@pytest.mark.parametrize("steps", [1, 10, 25, 300])
+def test_sections_without_numbers_take_the_steps(steps):
+    assert torch.equal(Sections()(Linear(), steps), Sections(steps)(Linear(), steps))
+    if steps != 300:
+        assert torch.equal(Sections("ddim")(Linear(), steps), Sections(f"ddim{steps}")(Linear(), steps))
+
+
+@pytest.mark.parametrize("schedule", [VP(), EDM(), Linear(1000)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("steps", [2, 10, 37])
+def test_quadratic_time_is_even_in_the_root_of_time(schedule, steps):
+    expected = np.linspace(np.sqrt(schedule.t_max), np.sqrt(schedule.t_min), steps) ** 2
+    times = QuadraticTime()(schedule, steps)
+    np.testing.assert_allclose(times, [*expected, 0], rtol=1e-12)
+    assert [times[0], times[-2]] == [schedule.t_max, schedule.t_min]
+    # "time_quadratic" of DPM-Solver's code, from 1 to 1e-3
+    theirs = np.linspace(1, np.sqrt(1e-3), steps) ** 2
+    np.testing.assert_allclose(QuadraticTime(1e-3)(VP(), steps)[:-1], theirs, rtol=1e-12)
+
+
 def test_impossible_strides_name_possible_ones():
     # 63 = len(range(0, 1000, 16)), 67 = len(range(0, 1000, 15))
-    with pytest.raises(ValueError, match=r"^steps=64: no whole stride .* 63 and 67 can be had"):
+    with pytest.raises(ValueError, match=r"^steps=64: no whole stride .* choose 63 or 67"):
         Sections("ddim64")(Linear(1000), 64)
 
 
@@ -160,13 +180,23 @@ def test_even_grids_can_end_where_the_published_codes_do():
 
 
 @pytest.mark.parametrize("end", [-0.1, 1.0])
-@pytest.mark.parametrize("spacing", [UniformTime, UniformLogSNR])
+@pytest.mark.parametrize("spacing", [UniformTime, QuadraticTime, UniformLogSNR])
 def test_an_end_out_of_range_is_refused(spacing, end):
     with pytest.raises(ValueError, match=rf"^end must be in \[0, 1\), got {end}"):
         spacing(end)
 
 
-EVERY = [Leading(), Linspace(), Quadratic(), Trailing(), UniformTime(), UniformLogSNR(), Karras()]
+EVERY = [
+    Leading(),
+    Linspace(),
+    Quadratic(),
+    Sections(),
+    Trailing(),
+    UniformTime(),
+    QuadraticTime(),
+    UniformLogSNR(),
+    Karras(),
+]
 
 
 @pytest.mark.parametrize("spacing", EVERY, ids=lambda s: type(s).__name__)
@@ -246,5 +276,5 @@ def test_rows_of_a_table_are_not_looked_for_elsewhere(spacing):
 def test_pure_noise_has_no_log_snr(spacing):
     with pytest.raises(ValueError, match=r"^steps cannot be spaced in log-SNR from pure noise"):
         spacing(RectifiedFlow(), 10)
-    # with an end of its own it can
+    # a given sigma_max has one
     assert len(Karras(sigma_max=100.0)(RectifiedFlow(), 10)) == 11

@@ -100,7 +100,7 @@ def test_a_network_that_says_nothing_of_its_variance_is_named():
 
     denoiser = Denoiser(Plain(), Cosine(), Eps(), LearnedRange())
     with pytest.raises(
-        ValueError, match=r"^variance: LearnedRange is told by the network, .* give it 6, or choose Sm"
+        ValueError, match=r"^variance: LearnedRange is predicted by the network, .* give it 6, or choose Sm"
     ):
         denoiser(torch.zeros(2, 3, 4, 4), Cosine()([500.0]).scalars()[0])
 
@@ -112,6 +112,6 @@ def test_learned_variance_is_refused_without_steps():
 
 def test_learned_variance_is_refused_for_a_network_of_as_many_channels_as_the_image():
     network = torch.nn.Identity()
-    network.channels = network.out_channels = 3
-    with pytest.raises(ValueError, match=r"^model.out_channels=3: .* needs 6$"):
+    network.image_shape, network.out_channels = (3, 8, 8), 3
+    with pytest.raises(ValueError, match=r"^model.out_channels=3: .* needs 6 output channels$"):
         Denoiser(network, Linear(), Eps(), LearnedRange())

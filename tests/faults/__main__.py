@@ -1,4 +1,4 @@
-"""All faults, many times, with a table of what came of them: python -m tests.faults --help."""
+"""All faults, many times, with a table of the results: python -m tests.faults --help."""
 
 import argparse
 import itertools
@@ -18,7 +18,7 @@ import torch
 
 from src.runs.folder import find_run
 from tests.faults import processes
-from tests.faults.processes import DDP, ROOT, STEPS, TINY, Door, Fault, resume, run, run_folder, train
+from tests.faults.processes import DDP, ROOT, STEPS, TINY, Command, Fault, resume, run, run_folder, train
 from tests.faults.saving import kill_while_saving
 from tests.faults.states import differences, training_state
 
@@ -34,7 +34,7 @@ PLACES = {
     "a preview": ("src.generation.recipe:Recipe.trajectory", 1),
     "a save": ("src.training.checkpoint:_Hashing.write", 200),
 }
-# where a training is killed, and how often it comes there at least
+# where a training is killed, and how often that place is reached at least
 KILLED = {
     "a step": (STEP, STEPS),
     "validation": ("src.training.module:DiffusionModule.validation_step", 20),
@@ -44,7 +44,7 @@ KILLED = {
 
 
 class Table:
-    """Counts by fault: how many were injected, how many went well, and what did not."""
+    """Counts by fault: how many were injected, how many ended as required, and the problems of the others."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict] = {}
@@ -75,7 +75,7 @@ def non_finite(folder: Path) -> list[str]:
 
 
 def ended(place: Path) -> bool:
-    """Whether the last checkpoint is there: one killed after that has nothing left to do, and is compared as it is."""
+    """Whether the last checkpoint is there: a training killed after that is compared as it is."""
     return bool(list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")))
 
 
@@ -84,10 +84,10 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
     baselines, seconds = {}, {}
     for variant, overrides in VARIANTS.items():
         began = time.monotonic()
-        door = train(folder / "baseline" / variant.replace(" ", "_"), *overrides)
+        command = train(folder / "baseline" / variant.replace(" ", "_"), *overrides)
         seconds[variant] = time.monotonic() - began
-        assert door.status == 0, door.output
-        baselines[variant] = training_state(run_folder(door.folder), STEPS)
+        assert command.status == 0, command.output
+        baselines[variant] = training_state(run_folder(command.folder), STEPS)
     done = 0
     # 3 variants and 4 places: all pairs in turn
     for i, variant, (where, (function, calls)) in zip(
@@ -102,7 +102,7 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
         while not finished and not ended(place) and len(struck) < min(3, number - done):
             started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
             arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
-            last = Door(place, ["train", *arguments]).start()
+            last = Command(place, ["train", *arguments]).start()
             last.process.join(chance.uniform(0.1, 0.7) * seconds[variant])
             finished = last.process.exitcode is not None
             if finished:
@@ -129,7 +129,7 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
 
 
 def sampling_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """Drawings that are killed and finished: the bytes of the whole."""
+    """Drawings that are killed and finished have the bytes of an uninterrupted one."""
     trained = run_folder(folder / "baseline" / "no_workers")
     base = ("sample", f"run={trained}", "n=48", "batch_size=4", "sampler=ddpm", "sampler.steps=10")
     whole = folder / "drawn"
@@ -139,10 +139,10 @@ def sampling_kills(folder: Path, chance: random.Random, number: int, table: Tabl
     done = 0
     while done < number:
         place = folder / f"draw_{done}"
-        door = Door(place, [*base, f"out={place}/out"]).start()
-        door.process.join(chance.uniform(0.3, 0.95) * seconds)
-        alive = door.process.exitcode is None
-        door.kill()
+        command = Command(place, [*base, f"out={place}/out"]).start()
+        command.process.join(chance.uniform(0.3, 0.95) * seconds)
+        alive = command.process.exitcode is None
+        command.kill()
         finished = run(place, *base, f"out={place}/out").status == 0
         same = finished and all(
             path.read_bytes() == (place / "out" / "images" / path.name).read_bytes()
@@ -249,7 +249,7 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
             elif f"saving at step {step}" not in (place / "output.txt").read_text():
                 problem = f"{signum.name} to {whom}: not saved"
             elif waited > 10:
-                problem = f"{signum.name} to {whom}: gone after {waited:.0f} s only"
+                problem = f"{signum.name} to {whom}: it took {waited:.0f} s to end"
         except subprocess.TimeoutExpired:
             problem = f"{signum.name} to {whom}: hangs"
         finally:
@@ -257,7 +257,7 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
         table.count("signals to a training of two processes (gloo)", problem)
 
 
-# what the tests count: rows of the table by the tests that make them up
+# rows of the table that are counts of tests
 TESTED = {
     "tests of malformed image files": "tests/data/test_image_folder.py",
     "bad configurations": "tests/cli/test_bad_input.py::test_train_refuses_in_one_line",

@@ -8,8 +8,8 @@ from tests.faults.states import training_state
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The state in which the tiny training ends when nothing happens to it."""
+    """The final state of the tiny training without faults."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    door = train(folder)
-    assert door.status == 0, door.output
+    command = train(folder)
+    assert command.status == 0, command.output
     return training_state(run_folder(folder), STEPS)

@@ -1,7 +1,7 @@
-"""Real processes of the command-line doors, really killed or signalled.
+"""Real processes of the commands, really killed or signalled.
 
-A fork server imports the framework once; each door then runs in a fresh process forked from it, with its own
-session, so that starting one costs a tenth of a second and a kill hits nothing else.
+A fork server imports the framework once; each command then runs in a fresh process forked from it, with its own
+session: starting one takes a tenth of a second, and a kill ends nothing else.
 """
 
 import base64
@@ -35,7 +35,7 @@ SERVER.set_forkserver_preload(
     ]
 )
 
-# A training of a second or two that meets everything: checkpoints, validation, previews, scores, dropout, the average.
+# A training of a second or two with everything: checkpoints, validation, previews, scores, dropout, the average.
 STEPS = 12
 TINY = (
     "data=digits",
@@ -59,13 +59,13 @@ TINY = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Sends a signal to the process itself when it comes to a place for the n-th time.
+    """Sends a signal to the process itself when it reaches a place for the n-th time.
 
     Attributes:
-        place: "module:attribute.path" of a function of the product or of a library; it is entered after the signal.
+        place: "module:attribute.path" of a function of the product or of a library; it is called after the signal.
         call: which call of it, from 1.
         signum: the signal.
-        again: how often the signal is sent.
+        again: number of times that the signal is sent.
     """
 
     place: str
@@ -90,12 +90,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Puts a function in the place of another: replacement(original, number of the call, *arguments).
+    """Replaces a function: replacement(original, number of the call, *arguments) is called instead.
 
     Attributes:
         place: as for `Fault`.
         replacement: what is called instead; a function of a module.
-        rank: only there; None for everywhere.
+        rank: the only rank where it is replaced; None for all.
     """
 
     place: str
@@ -127,14 +127,14 @@ def resolve(place: str) -> tuple[Any, str, Any]:
 
 
 @dataclass
-class Door:
-    """A door running in a process of its own.
+class Command:
+    """A command of the product in a separate process.
 
     Attributes:
         folder: its working directory; runs go to folder/runs.
-        arguments: the name of the door and its overrides.
-        faults: what is done to it from within.
-        environment: variables besides the inherited ones.
+        arguments: the name of the command and its overrides.
+        faults: installed in it before it starts.
+        environment: variables added to the inherited ones.
     """
 
     folder: Path
@@ -142,7 +142,7 @@ class Door:
     faults: Sequence[Fault | Replacement] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
-    def start(self) -> "Door":
+    def start(self) -> "Command":
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / f"output_{time.monotonic_ns()}.txt"
         self.process = SERVER.Process(
@@ -152,7 +152,7 @@ class Door:
         return self
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit status, as a shell would say it; raises TimeoutError, having killed the process, if it hangs."""
+        """The exit status as in a shell; raises TimeoutError, having killed the process, if it hangs."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.kill()
@@ -196,21 +196,21 @@ def _main(
 
 def run(
     folder: Path, *arguments: str, faults: Sequence[Fault | Replacement] = (), **environment: str
-) -> Door:
-    """Runs a door to its end; its exit status is in `door.status`."""
-    door = Door(folder, arguments, faults, environment).start()
-    door.status = door.wait()
-    return door
+) -> Command:
+    """Runs a command to its end; its exit status is `command.status`."""
+    command = Command(folder, arguments, faults, environment).start()
+    command.status = command.wait()
+    return command
 
 
 def train(
     folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = (), **environment: str
-) -> Door:
+) -> Command:
     """Trains the tiny experiment to its end."""
     return run(folder, "train", *TINY, *overrides, faults=faults, **environment)
 
 
-def resume(folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = ()) -> Door:
+def resume(folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = ()) -> Command:
     """Continues the newest run, or starts it if it was killed before its first checkpoint."""
     if list(folder.glob("runs/*/checkpoints/step_*.ckpt")):
         return run(folder, "train", "ckpt=last", *overrides, faults=faults)
@@ -227,7 +227,7 @@ def start_command(
 ) -> subprocess.Popen:
     """src.train as a command, e.g. on two gloo processes; in its own session, output in folder/output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.faults.door", "train", f"runs={folder / 'runs'}", *arguments]
+    command = [sys.executable, "-m", "tests.faults.command", "train", f"runs={folder / 'runs'}", *arguments]
     environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -268,17 +268,17 @@ def members(session: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Polls until the condition holds; its value."""
+    """Polls until the condition is true; returns its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise TimeoutError("the condition did not come to hold")
+    raise TimeoutError("the condition has not become true")
 
 
 def leave_nothing(leader: subprocess.Popen) -> None:
-    """Kills what is left of a session."""
+    """Kills all processes that remain of a session."""
     with suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGKILL)
     leader.wait()

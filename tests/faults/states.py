@@ -1,4 +1,4 @@
-"""What must be equal after a fault: compared at zero tolerance."""
+"""What must be equal after a fault, compared at zero tolerance."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def training_state(run: Path, step: int) -> dict[str, Any]:
-    """Weights, averages, optimiser, learning rate and place in the data of a checkpoint."""
+    """Weights, averages, optimiser, learning rate and position in the data of a checkpoint."""
     content = torch.load(run / "checkpoints" / f"step_{step:08d}.ckpt", weights_only=True)
     averages = next(state for name, state in content["callbacks"].items() if name.startswith("EMA"))
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
@@ -26,6 +26,6 @@ def training_state(run: Path, step: int) -> dict[str, Any]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """The leaves in which two states differ by a bit."""
+    """The leaves in which two states differ in any bit."""
     alike = [k for k in a if k in b and (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
     return sorted((a.keys() | b.keys()) - set(alike))

@@ -1,4 +1,4 @@
-"""wandb: a server that is not there, does not answer, goes away; a service that is killed. The training goes on."""
+"""wandb: a server that is absent, mute, or gone in mid-run; a service that is killed. The training continues."""
 
 import csv
 import os
@@ -65,7 +65,7 @@ def server(port):
 
 
 def seconds_of_training(tmp_path, uninterrupted, logger, faults=(), **environment):
-    """Trains to the end and holds the weights and the CSV files against a training to which nothing happens."""
+    """Trains to the end and compares weights and CSV files with those of a training without faults."""
     began = time.monotonic()
     process = processes.start_command(
         tmp_path,
@@ -98,7 +98,7 @@ def online(port):
     return {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online"}
 
 
-@pytest.mark.slow  # the time that is waited for a server; the next test takes the same way
+@pytest.mark.slow  # it waits for a server; the next test covers the same code
 def test_server_that_is_not_there(tmp_path, uninterrupted, usual, port):
     seconds, output = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", **online(port))
     assert seconds < usual + PATIENCE
@@ -116,7 +116,7 @@ def test_server_that_does_not_answer(tmp_path, uninterrupted, usual, port):
 
 
 def test_server_that_goes_away(tmp_path, uninterrupted, usual, port, server):
-    """In the middle: nothing is felt before the end, and there no more than the time that it is waited for."""
+    """In mid-run: the training only waits for it at the end, and not longer than the limit."""
     fault = Replacement(STEP, partial(kill_at_5, server))
     seconds, _ = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", [fault], **online(port))
     assert seconds < usual + PATIENCE

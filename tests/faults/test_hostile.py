@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: nothing in them is executed, and one line says why they are refused."""
+"""Untrusted checkpoints: nothing in them is executed, and one line says why they are refused."""
 
 import os
 import pickle
@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from src.runs.files import sidecar_path
 from src.app.overrides import OVERRIDES_FILE
+from src.runs.files import sidecar_path
 from tests.faults.processes import ROOT, run, run_folder, train
 
 # What a stored configuration might name; each would leave a file named "marker" in the working directory.
@@ -43,10 +43,10 @@ def trained(tmp_path_factory):
 
 
 def refused(tmp_path, content):
-    torch.save(content, tmp_path / "stranger.ckpt")
+    torch.save(content, tmp_path / "untrusted.ckpt")
     (tmp_path / "evil.pickle").write_bytes(pickle.dumps(Evil()))
-    for door in (["sample", "run=stranger.ckpt"], ["evaluate", "run=stranger.ckpt"]):
-        done = run(tmp_path, *door)
+    for command in (["sample", "run=untrusted.ckpt"], ["evaluate", "run=untrusted.ckpt"]):
+        done = run(tmp_path, *command)
         assert done.status == 2, done.output
         lines = [line for line in done.output.splitlines() if line.strip()]
         assert len(lines) == 1, done.output
@@ -66,8 +66,8 @@ def test_target_in_a_stored_configuration(tmp_path, trained, target):
 
 
 @pytest.mark.parametrize("slot", ["channel_multipliers", "dropout"])
-def test_target_where_no_object_belongs(tmp_path, trained, slot):
-    """Of an allowed class: such are built in the places of their kind only."""
+def test_target_where_no_object_is_allowed(tmp_path, trained, slot):
+    """Of an allowed class: it is built only where an object of its kind is expected."""
     content = torch.load(trained, weights_only=True)
     content["config"]["model"][slot] = {"_target_": "lightning.pytorch.Trainer", "default_root_dir": "marker"}
     assert f"model.{slot}._target_=lightning.pytorch.Trainer" in refused(tmp_path, content)
@@ -77,20 +77,22 @@ def test_target_where_no_object_belongs(tmp_path, trained, slot):
     ("option", "choice"), [("data.root", "data=image_folder"), ("+logger.wandb.anything", "logger=wandb")]
 )
 def test_target_for_a_text_or_an_unknown_setting(tmp_path, option, choice):
-    door = train(tmp_path, choice, f"{option}={{_target_: lightning.pytorch.Trainer}}", WANDB_MODE="offline")
-    assert door.status == 2, door.output
-    assert f"{option.lstrip('+')}._target_=lightning.pytorch.Trainer" in door.output.splitlines()[-1]
+    command = train(
+        tmp_path, choice, f"{option}={{_target_: lightning.pytorch.Trainer}}", WANDB_MODE="offline"
+    )
+    assert command.status == 2, command.output
+    assert f"{option.lstrip('+')}._target_=lightning.pytorch.Trainer" in command.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "config", "callbacks", "origin"])
 def test_object_in_a_checkpoint(tmp_path, trained, entry):
     content = torch.load(trained, weights_only=True)
     content[entry] = Evil()
-    assert "stranger.ckpt" in refused(tmp_path, content)
+    assert "untrusted.ckpt" in refused(tmp_path, content)
 
 
 def test_resuming_executes_nothing_either(tmp_path, trained):
-    place = tmp_path / "runs" / "theirs"
+    place = tmp_path / "runs" / "untrusted"
     shutil.copytree(trained.parent.parent, place)
     checkpoint = place / "checkpoints" / trained.name
     content = torch.load(checkpoint, weights_only=True)
@@ -101,7 +103,7 @@ def test_resuming_executes_nothing_either(tmp_path, trained):
     assert not (tmp_path / "marker").exists()
 
 
-# Lines of a stored command line through which Hydra would leave the file "marker", or read a stranger's files.
+# Lines of a stored command line through which Hydra would leave the file "marker", or read files outside the run.
 LINES = {
     "a callback": "+hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
     "a callback, by force": "++hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
@@ -121,7 +123,7 @@ EVIL = "# @package _global_\nhydra:\n  callbacks:\n    evil: {_target_: os.maked
 
 @pytest.mark.parametrize("case", LINES)
 def test_stored_options_do_not_reach_hydra(tmp_path, trained, case):
-    place = tmp_path / "runs" / "theirs"
+    place = tmp_path / "runs" / "untrusted"
     shutil.copytree(trained.parent.parent, place)
     (place / "evil.yaml").write_text(EVIL)
     line = LINES[case]

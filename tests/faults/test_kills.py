@@ -1,4 +1,4 @@
-"""SIGKILL at the worst instants: the resumed run ends in the weights of the uninterrupted one, bit by bit."""
+"""SIGKILL at the worst instants: the resumed run ends with the weights of the uninterrupted one, bit by bit."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from tests.faults import processes
 from tests.faults.processes import DDP, STEPS, Fault, resume, run_folder, train
 from tests.faults.states import differences, training_state
 
-# place in the code, and the how-manieth time that it is reached
+# place in the code, and the number of the call
 KILLS = {
     "before the first step": Fault("src.training.module:DiffusionModule.training_step", 1),
     "in the backward pass": Fault("torch:Tensor.backward", 8),
@@ -29,7 +29,7 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     done = resume(tmp_path)
     assert done.status == 0, done.output
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
-    assert not list(tmp_path.glob("runs/*/checkpoints/.*")), "what the killed process left is swept away"
+    assert not list(tmp_path.glob("runs/*/checkpoints/.*")), "the files of the killed process are removed"
 
 
 def test_killed_again_and_again_with_workers(tmp_path, uninterrupted):

@@ -1,4 +1,4 @@
-"""How exactly a run goes on is said aloud; another experiment is refused unless it is allowed."""
+"""A resumed run reports how exact it is; another experiment is refused unless it is allowed."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from src.app.options import effect_of
+from src.runs.files import sidecar_path
 from src.runs.folder import LOCK_FILE, locked
-from src.training.resume import flat, level
+from src.training.resume import compare, flat
 from tests.faults.processes import Replacement, resume, run, run_folder, train
 from tests.faults.states import training_state
 
 ORIGIN = {
     "data": "a" * 64,
-    "code": {"model/unet.py": "1"},
+    "code": {"format": "1", "modules": {"src.model.unet": "1", "src.diffusion.loss": "1"}},
     "world_size": 1,
     "accumulation": 1,
     "machine": {"torch": "2.9.0", "device": "cpu", "threads": "1"},
@@ -36,13 +38,91 @@ ORIGIN = {
         ({"config": {**ORIGIN["config"], "optimizer.lr": 0.2}}, "approximate", "optimizer.lr: 0.1 -> 0.2"),
         ({"config": {**ORIGIN["config"], "seed": 1}}, "approximate", "seed: 0 -> 1"),
         ({"data": "b" * 64}, "approximate", "fingerprint aaaaaaaaaaaa -> bbbbbbbbbbbb"),
-        ({"code": {"model/unet.py": "2"}}, "approximate", "src/model/unet.py"),
+        (
+            {"code": {"format": "1", "modules": {"src.model.unet": "2", "src.diffusion.loss": "1"}}},
+            "approximate",
+            "code: src.model.unet has changed",
+        ),
+        ({"code": {"format": "2", "modules": {}}}, "approximate", "cannot be compared"),
+        ({"data": None}, "approximate", "fingerprint aaaaaaaaaaaa -> None"),
     ],
 )
 def test_levels(change, expected, word):
-    name, differences = level(ORIGIN, {**ORIGIN, **change})
-    assert name == expected
-    assert [word in difference for difference in differences] == ([] if word is None else [True])
+    found = compare(ORIGIN, {**ORIGIN, **change}, effect_of)
+    assert found.level == expected
+    assert [word in difference for difference in found.differences] == ([] if word is None else [True])
+
+
+def test_effects_of_options_are_an_argument():
+    effects = {"seed": "order", "batch_size": "none", "optimizer.lr": "tuning", "logger.csv.x": "experiment"}
+    now = {**ORIGIN, "config": {"seed": 1, "batch_size": 2, "optimizer.lr": 3, "logger.csv.x": 4}}
+    found = compare(ORIGIN, now, effects.get)
+    assert found.experiment == ["logger.csv.x: 1 -> 4", "optimizer.lr: 0.1 -> 3"]
+    assert found.rounding == ["seed"]
+    assert effect_of("optimizer.lr") == "tuning"
+    assert effect_of("optimizers") == "experiment", "only whole names count"
+
+
+OURS = {"callbacks.x._target_": "src.training.callbacks.SampleImages", "callbacks.x.n": 4}
+PASSIVE = {"callbacks.x._target_": "lightning.pytorch.callbacks.EarlyStopping"}
+PRUNING = {"callbacks.x._target_": "lightning.pytorch.callbacks.ModelPruning", "callbacks.x.amount": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected", "refused"),
+    [
+        ({}, OURS, "bit-exact", False),
+        ({}, PASSIVE, "bit-exact", False),
+        ({}, PRUNING, "approximate", True),
+        (PRUNING, {}, "approximate", True),
+        (PRUNING, {**PRUNING, "callbacks.x.amount": 0.1}, "approximate", True),
+        (PRUNING, PRUNING, "approximate", False),
+        ({}, {"callbacks.x._target_": "mypackage.EarlyStopping"}, "approximate", True),
+    ],
+)
+def test_callbacks_that_may_change_the_numbers(before, after, expected, refused):
+    then, now = ({**ORIGIN, "config": {**ORIGIN["config"], **each}} for each in (before, after))
+    found = compare(then, now, effect_of)
+    assert (found.level, bool(found.experiment)) == (expected, refused)
+
+
+def _edit(folder: Path, change) -> None:
+    """Changes the stored origin of the newest checkpoint, and saves it as a program of another state would."""
+    path = max((run_folder(folder) / "checkpoints").glob("step_*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    sidecar_path(path).unlink()
+
+
+def other_loss(content):
+    content["origin"]["code"]["modules"]["src.diffusion.loss"] = "0" * 12
+
+
+def earlier_release(content):
+    content["origin"]["code"] = {"diffusion/loss.py": "0" * 12}
+
+
+def test_changed_code_is_refused_except_in_a_requeued_job(tmp_path):
+    assert train(tmp_path, "trainer.max_steps=2", "metrics=none").status == 0
+    _edit(tmp_path, other_loss)
+    refused = resume(tmp_path, "trainer.max_steps=3")
+    assert refused.status == 2
+    assert "code: src.diffusion.loss has changed" in refused.output.splitlines()[-1]
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"}
+    requeued = run(tmp_path, "train", "ckpt=last", "trainer.max_steps=3", **slurm)
+    assert requeued.status == 0, requeued.output
+    assert "approximate from step 2 (code: src.diffusion.loss has changed)" in requeued.output
+    plain = resume(tmp_path, "trainer.max_steps=4")
+    assert "bit-exact from step 3" in plain.output, plain.output
+
+
+def test_the_code_of_an_earlier_release_is_not_compared(tmp_path):
+    assert train(tmp_path, "trainer.max_steps=2", "metrics=none").status == 0
+    _edit(tmp_path, earlier_release)
+    done = resume(tmp_path, "trainer.max_steps=3")
+    assert done.status == 0, done.output
+    assert "code: cannot be compared with that of an earlier release" in done.output
 
 
 def test_another_experiment_is_refused(tmp_path):
@@ -74,7 +154,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_refusal_leaves_the_folder_as_it_was(tmp_path):
+def test_a_refusal_changes_nothing_in_the_folder(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
     folder = run_folder(tmp_path)
     before = content(folder)
@@ -96,7 +176,7 @@ def test_a_refusal_leaves_the_folder_as_it_was(tmp_path):
     assert "bit-exact from step 3" in plain.output
 
 
-def test_allowed_once_is_not_allowed_for_ever(tmp_path):
+def test_allow_changes_is_not_stored(tmp_path):
     assert train(tmp_path, "trainer.max_steps=1", "allow_changes=true").status == 0
     allowed = resume(tmp_path, "optimizer.lr=0.5", "++allow_changes=true", "trainer.max_steps=2")
     assert allowed.status == 0, allowed.output
@@ -108,12 +188,12 @@ def test_allowed_once_is_not_allowed_for_ever(tmp_path):
     assert "bit-exact from step 2" in plain.output
 
 
-def tell_rate(original, call, self, *arguments, **named):
+def print_rate(original, call, self, *arguments, **named):
     print(f" rate={self.param_groups[0]['lr']} ", flush=True)
     return original(self, *arguments, **named)
 
 
-RATES = Replacement("torch.optim.adam:Adam.step", tell_rate)
+RATES = Replacement("torch.optim.adam:Adam.step", print_rate)
 # overrides of the first three steps, of the rest -> the rate of step k from then on, and further numbers
 RETUNED = {
     "rate": (["lr_schedule.warmup_steps=10"], ["optimizer.lr=0.5"], lambda k: 0.5 * min(1, (k + 1) / 10), {}),
@@ -146,13 +226,13 @@ def test_a_changed_optimiser_is_applied(tmp_path, case):
         faults=[RATES],
     )
     assert done.status == 0, done.output
-    used = [float(told) for told in re.findall(r"rate=(\S+)", done.output)]
-    assert used == pytest.approx([rate(3), rate(4)]), "the first step has it already"
+    used = [float(rate) for rate in re.findall(r"rate=(\S+)", done.output)]
+    assert used == pytest.approx([rate(3), rate(4)]), "the first step has it"
     content = torch.load(run_folder(tmp_path) / "checkpoints" / "step_00000005.ckpt", weights_only=True)
     (group,) = content["optimizer_states"][0]["param_groups"]
     assert group["lr"] == pytest.approx(rate(5))
     assert {name: tuple(group[name]) for name in numbers} == numbers
-    assert content["optimizer_states"][0]["state"][0]["step"] == 5, "the moments go on"
+    assert content["optimizer_states"][0]["state"][0]["step"] == 5, "the moments continue"
 
 
 def test_other_images_are_refused(tmp_path):

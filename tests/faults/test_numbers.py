@@ -26,7 +26,7 @@ def nan_at_5(original, call, *arguments):
 
 
 def infinite_constant_at_5(original, call, *arguments):
-    """The gradient of such a loss is finite: only the loss itself tells."""
+    """The gradient of such a loss is finite: only the loss shows it."""
     losses = original(*arguments)
     return losses + float("inf") if call == 5 else losses
 
@@ -43,8 +43,8 @@ def skipped_steps(run: Path) -> list[str]:
 
 def test_one_step_is_skipped(tmp_path):
     for name, poison in (("nan", nan_at_5), ("constant", infinite_constant_at_5)):
-        door = train(tmp_path / name, *EACH_STEP, faults=[Replacement(LOSS, poison)])
-        assert door.status == 0, door.output
+        command = train(tmp_path / name, *EACH_STEP, faults=[Replacement(LOSS, poison)])
+        assert command.status == 0, command.output
         folder = run_folder(tmp_path / name)
         before, after = training_state(folder, 4), training_state(folder, 5)
         changed = {
@@ -63,8 +63,8 @@ def test_one_step_is_skipped(tmp_path):
 
 
 def test_accumulated_step_is_skipped_whole(tmp_path):
-    door = train(tmp_path, *EACH_STEP, "max_device_batch=8", faults=[Replacement(LOSS, nan_at_5)])
-    assert door.status == 0, door.output
+    command = train(tmp_path, *EACH_STEP, "max_device_batch=8", faults=[Replacement(LOSS, nan_at_5)])
+    assert command.status == 0, command.output
     folder = run_folder(tmp_path)  # the fifth micro-batch belongs to step 3
     changed = differences(training_state(folder, 2), training_state(folder, 3))
     assert not [leaf for leaf in changed if leaf.startswith(("/state_dict", "/ema/w"))]
@@ -72,9 +72,9 @@ def test_accumulated_step_is_skipped_whole(tmp_path):
 
 
 def test_stops_after_some_in_a_row(tmp_path):
-    door = train(tmp_path, "callbacks.skip_nonfinite.stop_after=3", faults=[Replacement(LOSS, nan_from_5)])
-    assert door.status == 2, door.output
-    assert "not finite 3 times in a row" in door.output.splitlines()[-1]
+    command = train(tmp_path, "callbacks.skip_nonfinite.stop_after=3", faults=[Replacement(LOSS, nan_from_5)])
+    assert command.status == 2, command.output
+    assert "not finite 3 times in a row" in command.output.splitlines()[-1]
     kept = list(tmp_path.glob("runs/*/checkpoints/*.ckpt"))
     assert {"step_00000003.ckpt", "step_00000006.ckpt"} >= {path.name for path in kept if "step" in path.name}
     assert kept
@@ -104,10 +104,10 @@ def nan_score(original, call, *arguments):
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
     fault = Replacement("src.metrics.fidelity:FidelityScore.compute", nan_score)
-    door = run(
+    command = run(
         tmp_path, "train", *TINY, "callbacks.track_fidelity.every=4", "trainer.max_steps=8", faults=[fault]
     )
-    assert door.status == 0, door.output
+    assert command.status == 0, command.output
     best = torch.load(run_folder(tmp_path) / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 4
     assert os.path.exists(run_folder(tmp_path) / "checkpoints" / "step_00000008.ckpt")

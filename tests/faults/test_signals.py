@@ -1,9 +1,11 @@
-"""Signals: saved at the next step boundary, left with 128 + signal, nothing hangs, nothing is exchanged."""
+"""Signals: saved at the next step boundary, exit status 128 + signal, nothing hangs."""
 
 import csv
+import ctypes
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +13,20 @@ import pytest
 
 from src.runs.files import sidecar_path
 from src.runs.folder import find_run
+from src.training import signals
 from tests.faults import processes
-from tests.faults.processes import DDP, STEPS, TINY, Door, Fault, resume, run, run_folder, train
+from tests.faults.processes import (
+    DDP,
+    STEPS,
+    TINY,
+    Command,
+    Fault,
+    Replacement,
+    resume,
+    run,
+    run_folder,
+    train,
+)
 from tests.faults.states import differences, training_state
 
 STEP = "src.training.module:DiffusionModule.training_step"
@@ -23,13 +37,14 @@ WRITING = "src.training.checkpoint:_Hashing.write"
 SIGNALS = {
     "SIGTERM in a step": (Fault(STEP, 5, signal.SIGTERM), 5),
     "SIGUSR1 in a step": (Fault(STEP, 5, signal.SIGUSR1), 5),
+    "SIGHUP in a step": (Fault(STEP, 5, signal.SIGHUP), 5),
     "SIGINT in validation, the averages in place": (Fault(VALIDATION, 2, signal.SIGINT), 5),
     "SIGTERM while a checkpoint is written": (Fault(WRITING, 100, signal.SIGTERM), 3),
 }
 
 
 @pytest.mark.parametrize("case", SIGNALS)
-def test_saved_and_left(tmp_path, uninterrupted, case):
+def test_saved_and_ended(tmp_path, uninterrupted, case):
     fault, step = SIGNALS[case]
     stopped = train(tmp_path, faults=[fault])
     assert stopped.status == 128 + fault.signum, stopped.output
@@ -53,19 +68,79 @@ def test_interrupted_before_the_training_has_begun(tmp_path, place):
     """While parts are joined, a run that is continued is compared, images are read."""
     stopped = train(tmp_path, faults=[Fault(place, 1, signal.SIGINT)])
     assert stopped.status == 128 + signal.SIGINT, stopped.output
-    # at most what is told of a training, and one line
+    # at most the summary of a training, and one line
     assert "Traceback" not in stopped.output
     assert "Interrupt" not in stopped.output
     assert "error" not in stopped.output
 
 
-def test_second_interrupt_leaves_at_once(tmp_path):
+def test_second_interrupt_ends_at_once(tmp_path):
     stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGINT, again=2)])
     assert stopped.status == 128 + signal.SIGINT
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt", "step 5 was not waited for"
 
 
-def test_slurm_job_is_requeued_and_goes_on(tmp_path, uninterrupted):
+def ignore_hangups(original, call, *arguments):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return original(*arguments)
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path, uninterrupted):
+    nohup = Replacement("src.training.signals:StopOnSignal.on_fit_start", ignore_hangups)
+    done = train(tmp_path, faults=[nohup, Fault(STEP, 5, signal.SIGHUP)])
+    assert done.status == 0, done.output
+    assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
+
+
+def one_second(original, call, *arguments):
+    signals.PATIENCE = 1.0
+    return original(*arguments)
+
+
+def hang(original, call, *arguments):
+    """As a queue whose other end is gone: handlers run, and waiting starts again."""
+    if call == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    return original(*arguments)
+
+
+def block(original, call, *arguments):
+    """As a collective whose other rank is gone: the main thread is in C and runs no handlers."""
+    if call == 5:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+        for _ in range(2):  # the second waits for the first
+            library.pthread_mutex_lock(mutex)
+    return original(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "how"), [(STEP, hang), (STEP, block), ("src.data.datamodule:_already_a_batch", hang)]
+)
+def test_a_hang_is_ended(tmp_path, place, how):
+    patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
+    ended = train(tmp_path, faults=[patience, Replacement(place, how)])
+    assert ended.status == 128 + signal.SIGTERM, ended.output
+    assert "SIGTERM: nothing has moved for" in ended.output
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt"
+
+
+def slow_preview(original, call, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    return original(*arguments)
+
+
+def test_a_long_preview_is_no_hang(tmp_path):
+    patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
+    preview = Replacement("src.training.callbacks.sample_images:SampleImages.act", slow_preview)
+    stopped = train(tmp_path, faults=[patience, preview])
+    assert stopped.status == 128 + signal.SIGTERM
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000004.ckpt", "it was saved after that"
+
+
+def test_slurm_job_is_requeued_and_continues(tmp_path, uninterrupted):
     binary = tmp_path / "bin" / "scontrol"
     binary.parent.mkdir()
     binary.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
@@ -77,7 +152,7 @@ def test_slurm_job_is_requeued_and_goes_on(tmp_path, uninterrupted):
     # SLURM starts the same command line once more
     again = train(tmp_path, SLURM_RESTART_COUNT="1", **slurm)
     assert again.status == 0, again.output
-    assert len(list((tmp_path / "runs").iterdir())) == 1, "it goes on in its own folder"
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "it continues in its folder"
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
@@ -101,8 +176,8 @@ def test_no_validation_is_lost_to_a_signal(tmp_path, uninterrupted, place):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
-def test_requeued_job_of_two_trainings_goes_on_with_the_right_one(tmp_path):
-    """Each with the one of its own options, wherever its folder is."""
+def test_requeued_job_of_two_trainings_continues_the_right_one(tmp_path):
+    """Each with the run of the same options, wherever its folder is."""
     slurm = {"SLURM_JOB_ID": "4711"}
     swept = tmp_path / "runs" / "sweeps" / "today" / "0_seed-1"
     assert train(tmp_path, "trainer.max_steps=2", "seed=1", f"hydra.run.dir={swept}", **slurm).status == 0
@@ -120,7 +195,7 @@ def test_requeued_job_of_two_trainings_goes_on_with_the_right_one(tmp_path):
 
 
 def test_sigterm_to_one_of_two_processes(tmp_path):
-    """To rank 1 alone: rank 0 learns of it, both save the same step and leave."""
+    """To rank 1 alone: rank 0 learns of it, both save the same step and end."""
     leader = processes.start_command(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
@@ -141,7 +216,7 @@ def test_sigterm_to_one_of_two_processes(tmp_path):
 
 
 def test_second_job_in_a_run_folder_refuses(tmp_path):
-    first = Door(tmp_path, ["train", *TINY, "trainer.max_steps=100000"]).start()
+    first = Command(tmp_path, ["train", *TINY, "trainer.max_steps=100000"]).start()
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
         folder = run_folder(tmp_path)

@@ -70,7 +70,7 @@ def test_the_newest_valid_one_is_the_last(written, caplog, harm):
         find_run(written)
 
 
-def test_a_lone_checkpoint_is_judged_by_loading_it(written):
+def test_a_checkpoint_without_a_record_is_checked_by_loading_it(written):
     path = written / "checkpoints" / "step_00000003.ckpt"
     sidecar_path(path).unlink()
     assert damage(path) is None
@@ -86,7 +86,7 @@ def test_resumed_from_the_one_before_a_damaged_one(tmp_path, uninterrupted):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
-def test_the_best_of_a_future_turned_away_from_is_set_aside(tmp_path):
+def test_the_best_of_a_later_step_is_set_aside(tmp_path):
     # step 8 is scored and so is the end, step 9: whichever is the better, it is later than step 6
     assert train(tmp_path, "callbacks.track_fidelity.every=8", "trainer.max_steps=9").status == 0
     folder = run_folder(tmp_path) / "checkpoints"
@@ -95,7 +95,7 @@ def test_the_best_of_a_future_turned_away_from_is_set_aside(tmp_path):
     assert back.status == 0, back.output
     assert {path.name for path in folder.glob("best*")} == {"best.ckpt.set_aside", "best.json.set_aside"}
     assert resume(tmp_path, "trainer.max_steps=8", "metrics=fd_digits").status == 0
-    assert (folder / "best.ckpt").is_file(), "a best anew, whatever was the best there"
+    assert (folder / "best.ckpt").is_file(), "a new best, whatever the earlier was"
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path, caplog):
@@ -129,12 +129,12 @@ def full_once(original, call, *arguments):
 
 def test_full_disk_stops_after_three_failures(tmp_path):
     start = Replacement("src.training.checkpoint:Checkpoints.on_train_start", limit_file_size)
-    door = train(tmp_path, faults=[start])
-    assert door.status == 2, door.output
-    assert door.output.count("disk full, 0.") >= 3
-    assert "MB needed" in door.output
-    assert "3 checkpoints in a row could not be written" in door.output.splitlines()[-1]
-    assert not list(tmp_path.glob("runs/*/checkpoints/*")), "nor is half a file left"
+    command = train(tmp_path, faults=[start])
+    assert command.status == 2, command.output
+    assert command.output.count("disk full, 0.") >= 3
+    assert "MB needed" in command.output
+    assert "3 checkpoints in a row could not be written" in command.output.splitlines()[-1]
+    assert not list(tmp_path.glob("runs/*/checkpoints/*")), "no partial file is left"
 
 
 def full_from_the_last_step_on(original, call, checkpoint, path):
@@ -157,42 +157,42 @@ def nine_steps(folder, writing):
     return train(folder, "metrics=none", "trainer.max_steps=9", faults=[Replacement(WRITE, writing)])
 
 
-def test_a_training_whose_end_is_not_saved_is_not_done(tmp_path):
-    door = nine_steps(tmp_path, full_from_the_last_step_on)
-    assert door.status == 2, door.output
-    assert "Done." not in door.output
-    assert "disk full" in door.output
-    last = door.output.splitlines()[-1]
+def test_a_training_whose_end_is_not_saved_fails(tmp_path):
+    command = nine_steps(tmp_path, full_from_the_last_step_on)
+    assert command.status == 2, command.output
+    assert "Done." not in command.output
+    assert "disk full" in command.output
+    last = command.output.splitlines()[-1]
     assert "step 9 could not be saved" in last
     assert "step_00000006.ckpt" in last
 
 
 def test_the_last_save_is_tried_again(tmp_path):
-    door = nine_steps(tmp_path, full_at_the_last_step_once)
-    assert door.status == 0, door.output
-    assert "disk full" in door.output
+    command = nine_steps(tmp_path, full_at_the_last_step_once)
+    assert command.status == 0, command.output
+    assert "disk full" in command.output
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000009.ckpt"
 
 
 def test_a_stopped_training_says_that_it_is_not_saved(tmp_path):
     stop = Fault("src.training.module:DiffusionModule.training_step", 9, signal.SIGTERM)
-    door = train(tmp_path, "metrics=none", faults=[Replacement(WRITE, full_from_the_last_step_on), stop])
-    assert door.status == 128 + signal.SIGTERM, door.output
-    assert "step 9 could not be saved" in door.output
-    assert "step_00000006.ckpt" in door.output.splitlines()[-1]
+    command = train(tmp_path, "metrics=none", faults=[Replacement(WRITE, full_from_the_last_step_on), stop])
+    assert command.status == 128 + signal.SIGTERM, command.output
+    assert "step 9 could not be saved" in command.output
+    assert "step_00000006.ckpt" in command.output.splitlines()[-1]
 
 
-def test_training_goes_on_after_a_full_disk(tmp_path, uninterrupted):
+def test_training_continues_after_a_full_disk(tmp_path, uninterrupted):
     once = Replacement(WRITE, full_once)
-    door = train(tmp_path, faults=[once])
-    assert door.status == 0, door.output
-    assert "disk full" in door.output
+    command = train(tmp_path, faults=[once])
+    assert command.status == 0, command.output
+    assert "disk full" in command.output
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
     for path in checkpoints_by_step(run_folder(tmp_path) / "checkpoints"):
         assert damage(path) is None
 
 
-def test_training_goes_on_without_snapshots_of_the_averages(tmp_path):
+def test_training_continues_without_snapshots_of_the_averages(tmp_path):
     full = Replacement("src.training.ema:EMA.on_train_start", limit_file_size)
     power = (
         "ema=power",
@@ -201,13 +201,13 @@ def test_training_goes_on_without_snapshots_of_the_averages(tmp_path):
         "metrics=none",
         "~callbacks.checkpoints",
     )
-    door = train(tmp_path, *power, faults=[full])
-    assert door.status == 0, door.output
-    assert "snapshot of the averages at step 3: File too large; the training goes on" in door.output
+    command = train(tmp_path, *power, faults=[full])
+    assert command.status == 0, command.output
+    assert "snapshot of the averages at step 3: File too large; training continues" in command.output
     assert not list(tmp_path.glob("runs/*/ema/*"))
 
 
-def test_leftovers_of_a_killed_process_are_swept(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
     leftover = run_folder(tmp_path) / "checkpoints" / ".step_00000006.ckpt.1.tmp"
     leftover.write_bytes(b"half")
@@ -217,13 +217,13 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path):
 
 def test_a_name_is_no_path(tmp_path):
     for name in ("../elsewhere", "a/b", ".hidden"):
-        door = run(tmp_path, "train", f"name='{name}'")
-        assert door.status == 2
-        assert "error: name=" in door.output
+        command = run(tmp_path, "train", f"name='{name}'")
+        assert command.status == 2
+        assert "error: name=" in command.output
         assert not (tmp_path / "elsewhere").exists()
 
 
-def test_warnings_are_heard_before_logging_is_set_up(written, capsys):
+def test_warnings_are_shown_before_logging_is_set_up(written, capsys):
     """Falling back happens while the command line is read."""
     truncate(written / "checkpoints" / "step_00000003.ckpt")
     handlers, logging.root.handlers = logging.root.handlers, []

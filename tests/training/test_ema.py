@@ -5,17 +5,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from src.errors import UserError
 from src.training import post_hoc
+from src.training.checkpoint import Checkpoints
 from src.training.ema import EMA, HalfLifeEMA, PowerEMA
 
 
 def _run(ema, path, folder=None, accumulate=1, start=0):
     """Trains a network of one parameter along a path of weights, by the callback's hooks alone."""
     network = nn.Linear(1, 1, bias=False).double()
-    module = SimpleNamespace(denoiser=SimpleNamespace(network=network), skipped=False)
+    module = SimpleNamespace(denoiser=SimpleNamespace(network=network), gradient_norm=torch.zeros(()))
     trainer = SimpleNamespace(
         global_step=start, default_root_dir=str(folder), max_steps=len(path) - 1, is_global_zero=True
     )
@@ -61,7 +63,7 @@ def test_share_of_the_start_without_warmup():
 
 
 def test_half_life_of_edm():
-    # 2^(-batch/h) with h = min(half_life, ramp * images seen); nothing of the start is left
+    # 2^(-batch/h) with h = min(half_life, ramp * images seen); the start is forgotten
     path = _path(300)
     ema = HalfLifeEMA(half_life=1000, ramp=0.05, batch_size=128)
     _run(ema, path)
@@ -126,23 +128,62 @@ def test_inner_product_is_the_integral_of_the_profiles():
         assert ours == pytest.approx(integrand.sum() * 900 / 200_000, rel=1e-6)
 
 
-def test_snapshots_of_a_future_turned_away_from_are_set_aside(tmp_path):
-    """Resumed at step 50: those of 60 to 100 led elsewhere."""
+def test_snapshots_of_later_steps_are_set_aside(tmp_path):
+    """Resumed at step 50: those of 60 to 100 are of another history."""
     path = _path(100)
     first = PowerEMA((0.05, 0.10), snapshot_every=10)
     _run(first, path[:51], tmp_path)
     state = deepcopy(first.state_dict())
     _run(first, path + 100, tmp_path, start=50)
+    resumed = SimpleNamespace(global_step=50, default_root_dir=str(tmp_path), is_global_zero=True)
+    Checkpoints(tmp_path / "checkpoints", {}).on_train_start(resumed, None)
     second = PowerEMA((0.05, 0.10), snapshot_every=30)
     second.load_state_dict(state)
     _run(second, path, tmp_path, start=50)
-    assert [post_hoc.step_of(kept) for kept in post_hoc.snapshots(tmp_path / "ema")] == [
-        *range(10, 51, 10),
-        60,
-        90,
-        100,
-    ]
+    kept = [post_hoc.step_of(each) for each in post_hoc.snapshots(tmp_path / "ema")]
+    assert kept == [*range(10, 51, 10), 60, 90, 100]
     assert len(list((tmp_path / "ema").glob("*.set_aside"))) == 5
+
+
+def test_averages_of_a_bfloat16_network_follow(tmp_path):
+    """Increments of 1/1000 are below bfloat16's resolution: an average kept in it would stay where it is."""
+    network = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(network.weight, 0)
+    averages = [
+        EMA(0.999, warmup=False),
+        HalfLifeEMA(half_life=693, batch_size=1, ramp=1e9),
+        PowerEMA((0.05,), 0),
+    ]
+    for ema in averages:
+        ema.start(network)
+    nn.init.constant_(network.weight, 1)
+    for step in range(1000):
+        for ema in averages:
+            ema.update(network, torch.tensor(True))
+            ema.updates = step + 1
+    # 1 - 0.999^1000; the second has the same decay but forgets the start at once, and so does the third
+    assert averages[0].weights["weight"].item() == pytest.approx(1 - 0.999**1000, rel=1e-4)
+    assert averages[1].weights["weight"].item() == averages[2].weights["weight"].item() == 1
+    nn.init.constant_(network.weight, 2)
+    for ema in averages[1:]:
+        ema.update(network, torch.tensor(True))
+        assert 1 < ema.weights["weight"].item() < 1.02
+    own = network.weight.clone()
+    with averages[0].applied(network):
+        assert network.weight.dtype == torch.bfloat16
+        assert network.weight.item() == averages[0].weights["weight"].bfloat16().item()
+    assert torch.equal(network.weight, own)
+    post_hoc.save(tmp_path, 1, (0.05,), averages[2].averages)
+    assert post_hoc.synthesise(tmp_path, 0.05, 1)["weight"].dtype == torch.float32
+
+
+def test_averages_stored_in_bfloat16_are_widened():
+    network = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    ema = EMA(0.999)
+    ema.load_state_dict({"weights": {"weight": torch.ones(1, 1).bfloat16()}, "others": [], "updates": 7})
+    ema.start(network)
+    assert ema.weights["weight"].dtype == torch.float32
+    assert ema.weights["weight"].item() == 1
 
 
 def test_averages_that_are_not_finite_are_never_written(tmp_path, caplog):
@@ -153,7 +194,7 @@ def test_averages_that_are_not_finite_are_never_written(tmp_path, caplog):
     assert "0/weight is not finite" in caplog.text
 
 
-def test_a_missing_snapshot_is_told(tmp_path):
+def test_a_missing_snapshot_is_named(tmp_path):
     with pytest.raises(UserError, match=r"^weights=0.07: .* has no snapshot of step 10"):
         post_hoc.synthesise(tmp_path, 0.07, 10)
 
@@ -172,7 +213,7 @@ def test_a_resumed_average_is_that_of_one_run(make):
     assert all(ema.state_key == "EMA" for ema in (once, first, second))
 
 
-def test_applied_puts_the_weights_back():
+def test_applied_restores_the_weights():
     ema = EMA(0.9)
     network = _run(ema, _path(20))
     own = network.weight.item()

@@ -54,7 +54,7 @@ def test_the_preference_for_some_times_is_undone():
     times = torch.arange(1, T + 1, dtype=torch.float64)
     importance.update(times, times, Cosine(T))
     module = module_of(TimeItself(Denoiser(Scale(), Cosine(T), V()), importance), batch_size=16)
-    assert module.training_step(batch_of(16), 0).item() == pytest.approx((T + 1) / 2, rel=1e-4)
+    assert module.training_step(batch_of(16), 0)["loss"].item() == pytest.approx((T + 1) / 2, rel=1e-4)
 
 
 def test_validation_losses_are_not_balanced():
@@ -108,7 +108,7 @@ def test_a_loss_may_draw_two_times():
     network = Between()
     loss = TwoTimes(Denoiser(network, Cosine(T), V()))
     module = module_of(loss, batch_size=16)
-    assert module.training_step(batch_of(16), 0).isfinite()
+    assert module.training_step(batch_of(16), 0)["loss"].isfinite()
     label, to_label = network.labels[-1]
     draws = loss.seen[-1]
     assert draws.shape == (16, 2)

@@ -1,4 +1,4 @@
-"""Samplers: from noise to images along falling times. `base.py` holds the only loop; one file a family."""
+"""Samplers: from noise to images along falling times. `base.py` has the only loop; one file for each family."""
 
 from .adams import DEIS, LMS
 from .base import Path, Sampler, State, Visit, last_image
@@ -9,7 +9,7 @@ from .dpm_solver import MultistepDPMSolver, SinglestepDPMSolver
 from .edm import DPM2, Euler, Heun
 from .euler_maruyama import EulerMaruyama
 from .inversion import encode, renoise, slerp
-from .noise import NoiseSource, PerImageNoise, global_noise
+from .noise import NoiseSource, PerImageNoise, ReplayedNoise, global_noise
 from .pndm import PLMS
 from .predictor_corrector import PredictorCorrector
 from .restart import Restart
@@ -31,6 +31,7 @@ __all__ = [
     "Path",
     "PerImageNoise",
     "PredictorCorrector",
+    "ReplayedNoise",
     "Restart",
     "Sampler",
     "SinglestepDPMSolver",

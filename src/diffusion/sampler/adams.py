@@ -1,13 +1,14 @@
-"""Adams-Bashforth methods: eps of the last steps, extended by a polynomial over the next one.
+"""Adams-Bashforth methods: eps of the last steps, extrapolated over the next step by a polynomial.
 
     x_s/alpha_s = x_t/alpha_t + sum_j eps_j integral of L_j d(sigma/alpha)
 
-with L_j the Lagrange polynomials of the visited levels, in a variable of choice. The weights are exact integrals
-on any grid; one evaluation a step, order by order from the first.
+with L_j the Lagrange polynomials of the visited levels in a variable that each method chooses. The weights are exact
+integrals on any grid; one evaluation a step, and the order rises from 1 at the first step.
 """
 
 import math
 from abc import abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from .base import Sampler, State, check_order, is_endless, weighted_sum
 
 
 class AdamsBashforth(Sampler):
-    """A multi-step method of this kind.
+    """An Adams-Bashforth method.
 
     Args:
-        order: how many estimates a step uses, 1 to 4.
+        order: the number of estimates that a step uses, 1 to 4.
 
     Raises:
         ValueError: the order is out of range.
     """
 
-    def __init__(self, order: int = 3):
+    def __init__(self, order: int):
         self.order = check_order(order, 4)
 
     @property
@@ -49,7 +50,10 @@ class AdamsBashforth(Sampler):
 
 
 class LMS(AdamsBashforth):
-    """Polynomials in sigma/alpha itself: the linear multi-step method of k-diffusion, there of order 4."""
+    """Polynomials in sigma/alpha: k-diffusion's linear multi-step method, with its order."""
+
+    def __init__(self, order: int = 4):
+        super().__init__(order)
 
     def weights(self, visited, s):
         nodes = [level.sigma / level.alpha for level in visited]
@@ -60,9 +64,12 @@ class LMS(AdamsBashforth):
 class DEIS(AdamsBashforth):
     """Polynomials in ln(sigma/alpha): exponential Adams-Bashforth (Zhang & Chen 2023, arXiv:2204.13902, eq. 15).
 
-    The paper's tAB has them in its time; this variable, its rho-AB in the logarithm, needs none and is diffusers'.
+    The paper's tAB has polynomials in its time, rho-AB in sigma/alpha (`LMS`); the logarithm is diffusers' variable.
     The step to clean data, where it is infinite, is of first order.
     """
+
+    def __init__(self, order: int = 3):
+        super().__init__(order)
 
     def weights(self, visited, s):
         if is_endless(visited[0], s):
@@ -72,12 +79,19 @@ class DEIS(AdamsBashforth):
         return (_lagrange(nodes, at) @ (weight * at.exp())).tolist()
 
 
-def _gauss_legendre(start: float, end: float, points: int = 24) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of Gauss's quadrature from start to end (Golub & Welsch 1969); exact to degree 47."""
+def _gauss_legendre(start: float, end: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of Gauss's quadrature from start to end, shape (24,)."""
+    nodes, weights = (torch.tensor(values, dtype=torch.float64) for values in _unit_rule())
+    return start + nodes * (end - start), weights * (end - start)
+
+
+@cache
+def _unit_rule(points: int = 24) -> tuple[list[float], list[float]]:
+    """Nodes and weights of Gauss's quadrature on [0, 1] (Golub & Welsch 1969); exact to degree 47."""
     i = torch.arange(1, points, dtype=torch.float64)
     off_diagonal = i / (4 * i**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(off_diagonal.diag(1) + off_diagonal.diag(-1))
-    return start + (nodes + 1) / 2 * (end - start), vectors[0] ** 2 * (end - start)
+    return ((nodes + 1) / 2).tolist(), (vectors[0] ** 2).tolist()
 
 
 def _lagrange(nodes: list[float], at: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The only sampling loop. A sampler is one `step` from x_t to x_s."""
 
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,6 @@ from ..parameterization import Prediction
 from ..schedule import Schedule
 from .noise import NoiseSource, global_noise
 
-# All pixels are looked at for NaN after every step of a trajectory of so many steps, and so often in a longer one, of
-# which one pixel of each image is looked at after every step.
-CHECKED_THROUGHOUT, CHECKS = 16, 8
-
 
 class State(NamedTuple):
     """A point of a sampling trajectory.
@@ -42,7 +37,7 @@ class State(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What a multi-step method remembers of an earlier step: its level, the point it started from, the prediction."""
+    """An earlier step as multi-step methods use it: its level, its starting point and the prediction there."""
 
     level: NoiseLevel
     x: Tensor
@@ -51,14 +46,14 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Path:
-    """Where a step stands in its trajectory.
+    """The position of a step in its trajectory.
 
     Attributes:
         times: all times of the trajectory, falling.
         levels: their levels, of Python floats.
         index: number of the step, from 0: it goes from levels[index] to levels[index + 1].
-        past: the visits before it, the newest last, as many as the sampler's `memory` at most.
-        detour: whether a sampler has left the trajectory asked for and comes back to it.
+        past: the visits before it, the newest last, at most the sampler's `memory`.
+        detour: whether a sampler has left the requested trajectory and will return to it.
     """
 
     times: Sequence[float]
@@ -77,12 +72,22 @@ class Path:
         """Number of steps from here to the end, this one included."""
         return self.steps - self.index
 
+    @property
+    def ends_clean(self) -> bool:
+        """Whether the last step leads to clean data."""
+        return self.levels[-1].sigma == 0
+
+    @property
+    def lowest(self) -> float:
+        """The smallest time above 0."""
+        return self.times[-2 if self.ends_clean else -1]
+
 
 class Sampler(ABC):
-    """Takes noise to images: sampler(denoiser, x_T, times) -> x_0.
+    """Turns noise into images: sampler(denoiser, x_T, times) -> x_0.
 
     Attributes:
-        memory: how many earlier visits a step wants to see.
+        memory: the number of earlier visits that a step uses.
     """
 
     memory = 0
@@ -107,7 +112,7 @@ class Sampler(ABC):
             denoiser: has its condition filled in.
             x_t: shape (B, C, H, W).
             t: level of x_t, of Python floats.
-            s: level to go to; s.sigma == 0 at the step to clean data.
+            s: level of the result; s.sigma == 0 at the step to clean data.
             noise: called only where noise is used.
             path: the whole trajectory and the visits so far.
         """
@@ -120,18 +125,18 @@ class Sampler(ABC):
         condition: Condition | None = None,
         noise: NoiseSource = global_noise,
     ) -> Iterator[State]:
-        """Yields the start and then the state after each step; progress bars and pictures are the caller's affair.
+        """Yields the start and then the state after each step; progress bars and pictures are left to the caller.
 
         Args:
-            denoiser: asked for predictions; put it into eval mode first.
+            denoiser: makes the predictions; must be in eval mode.
             x_T: the start, noise of standard deviation sigma at times[0], shape (B, C, H, W).
             times: falling, the last usually 0 (clean); see `spacing`.
             condition: what the images are conditioned on; None for nothing.
             noise: source of the steps' noise.
 
         Raises:
-            ValueError: the times do not fall.
-            UserError: an image is not finite; names the step. Told at the end, so that no step waits for the device.
+            ValueError: the times do not fall, or are out of the schedule's range.
+            UserError: an image is not finite. Checked after the last step, so that no step waits for the device.
         """
         times = as_times(times)
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
@@ -141,19 +146,17 @@ class Sampler(ABC):
         before = conditioned.evaluated_images
         times, past = times.tolist(), deque(maxlen=self.memory)
         x_t = x_T
-        finite = FiniteCheck("sampling: the images", times[:-1])
         yield State(x_T)
         for index, (t, s) in enumerate(pairwise(levels)):
             with torch.no_grad():
                 state = self.step(conditioned, x_t, t, s, noise, Path(times, levels, index, past))
-                finite.after_step(state.x)
             if self.memory:
                 past.append(Visit(t, x_t if state.origin is None else state.origin, state.prediction))
             x_t = state.x
             evaluations = (conditioned.evaluated_images - before) // len(x_T)
             yield State(x_t, state.prediction, state.origin, evaluations)
-            del state  # whoever wants it has it; the memory of earlier images can serve the next step
-        finite.tell()
+            del state  # frees its memory for the next step, unless the caller keeps it
+        check_finite(x_t, "sampling: the images")
 
     def __call__(
         self,
@@ -168,25 +171,28 @@ class Sampler(ABC):
 
 
 def last_image(states: Iterator[State]) -> Tensor:
-    """The x of the last of at least one state, shape (B, C, H, W); the earlier ones are let go of on the way."""
+    """The x of the last of at least one state, shape (B, C, H, W); earlier states are freed on the way."""
     for state in states:
         x = state.x
-        del state  # its memory can serve the next step
+        del state  # frees its memory for the next step
     return x
 
 
-def level_between(schedule: Schedule, t: NoiseLevel, s: NoiseLevel, share: float) -> NoiseLevel:
-    """The level that lies this share of the log-SNR step away from t, towards s; of Python floats."""
-    return level_at(schedule, t.log_snr + share * (s.log_snr - t.log_snr))
+def level_between(schedule: Schedule, t: NoiseLevel, s: NoiseLevel, share: float, path: Path) -> NoiseLevel:
+    """The level at this share of the log-SNR step from t to s, as floats; see `level_near`."""
+    return level_near(schedule, t.log_snr + share * (s.log_snr - t.log_snr), path)
 
 
-def level_at(schedule: Schedule, log_snr: float) -> NoiseLevel:
-    """The schedule's level at a log-SNR, of Python floats; a table's rows are interpolated."""
-    return schedule(schedule.time_of_log_snr(as_times([log_snr]))).scalars()[0]
+def level_near(schedule: Schedule, log_snr: float, path: Path) -> NoiseLevel:
+    """The schedule's level at a log-SNR, of Python floats; a table's rows are interpolated.
+
+    Never below both the schedule's t_min and the path's last noisy time, nor above t_max: the nearest level is taken.
+    """
+    return schedule(schedule.nearest_time([log_snr], path.lowest)).scalars()[0]
 
 
 def is_endless(t: NoiseLevel, s: NoiseLevel) -> bool:
-    """Whether the log-SNR step is infinite (from pure noise, to clean data): only the first-order step exists there."""
+    """Whether the log-SNR step is infinite (from pure noise or to clean data): only the first-order step is defined."""
     return t.alpha == 0 or s.sigma == 0
 
 
@@ -214,10 +220,10 @@ def weighted_sum(*terms: tuple[float, Tensor]) -> Tensor:
 
 
 def check_order(order: int, highest: int, lowest: int = 1) -> int:
-    """The order, if the solver has it.
+    """The order, if it is in [lowest, highest].
 
     Raises:
-        ValueError: it has not.
+        ValueError: it is not.
     """
     if not isinstance(order, int) or not lowest <= order <= highest:
         raise ValueError(f"order must be a whole number in [{lowest}, {highest}], got {order}")
@@ -225,66 +231,28 @@ def check_order(order: int, highest: int, lowest: int = 1) -> int:
 
 
 def check_memoryless(sampler: Sampler, name: str) -> Sampler:
-    """The sampler, if its steps need no earlier visits and can so be taken from anywhere.
+    """The sampler, if it is a single-step method, whose steps can start anywhere.
 
     Raises:
-        ValueError: they do.
+        ValueError: it is a multi-step method.
     """
     if sampler.memory:
         raise ValueError(f"{name} must be a single-step method, and {type(sampler).__name__} is multi-step")
     return sampler
 
 
-class FiniteCheck:
-    """Whether the states of a trajectory are finite: asked of the device after each step, read at the end alone.
+def check_finite(x: Tensor, what: str) -> None:
+    """Waits for the device; NaN and infinity persist to the end of a trajectory, so that one look there is enough.
 
-    Args:
-        what: whose states, e.g. "sampling: the images".
-        times: from which the network is asked, one for each step.
+    Raises:
+        UserError: x is not finite.
     """
-
-    def __init__(self, what: str, times: Sequence[float]):
-        self.what, self.times = what, times
-        # after every step one pixel of each image (in one block: many small ones would break up freed images' memory);
-        # after some the sum of all pixels, not finite if a summand is not
-        self.pixels: tuple[Tensor, ...] = ()
-        self.images: dict[int, Tensor] = {}
-        self._index = 0
-        self._every = 1 if len(times) <= CHECKED_THROUGHOUT else math.ceil(len(times) / CHECKS)
-        self._corners: Tensor | None = None  # the places of those pixels among all
-
-    def after_step(self, x: Tensor) -> None:
-        """Takes the next state, shape (B, C, H, W)."""
-        index = self._index
-        self._index += 1
-        if self._corners is None:
-            self._corners = torch.arange(0, x.numel(), x[0].numel(), device=x.device)
-            with torch.inference_mode(False):  # a later step may be made outside of it
-                self.pixels = x.new_empty(len(self.times), len(x)).unbind()
-        torch.take(x, self._corners, out=self.pixels[index])
-        if (index + 1) % self._every == 0 or index == len(self.times) - 1:
-            self.images[index] = x.sum()
-
-    def tell(self) -> None:
-        """Waits for the device.
-
-        Raises:
-            UserError: a state is not finite; names the first such step, as nearly as it is known.
-        """
-        finite = torch.stack([*self.images.values()]).isfinite().tolist()
-        if all(finite):
-            return
-        checked = [-1, *self.images]
-        first, last = checked[finite.index(False)] + 1, checked[finite.index(False) + 1]
-        # a network spreads what one pixel has: the one looked at may have been lost later than another, not earlier
-        last = next((index for index in range(first, last) if not self.pixels[index].isfinite().all()), last)
-        steps = f"step {last + 1}" if first == last else f"one of the steps {first + 1} to {last + 1}"
-        raise not_finite(self.what, f"{steps} of {len(self.times)}", self.times[first])
+    if not x.isfinite().all():
+        raise not_finite(what)
 
 
-def not_finite(what: str, step: str, time: float) -> UserError:
-    """The error that names the step after which something is not finite, and from which time the network was asked."""
+def not_finite(what: str, since: str = "") -> UserError:
+    """The error for states that are not finite, e.g. "sampling: the images", " from t = 0.3 on"."""
     return UserError(
-        f"{what} are not finite (NaN or infinite) after {step}, where the network was asked from t = {time:g}: its"
-        " weights have diverged or the step is too large"
+        f"{what} are not finite (NaN or infinite){since}: the network's weights have diverged, or a step is too large"
     )

@@ -1,12 +1,11 @@
-"""The probability-flow ODE with control of the error."""
+"""The probability-flow ODE with adaptive steps."""
 
 import math
 
 from src.errors import UserError
 
-from ..noise_level import as_times
 from ..ode import NotFinite, integrate
-from .base import Sampler, State, level_at, not_finite
+from .base import Sampler, State, level_near, not_finite
 
 
 class Dopri5(Sampler):
@@ -17,17 +16,17 @@ class Dopri5(Sampler):
 
         d(x/r)/d phi = cos(phi) eps - sin(phi) x0
 
-    Between two times of the spacing the solver chooses its own steps, so that one time is enough; the
-    last stretch ends at the schedule's t_min, where the estimate of x0 is taken. The steps are common to a batch:
-    images of other batches agree to the tolerance. Evaluations are counted in `State.evaluations`.
+    Between two times of the spacing the solver chooses its steps, so that one time is enough; the last stretch ends at
+    the schedule's t_min (or the last noisy time, if that is smaller), where the estimate of x0 is taken. A batch shares
+    its steps: the images of another split into batches agree to the tolerance. `State.evaluations` counts evaluations.
 
     Args:
         tolerance: bound of each step's error per image (root mean square), relative and absolute.
-        max_evaluations: of the denoiser in one stretch.
+        max_evaluations: of the denoiser between two times.
 
     Raises:
         ValueError: a number is not positive.
-        UserError: when sampling, it cannot be reached, or the network's output is not finite.
+        UserError: when sampling, the tolerance is not reached, or the network's output is not finite.
     """
 
     def __init__(self, tolerance: float = 1e-5, max_evaluations: int = 10_000):
@@ -38,15 +37,15 @@ class Dopri5(Sampler):
 
     def step(self, denoiser, x_t, t, s, noise, path):
         schedule = denoiser.schedule
-        end = s if s.sigma > 0 else schedule([schedule.t_min]).scalars()[0]
+        end = s if s.sigma > 0 else schedule([min(schedule.t_min, path.lowest)]).scalars()[0]
         start, stop = (math.atan2(level.sigma, level.alpha) for level in (t, end))
 
-        first = None  # prediction: the one at x_t, where the integration begins
+        first = None  # the prediction at x_t, where the integration begins
 
         def derivative(turned, y):
             nonlocal first
             phi = start - turned
-            level = level_at(schedule, -math.log(math.tan(phi)))
+            level = level_near(schedule, -math.log(math.tan(phi)), path)
             prediction = denoiser(y[0] * math.hypot(level.alpha, level.sigma), level)
             first = first or prediction
             return (prediction.mix(math.sin(phi), -math.cos(phi)),)
@@ -57,9 +56,8 @@ class Dopri5(Sampler):
                 y, _ = integrate(derivative, y, 0.0, start - stop, self.tolerance, self.max_evaluations)
             except NotFinite as error:
                 log_snr = -math.log(math.tan(start - error.x))
-                time = schedule.time_of_log_snr(as_times([log_snr])).item()
-                step = f"step {path.index + 1} of {path.steps}"
-                raise not_finite("sampling: the images", step, time) from None
+                time = schedule.nearest_time([log_snr], path.lowest).item()
+                raise not_finite("sampling: the images", f" from t = {time:g} on") from None
             except ValueError as error:
                 raise UserError(f"sampler.{error}") from None
         x = y[0] * math.hypot(end.alpha, end.sigma)

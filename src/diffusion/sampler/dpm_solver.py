@@ -2,39 +2,50 @@
 
 import math
 from itertools import pairwise
+from typing import Literal
 
-from .base import (
-    Sampler,
-    State,
-    ancestral_split,
-    check_order,
-    is_endless,
-    level_between,
-    weighted_sum,
-)
+import torch
+
+from ..noise_level import NoiseLevel
+from ..schedule import Schedule
+from .base import Path, Sampler, State, ancestral_split, check_order, is_endless, level_between, weighted_sum
 from .exponential import form, phi_2, phi_3
+
+# in which power of the time the inner levels of a single step are even
+POWERS = {"time": 1.0, "sqrt_time": 0.5}
 
 
 class SinglestepDPMSolver(Sampler):
     """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
 
-    The order is also the number of evaluations a step (one at infinite ends); intermediate levels lie at 1/2, or
-    at 1/3 and 2/3, of the log-SNR step. With eta > 0 each step goes to a lower level and returns by noise:
-    k-diffusion's DPM++ 2S ancestral.
+    The order is also the number of evaluations a step (one at infinite ends): at t and at the inner levels. These
+    divide the step evenly in the log-SNR (r1 = 1/2, or r1 = 1/3 and r2 = 2/3), as in the papers; the authors' code
+    divides it in the variable in which its grid is even (skip_type logSNR, time_uniform, time_quadratic). With eta > 0
+    each step goes to a lower level and returns by noise: k-diffusion's DPM++ 2S ancestral.
 
     Args:
         order: 2 or 3.
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
         eta: stochasticity as DDIM's, in [0, 1]; 0 is deterministic.
+        nodes: the variable in which the inner levels are even: log_snr, time or sqrt_time.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
-    def __init__(self, order: int = 2, plus_plus: bool = True, eta: float = 0.0):
+    def __init__(
+        self,
+        order: int = 2,
+        plus_plus: bool = True,
+        eta: float = 0.0,
+        nodes: Literal["log_snr", "time", "sqrt_time"] = "log_snr",
+    ):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
+        if nodes not in ("log_snr", *POWERS):
+            raise ValueError(f"nodes must be log_snr, {' or '.join(POWERS)}, got {nodes}")
         self.order, self.plus_plus, self.eta = check_order(order, 3, lowest=2), plus_plus, eta
+        self.nodes = nodes
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
@@ -43,26 +54,34 @@ class SinglestepDPMSolver(Sampler):
             x_s = prediction.mix(down.alpha, down.sigma)
         else:
             solve = self._second if self.order == 2 else self._third
-            x_s = solve(denoiser, x_t, prediction, t, down)
+            x_s = solve(denoiser, x_t, prediction, t, down, self._inner(denoiser.schedule, t, down, path))
         if std > 0:
             x_s.add_(noise(x_t), alpha=std)
         return State(x_s, prediction)
 
-    def _second(self, denoiser, x_t, prediction, t, s):
+    def _inner(self, schedule: Schedule, t: NoiseLevel, s: NoiseLevel, path: Path) -> list[NoiseLevel]:
+        """The inner levels of the step from t to s."""
+        shares = [i / self.order for i in range(1, self.order)]
+        if self.nodes == "log_snr":
+            return [level_between(schedule, t, s, share, path) for share in shares]
+        start, end = schedule.nearest_time([t.log_snr, s.log_snr], path.lowest) ** POWERS[self.nodes]
+        even = torch.stack([torch.lerp(start, end, share) for share in shares])
+        return schedule(even ** (1 / POWERS[self.nodes])).scalars()
+
+    def _second(self, denoiser, x_t, prediction, t, s, inner):
         f = form(self.plus_plus)
         m, h = f.estimate(prediction), s.log_snr - t.log_snr
-        middle = level_between(denoiser.schedule, t, s, 1 / 2)
+        (middle,) = inner
         x_middle = prediction.mix(middle.alpha, middle.sigma)
         m_middle = f.estimate(denoiser(x_middle, middle))
-        # the level may lie beside the middle where the schedule ends before it
         slope = h / (2 * (middle.log_snr - t.log_snr))
         whole = -f.b(s) * math.expm1(f.k(h))
         return weighted_sum((f.a(s) / f.a(t), x_t), (whole * (1 - slope), m), (whole * slope, m_middle))
 
-    def _third(self, denoiser, x_t, prediction, t, s):
+    def _third(self, denoiser, x_t, prediction, t, s, inner):
         f = form(self.plus_plus)
         m, h = f.estimate(prediction), s.log_snr - t.log_snr
-        first, second = (level_between(denoiser.schedule, t, s, share) for share in (1 / 3, 2 / 3))
+        first, second = inner
         r1, r2 = ((level.log_snr - t.log_snr) / h for level in (first, second))
         m1 = f.estimate(denoiser(prediction.mix(first.alpha, first.sigma), first))
         k = f.k(h * r2)
@@ -80,18 +99,18 @@ class MultistepDPMSolver(Sampler):
         x_s = (a_s/a_t) e^(-eta h) x_t - b_s (expm1(k) m + c D1 + phi_3(k) D2) + std z
         k = -(1 + eta) h for x0 (h for eps),    std^2 = sigma_s^2 (1 - e^(-2 eta h))
 
-    with D1, D2 the first and second derivative of m by the last `order` visits, in units of the step, and c of
-    the published second-order step, expm1(k)/2, or phi_2(k). One evaluation a step. eta = 0 is the ODE, eta = 1
-    SDE-DPM-Solver++ (k-diffusion's 2M SDE and 3M SDE). Starts at order 1.
+    with D1, D2 the first and second derivative of m by the last `order` visits, in units of the step, and c either
+    expm1(k)/2, as in the published second-order step, or phi_2(k). One evaluation a step. eta = 0 is the ODE, eta = 1
+    SDE-DPM-Solver++ (k-diffusion's 2M SDE and 3M SDE). The first step is of order 1.
 
     Args:
         order: 1, 2 or 3.
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
         eta: stochasticity, at least 0.
         midpoint: second-order steps with c = expm1(k)/2, as published, instead of phi_2(k).
-        lower_order_final: no step of higher order than there are steps left, this one included: True, False, or in
-            trajectories of fewer steps than this (15 in diffusers; the authors' code has had 15 and 10). The step to
-            clean data is always of first order.
+        lower_order_final: limit the order of a step to the number of steps left, this one included: always (True),
+            never (False), or in trajectories of fewer steps than this (15 in diffusers, 10 in the authors' code).
+            The step to clean data is always of first order.
         half_curvature: take half of D2, as DPM-Solver's code, diffusers and k-diffusion do: "3M" is then of order 2.
 
     Raises:
@@ -126,7 +145,7 @@ class MultistepDPMSolver(Sampler):
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
         if self.eta > 0 and t.alpha == 0 and s.sigma > 0:
-            # the limit of the infinite step: nothing of x_t is left
+            # the limit of the infinite step, in which x_t has no weight
             return State(weighted_sum((s.alpha, prediction.x0), (s.sigma, noise(x_t))), prediction)
         if is_endless(t, s):
             return State(prediction.mix(s.alpha, s.sigma), prediction)
@@ -134,8 +153,9 @@ class MultistepDPMSolver(Sampler):
         h = s.log_snr - t.log_snr
         k = f.k(h) * (1 + self.eta)
         carried = f.a(s) / f.a(t) * math.exp(-self.eta * h)
-        estimates = [f.estimate(prediction), *(f.estimate(visit.prediction) for visit in self._past(path))]
-        weights = self._weights(k, h, [t, *(visit.level for visit in self._past(path))])
+        past = self._past(path)
+        estimates = [f.estimate(prediction), *(f.estimate(visit.prediction) for visit in past)]
+        weights = self._weights(k, h, [t, *(visit.level for visit in past)])
         x_s = weighted_sum(
             (carried, x_t), *((-f.b(s) * w, m) for w, m in zip(weights, estimates, strict=True))
         )
@@ -152,7 +172,7 @@ class MultistepDPMSolver(Sampler):
         return visits
 
     def _weights(self, k, h, levels):
-        """Of the estimates at these levels, the newest first."""
+        """The weights of the estimates at these levels, the newest first."""
         lags = [(a.log_snr - b.log_snr) / h for a, b in pairwise(levels)]
         if not lags:
             return [math.expm1(k)]

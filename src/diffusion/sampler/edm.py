@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from ..noise_level import NoiseLevel, conditional_variance
 from ..schedule import Schedule
-from .base import Sampler, State, is_endless, level_at, level_between, weighted_sum
+from .base import Sampler, State, is_endless, level_between, weighted_sum
 
 
 class Churned(Sampler):
-    """A deterministic step from a level that is first raised by noise.
+    """A deterministic step after noise has raised the level.
 
         sigma_hat = (1 + min(s_churn/S, sqrt(2) - 1)) sigma   in unscaled coordinates, for sigma in [s_min, s_max]
 
@@ -66,9 +66,9 @@ class Heun(Churned):
 
         x_s = x_t + (x0_t + x0_s)/2 (alpha_s - alpha_t) + (eps_t + eps_s)/2 (sigma_s - sigma_t)
 
-    in unscaled coordinates (x, alpha and sigma over alpha), where only eps counts. On a flow's straight lines it is
-    Heun's method in t, as flows are published, and from pure noise (alpha 0), which has no unscaled coordinates,
-    the schedule's own are taken too.
+    in unscaled coordinates (x, alpha and sigma over alpha), where only eps matters. On straight schedules (flows) it is
+    Heun's method in t, as published for flows. Trajectories from pure noise (alpha 0), where unscaled coordinates are
+    undefined, use the schedule's coordinates too.
     """
 
     def deterministic_step(self, denoiser, x_t, t, s, path):
@@ -77,8 +77,8 @@ class Heun(Churned):
         if s.sigma == 0:
             return State(euler, prediction)
         corrected = denoiser(euler, s)
-        own = denoiser.schedule.straight or path.levels[0].alpha == 0
-        t_scale, s_scale = (1.0, 1.0) if own else (t.alpha, s.alpha)
+        scaled = denoiser.schedule.straight or path.levels[0].alpha == 0
+        t_scale, s_scale = (1.0, 1.0) if scaled else (t.alpha, s.alpha)
         of_x0 = (s.alpha - t.alpha * s_scale / t_scale) / 2
         of_eps = (s.sigma - t.sigma * s_scale / t_scale) / 2
         x_s = (
@@ -99,16 +99,16 @@ class DPM2(Churned):
         prediction = denoiser(x_t, t)
         if is_endless(t, s):
             return State(prediction.mix(s.alpha, s.sigma), prediction)
-        middle = level_between(denoiser.schedule, t, s, 0.5)
+        middle = level_between(denoiser.schedule, t, s, 0.5, path)
         eps = denoiser(prediction.mix(middle.alpha, middle.sigma), middle).eps
         ratio = s.alpha / t.alpha
         return State(weighted_sum((ratio, x_t), (s.sigma - ratio * t.sigma, eps)), prediction)
 
 
 def _raised(schedule: Schedule, t: NoiseLevel, factor: float) -> NoiseLevel:
-    """The schedule's level at factor times sigma/alpha; above its largest level, that one with more noise."""
+    """The schedule's level at factor times sigma/alpha; beyond its noisiest level, that one with a larger sigma."""
     wanted = factor * t.sigma / t.alpha
-    level = level_at(schedule, -math.log(wanted))
-    if math.isclose(level.sigma, wanted * level.alpha, rel_tol=1e-6):
-        return level
-    return replace(level, sigma=wanted * level.alpha)
+    (noisiest,) = schedule([schedule.t_max]).scalars()
+    if wanted * noisiest.alpha > noisiest.sigma * (1 + 1e-6):
+        return replace(noisiest, sigma=wanted * noisiest.alpha)
+    return schedule(schedule.time_of_log_snr([-math.log(wanted)])).scalars()[0]

@@ -9,8 +9,9 @@ class EulerMaruyama(Sampler):
     """Euler and Maruyama's method on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6).
 
         x_s = x_t + (f x_t - g^2 score)(s - t) + g sqrt(t - s) z,    score = -eps/sigma_t
-    with f and g^2 the schedule's at t (`Schedule.drift_and_diffusion`). Steps to clean data and from pure noise
-    take the estimates of x0 and eps instead.
+
+    with f and g^2 of the schedule at t (`Schedule.drift_and_diffusion`). Steps to clean data and from pure noise
+    are DDIM's, with the estimates of x0 and eps.
     """
 
     def step(self, denoiser, x_t, t, s, noise, path):

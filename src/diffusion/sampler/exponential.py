@@ -1,4 +1,4 @@
-"""What exponential integrators of the diffusion ODE share (Lu et al. 2022, arXiv:2206.00927 and 2211.01095).
+"""Shared parts of exponential integrators of the diffusion ODE (Lu et al. 2022, arXiv:2206.00927 and 2211.01095).
 
 Over a step of h = lambda_s - lambda_t in the log-SNR the linear part is solved exactly,
 
@@ -20,7 +20,7 @@ from ..parameterization import Prediction
 
 
 class Form(ABC):
-    """Which estimate is integrated."""
+    """The estimate that is integrated, and its coefficients."""
 
     @abstractmethod
     def estimate(self, prediction: Prediction) -> Tensor:
@@ -28,7 +28,7 @@ class Form(ABC):
 
     @abstractmethod
     def a(self, level: NoiseLevel) -> float:
-        """Coefficient of what is carried over."""
+        """Coefficient of the linear part."""
 
     @abstractmethod
     def b(self, level: NoiseLevel) -> float:

@@ -1,4 +1,4 @@
-"""Images to noise and back: DDIM inversion, interpolation between latents, starting from a given image."""
+"""From images to noise: DDIM inversion, interpolation between latents, starting from a given image."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from src.conditioning import Condition
 from ..denoiser import BaseDenoiser, Conditioned
 from ..forward import diffuse
 from ..noise_level import NoiseLevel, as_times, linear_combination
-from .base import FiniteCheck, State
+from .base import State, check_finite
 from .noise import NoiseSource, global_noise
 
 
@@ -26,12 +26,12 @@ def encode(
     """The latents of images: deterministic DDIM backwards (Song et al. 2021, arXiv:2010.02502, sec. 4.3).
 
     Yields the image and then the state at each rising time; the last holds x_T, which DDIM with eta 0 decodes.
-    Each step takes eps at the level where it starts (clean images have none and are asked about at the first
-    level), which errs at order 1 in the number of steps. With a tolerance each step is solved for the x_t whose DDIM
-    step leads exactly back, by fixed-point iteration, and decoding returns the images.
+    Each step takes eps at the level where it starts (clean images at the first noisy level), an error of order 1 in the
+    number of steps. With a tolerance each step is solved by fixed-point iteration for the x_t whose DDIM step leads
+    exactly back, and decoding returns the images.
 
     Args:
-        denoiser: asked for predictions; without clipping, which cannot be inverted.
+        denoiser: makes the predictions; without clipping, which cannot be inverted.
         x0: images in [-1, 1], shape (B, C, H, W).
         times: falling, as for sampling; visited in reverse.
         condition: what the images are conditioned on; None for nothing.
@@ -39,7 +39,7 @@ def encode(
 
     Raises:
         ValueError: the times do not fall, the tolerance is not positive, or is not reached in 1,000 iterations.
-        UserError: a state is not finite; names the step, at the end.
+        UserError: a latent is not finite; checked after the last step.
     """
     times = as_times(times)
     if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
@@ -47,10 +47,7 @@ def encode(
     if tolerance is not None and tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     denoiser = Conditioned(denoiser, condition)
-    rising = times.tolist()[::-1]
-    levels = denoiser.schedule(rising).scalars()
-    asked = rising[:-1] if levels[0].sigma > 0 else [rising[1], *rising[1:-1]]
-    finite = FiniteCheck("encoding: the latents", asked)
+    levels = denoiser.schedule(times.flip(0)).scalars()
     x, evaluations = x0, 0
     yield State(x)
     for s, t in pairwise(levels):
@@ -60,10 +57,9 @@ def encode(
             if tolerance is not None and t.alpha > 0:
                 x_t, more = _solve(denoiser, x, x_t, s, t, tolerance)
                 evaluations += more
-            finite.after_step(x_t)
         x = x_t
         yield State(x, prediction, evaluations=evaluations)
-    finite.tell()
+    check_finite(x, "encoding: the latents")
 
 
 def _raise(x_s: Tensor, eps: Tensor, s: NoiseLevel, t: NoiseLevel) -> Tensor:
@@ -80,12 +76,12 @@ def _solve(
         prediction = denoiser(x_t, t)
         if t.sigma < t.alpha or s.sigma == 0:
             proposal = _raise(x_s, prediction.eps, s, t)
-        else:  # the same equation by way of x0: contracts where that of eps hardly does
+        else:  # the same equation in x0, which contracts where the one in eps hardly does
             ratio = t.sigma / s.sigma
             proposal = linear_combination(ratio, x_s, t.alpha - ratio * s.alpha, prediction.x0)
         change = (proposal - x_t).abs().max().item()
         x_t = proposal
-        if not change >= tolerance:  # NaN ends it too, and is told with its step
+        if not change >= tolerance:  # NaN ends the iteration too
             return x_t, iteration
     raise ValueError(
         f"tolerance={tolerance:g} is not reached in 1,000 iterations; the last changed {change:.3g}"
@@ -120,13 +116,13 @@ def renoise(
     strength: float,
     noise: NoiseSource = global_noise,
 ) -> tuple[Tensor, Tensor]:
-    """Where to start from a given image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073).
+    """The start of sampling from a given image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073).
 
     Args:
         denoiser: whose schedule the times belong to.
         x0: images in [-1, 1], shape (B, C, H, W).
         times: falling, as for sampling.
-        strength: the share of the steps that is taken, in (0, 1]; 1 keeps least of the image.
+        strength: the share of the steps that is taken, in (0, 1]; at 1 least of the image remains.
         noise: source of the noise.
 
     Returns:

@@ -9,14 +9,14 @@ from .base import Sampler, State, weighted_sum
 class PLMS(Sampler):
     """Pseudo linear multi-step: PNDM (Liu et al. 2022, arXiv:2202.09778, eq. 11 to 13).
 
-    Adams-Bashforth of order 4 on eps with the coefficients of equal steps, whatever the steps are, and DDIM's
-    transfer from level to level. Until four estimates are there:
+    Adams-Bashforth of order 4 on eps with the coefficients of equal steps, whatever the spacing, and DDIM's transfer
+    from level to level. The first three steps, before there are four estimates, are
 
-    - `runge_kutta`: three pseudo Runge-Kutta steps of four evaluations each (the paper's F-PNDM): S + 9 in all;
+    - with `runge_kutta`, pseudo Runge-Kutta steps of four evaluations each (the paper's F-PNDM): S + 9 in all;
     - otherwise an improved Euler step, then orders 2 and 3 (Stable Diffusion's PLMS): S + 1 in all.
 
     Args:
-        runge_kutta: how to start.
+        runge_kutta: start with Runge-Kutta steps.
     """
 
     memory = 3
@@ -47,7 +47,7 @@ class PLMS(Sampler):
         return weighted_sum((1 / 6, eps1), (1 / 3, eps2), (1 / 3, eps3), (1 / 6, eps4))
 
 
-# Adams-Bashforth for equal steps, the newest first
+# Adams-Bashforth for equal steps, the newest estimate first
 COEFFICIENTS = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -56,6 +56,6 @@ COEFFICIENTS = {
 
 
 def _transfer(x_t: Tensor, eps: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
-    """From level t to s along one eps, eq. 11: DDIM's step."""
+    """From level t to s along a constant eps (eq. 11): DDIM's step."""
     ratio = s.alpha / t.alpha
     return weighted_sum((ratio, x_t), (s.sigma - ratio * t.sigma, eps))

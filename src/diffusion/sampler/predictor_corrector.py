@@ -16,8 +16,8 @@ class PredictorCorrector(Sampler):
         predictor: a single-step sampler, e.g. DDPM.
         corrections: Langevin steps at each level, at least 1.
         snr: the signal-to-noise ratio of a Langevin step (0.16 for VP and VE on CIFAR-10).
-        batch_norms: average the norms over the batch, as the paper's code does: an image then depends on its
-            neighbours. False: they are each image's own.
+        batch_norms: average the norms over the batch, as the paper's code does; images then depend on the others of
+            their batch. False: each image has its norms.
 
     Raises:
         ValueError: a number is out of range, or the predictor is a multi-step method.
@@ -41,6 +41,6 @@ class PredictorCorrector(Sampler):
         return self.predictor.step(denoiser, x_t, t, s, noise, path)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        """Of each image, shape (B, 1, 1, 1), or their mean, shape (1, 1, 1, 1)."""
+        """The norm of each image, shape (B, 1, 1, 1), or their mean, shape (1, 1, 1, 1)."""
         norms = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
         return norms.mean(dim=0, keepdim=True) if self.batch_norms else norms

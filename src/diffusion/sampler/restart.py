@@ -12,22 +12,22 @@ from .base import Path, Sampler, check_memoryless, weighted_sum
 
 
 class Restart(Sampler):
-    """Goes back up by noise and down by the ODE again, several times (Xu et al. 2023, arXiv:2306.14878, alg. 1 and 2).
+    """Adds noise and solves the ODE again over one interval (Xu et al. 2023, arXiv:2306.14878, alg. 1 and 2).
 
-    After the step that arrives at the level nearest to sigma_min, forward noise leads to sigma_max, and
-    `restart_steps` steps of the solver on a Karras grid lead back; this is repeated. Several intervals: a Restart
-    as the solver of another; each is gone through on the way down once, and not within the other.
+    After the step to the level nearest to sigma_min, forward noise raises the images to sigma_max, and
+    `restart_steps` steps of the solver on a Karras grid lead back; this is repeated. For several intervals, use a
+    Restart as the solver of another; each interval restarts once on the way down, and not within the other.
 
     Args:
         solver: a single-step sampler, Heun in the paper.
         sigma_min, sigma_max: the interval, in sigma/alpha (0.06 to 0.30 for CIFAR-10 at 43 evaluations).
-        restart_steps: steps down the interval, one less than the grid points that the paper counts.
-        repeats: K, how often.
+        restart_steps: steps down the interval, one less than the paper's count of grid points.
+        repeats: K, the number of restarts.
         rho: of the Karras grid.
 
     Raises:
         ValueError: a number is out of range, or the solver is a multi-step method.
-        UserError: when sampling, the steps are too coarse for the interval.
+        UserError: when sampling, the steps are too coarse for the interval, or it leaves the schedule's range.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Restart(Sampler):
         if s.sigma / s.alpha >= self.sigma_max:
             raise UserError(
                 f"sampler.sigma_max={self.sigma_max:g} is below {s.sigma / s.alpha:.3g}, the visited level nearest to"
-                " sigma_min: take more steps, or another spacing"
+                " sigma_min: choose more sampler.steps, or another spacing"
             )
         interval = self._interval(denoiser.schedule, s, path.times[path.index + 1])
         top = interval.levels[0]
@@ -70,7 +70,7 @@ class Restart(Sampler):
         return state
 
     def _bottom(self, path: Path) -> int:
-        """Index of the level where the interval ends: the nearest to sigma_min that is not clean, and not the first."""
+        """Index of the level where the interval ends: the nearest to sigma_min except the first and the clean one."""
         distance = {
             i: abs(level.sigma / level.alpha - self.sigma_min)
             for i, level in enumerate(path.levels)
@@ -80,7 +80,13 @@ class Restart(Sampler):
 
     def _interval(self, schedule: Schedule, bottom: NoiseLevel, time: float) -> Path:
         """The Karras grid from sigma_max down to this level, at this time."""
+        (noisiest,) = schedule([schedule.t_max]).scalars()
+        if self.sigma_max * noisiest.alpha > noisiest.sigma * (1 + 1e-6):
+            raise UserError(
+                f"sampler.sigma_max={self.sigma_max:g} is above {noisiest.sigma / noisiest.alpha:.4g}, the schedule's"
+                " largest sigma/alpha: lower it"
+            )
         ends = [sigma ** (1 / self.rho) for sigma in (self.sigma_max, bottom.sigma / bottom.alpha)]
         grid = torch.linspace(*ends, self.restart_steps + 1, dtype=torch.float64)[:-1]
-        times = [*schedule.time_of_log_snr(-self.rho * grid.log()).tolist(), time]
+        times = [*schedule.nearest_time(-self.rho * grid.log(), time).tolist(), time]
         return Path(times, schedule(times).scalars())

@@ -13,25 +13,34 @@ class UniPC(Sampler):
 
         x_s = (a_s/a_t) x_t - b_s (expm1(k) m_0 + B(h) sum_j rho_j (m_j - m_0)/r_j)
 
-    in the notation of `exponential`. The evaluation at the predicted point serves the corrector of that point and the
-    next step, so that a step costs one evaluation. The predictor is of order p, with the corrector p + 1. A state's x
-    is the predicted point; the corrected one is the next state's `origin`.
+    in the notation of `exponential`. The evaluation at the predicted point serves both its corrector and the next
+    predictor, so that a step costs one evaluation. The predictor is of order p, with the corrector of order p + 1. A
+    state's x is the predicted point; the corrected one is the next state's `origin`.
 
     Args:
         order: p, 1 to 3.
-        bh: which B(h): 1 for h, 2 for e^h - 1 (the paper advises 1 for few unguided steps, 2 otherwise).
+        bh: the choice of B(h): 1 for h, 2 for e^h - 1 (the paper advises 1 for few unguided steps, 2 otherwise).
         plus_plus: integrate x0 instead of eps.
-        lower_order_final: no step of higher order than there are steps left, this one included.
+        lower_order_final: limit the order of a step to the number of steps left, this one included.
+        count_clean_step: count the step to clean data among the steps left, as diffusers does. False gives the states
+            of the authors' code, which ends at a last noisy time.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, order: int = 2, bh: int = 2, plus_plus: bool = True, lower_order_final: bool = True):
+    def __init__(
+        self,
+        order: int = 3,
+        bh: int = 2,
+        plus_plus: bool = True,
+        lower_order_final: bool = True,
+        count_clean_step: bool = True,
+    ):
         if bh not in (1, 2):
             raise ValueError(f"bh must be 1 or 2, got {bh}")
         self.order, self.bh, self.plus_plus = check_order(order, 3), bh, plus_plus
-        self.lower_order_final = lower_order_final
+        self.lower_order_final, self.count_clean_step = lower_order_final, count_clean_step
 
     @property
     def memory(self) -> int:
@@ -42,19 +51,20 @@ class UniPC(Sampler):
         f = form(self.plus_plus)
         m = f.estimate(prediction)
         past = [visit for visit in reversed(path.past) if visit.level.alpha > 0]
+        remaining = path.remaining - (path.ends_clean and not self.count_clean_step)
         if past:
-            order = self._order(len(past), path.remaining + 1)
+            order = self._order(len(past), remaining + 1)
             start, *older = past[:order]
             x_t = self._solve(start.x, start.level, f.estimate(start.prediction), t, older, (t, m))
         if is_endless(t, s):
             x_s = prediction.mix(s.alpha, s.sigma) if t.alpha == 0 else self._linear(x_t, t, m, s)
         else:
-            order = self._order(len(past) + 1, path.remaining)
+            order = self._order(len(past) + 1, remaining)
             x_s = self._solve(x_t, t, m, s, past[: order - 1])
         return State(x_s, prediction, origin=x_t)
 
     def _order(self, visits: int, remaining: int) -> int:
-        """Of a step that can look at so many visits, its own included."""
+        """The order of a step with this many visits, its own included, and this many steps left, itself included."""
         return min(self.order, visits, remaining) if self.lower_order_final else min(self.order, visits)
 
     def _linear(self, x_t, t, m, s):
@@ -64,7 +74,7 @@ class UniPC(Sampler):
         return weighted_sum((ratio, x_t), (f.b(s) - ratio * f.b(t), m))
 
     def _solve(self, x_t, t, m, s, older, at_s=None):
-        """From x_t to x_s by the estimates m at t, of older visits and, to correct, the (level, estimate) at s."""
+        """From x_t to x_s with the estimates m at t and at older visits, for the corrector also (level, m) at s."""
         f = form(self.plus_plus)
         h = s.log_snr - t.log_snr
         others = [(visit.level, f.estimate(visit.prediction)) for visit in older]
@@ -79,7 +89,7 @@ class UniPC(Sampler):
         return weighted_sum((f.a(s) / f.a(t), x_t), (of_m, m), *terms)
 
     def _rho(self, k: float, r: list[float]) -> list[float]:
-        """B(h) rho_j: exact for polynomials (eq. 9 and 10); one half where the order leaves B(h) to decide."""
+        """B(h) rho_j: exact for polynomials (eq. 9 and 10); rho = 1/2 where there is only one, as in the paper."""
         B = k if self.bh == 1 else math.expm1(k)
         if len(r) == 1:
             return [B / 2]

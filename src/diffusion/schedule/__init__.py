@@ -1,4 +1,4 @@
-"""Noise schedules: time -> NoiseLevel. One class a schedule."""
+"""Noise schedules: time -> NoiseLevel. One class for each schedule."""
 
 from .base import DiscreteSchedule, Schedule
 from .continuous import EDM, VE, VP, ContinuousCosine, ContinuousSchedule, RectifiedFlow

@@ -1,7 +1,8 @@
-"""What every schedule offers, and the table that all discrete ones share."""
+"""The interface of schedules, and the table that all discrete schedules share."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ class Schedule(ABC):
     """Maps times to noise levels; t grows with noise and t = 0 is clean data.
 
     Attributes:
-        t_min: the smallest time at which a network is trained or asked.
-        t_max: the largest.
+        t_min: the smallest time of training, and of sampling by the spacings.
+        t_max: the largest time.
         straight: whether alpha and sigma are both linear in t, so that noise is added along straight lines.
     """
 
@@ -23,12 +24,32 @@ class Schedule(ABC):
     straight = False
 
     @abstractmethod
-    def __call__(self, t: Tensor) -> NoiseLevel:
-        """The levels of times t, any shape, in {0} and [t_min, t_max]; float64 tensors of t's shape on the CPU."""
+    def __call__(self, t: Tensor | Sequence[float]) -> NoiseLevel:
+        """The noise levels at times t.
+
+        Args:
+            t: any shape; 0 (clean) or in [t_min, t_max]. Continuous schedules also accept times in (0, t_min).
+
+        Returns:
+            float64 tensors of t's shape, on the CPU.
+
+        Raises:
+            ValueError: a time is out of range.
+        """
 
     @abstractmethod
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time at which ln(alpha / sigma) has this value, clamped to [t_min, t_max]; float64."""
+    def time_of_log_snr(self, log_snr: Tensor | Sequence[float]) -> Tensor:
+        """The inverse of `self(t).log_snr`, float64, of the argument's shape; never clamped.
+
+        A continuous schedule follows its formula, also to times below t_min and above t_max.
+
+        Raises:
+            ValueError: a table has no such level.
+        """
+
+    def nearest_time(self, log_snr: Tensor | Sequence[float], lowest: float = math.inf) -> Tensor:
+        """The time in [min(lowest, t_min), t_max] whose ln(alpha / sigma) is nearest to this value, float64."""
+        return self.time_of_log_snr(log_snr).clamp(min(lowest, self.t_min), self.t_max)
 
     @abstractmethod
     def drift_and_diffusion(self, t: float) -> tuple[float, float]:
@@ -47,7 +68,7 @@ class Schedule(ABC):
     def quantile(self, t: Tensor) -> Tensor:
         """The inverse of `time_at`: t -> u in [0, 1].
 
-        A time between two rows of a table goes with its nearest row: time_at(quantile(t)) is the training time
+        A time between two rows of a table counts as its nearest row: time_at(quantile(t)) is the training time
         next to t.
         """
 
@@ -56,8 +77,8 @@ class DiscreteSchedule(Schedule):
     """A variance-preserving table: alpha_t = sqrt(alphabar_t), sigma_t = sqrt(1 - alphabar_t), t = 0, 1, ..., T.
 
     Row 0 is the clean image (alphabar 1); rows 1..T are DDPM's x_1..x_T (Ho et al. 2020, arXiv:2006.11239, eq. 4).
-    The network's label is t - 1, the index of the published checkpoints. Times between two rows (which
-    solvers of higher order may ask for) interpolate the log-SNR linearly.
+    The network's label is t - 1, the index of the published checkpoints. At times between two rows (which
+    solvers of higher order visit) the log-SNR is interpolated linearly.
 
     Args:
         alphabar: alphabar_1 ... alphabar_T, shape (T,), float64, strictly decreasing, in [0, 1).
@@ -85,7 +106,7 @@ class DiscreteSchedule(Schedule):
         """beta_1 ... beta_T of q(x_t | x_{t-1}), shape (T,)."""
         return 1 - self.alphabar[1:] / self.alphabar[:-1]
 
-    def __call__(self, t: Tensor) -> NoiseLevel:
+    def __call__(self, t: Tensor | Sequence[float]) -> NoiseLevel:
         t = as_times(t)
         if ((t < 0) | (t > self.T) | ((t > 0) & (t < 1))).any():
             raise ValueError(f"times must be 0 (clean) or in [1, {self.T}], got {t.min():g} to {t.max():g}")
@@ -97,7 +118,17 @@ class DiscreteSchedule(Schedule):
             alphabar = torch.where(between > 0, torch.sigmoid(2 * log_snr), alphabar)
         return NoiseLevel(alphabar.sqrt(), (1 - alphabar).sqrt(), t - 1)
 
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+    def time_of_log_snr(self, log_snr: Tensor | Sequence[float]) -> Tensor:
+        log_snr = as_times(log_snr)
+        low, high = -math.inf if self.alphabar[-1] == 0 else self.log_snr[-1].item(), self.log_snr[1].item()
+        if ((log_snr < low - 1e-6) | (log_snr > high + 1e-6)).any():  # 1e-6 for rounding
+            raise ValueError(
+                f"log_snr must be in [{low:.4g}, {high:.4g}], the range of {type(self).__name__}'s table, got"
+                f" {log_snr.min():.4g} to {log_snr.max():.4g}"
+            )
+        return self.nearest_time(log_snr)
+
+    def nearest_time(self, log_snr: Tensor | Sequence[float], lowest: float = math.inf) -> Tensor:
         rising = -self.log_snr[1:]
         wanted = -as_times(log_snr)
         if self.T == 1:
@@ -107,7 +138,7 @@ class DiscreteSchedule(Schedule):
         return above + ((wanted - low) / (high - low)).clamp(0, 1)
 
     def drift_and_diffusion(self, t: float) -> tuple[float, float]:
-        # the differences of a table: of its two neighbours for a row, of the two rows around a time between
+        # central differences: between both neighbours of a row, or the two rows around a time between rows
         low, high = max(math.ceil(t) - 1, 0), min(math.floor(t) + 1, self.T)
         below, level, above = self([low, t, high]).scalars()
         f = (above.alpha - below.alpha) / (high - low) / level.alpha

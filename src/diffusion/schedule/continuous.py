@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +12,18 @@ from .base import Schedule
 
 
 class ContinuousSchedule(Schedule):
-    """alpha and sigma as functions of t in (0, t_max]; t = 0 is clean data, even where the formula would differ.
+    """alpha and sigma as functions of t in (0, t_max]; t = 0 is clean data, even where the formula differs.
 
-    The label is 999 t, score SDE's for its VP networks: time embeddings made for the indices 0 ... 999 of
+    The label is 999 t, as score SDE feeds its VP networks: time embeddings made for the indices 0 ... 999 of
     published checkpoints then resolve all of [0, 1].
 
     Args:
-        t_min: the smallest time of training and sampling, in (0, t_max).
-        t_max: the largest.
+        t_min: the smallest time of training and of the spacings, in (0, t_max). Smaller times are valid where they
+            are passed explicitly.
+        t_max: the largest time.
 
     Raises:
-        ValueError: they are out of order.
+        ValueError: not 0 < t_min < t_max.
     """
 
     def __init__(self, t_min: float, t_max: float):
@@ -34,12 +36,12 @@ class ContinuousSchedule(Schedule):
         """The closed form at float64 times t > 0."""
 
     def label(self, t: Tensor) -> Tensor:
-        """The time as the network is told it."""
+        """The time as it is fed to the network."""
         return 999 * t
 
-    def __call__(self, t: Tensor) -> NoiseLevel:
+    def __call__(self, t: Tensor | Sequence[float]) -> NoiseLevel:
         t = as_times(t)
-        if ((t < 0) | (t > self.t_max * (1 + 1e-6))).any():  # a float32 time may lie a hair above
+        if ((t < 0) | (t > self.t_max * (1 + 1e-6))).any():  # float32 times may round above t_max
             raise ValueError(f"times must be in [0, {self.t_max:g}], got {t.min():g} to {t.max():g}")
         t = t.clamp(max=self.t_max)
         alpha, sigma = self.alpha_sigma(t)
@@ -59,9 +61,6 @@ class ContinuousSchedule(Schedule):
 
     def quantile(self, t: Tensor) -> Tensor:
         return (t - self.t_min) / (self.t_max - self.t_min)
-
-    def _clamp(self, t: Tensor) -> Tensor:
-        return t.clamp(self.t_min, self.t_max)
 
 
 def _upper_bound_of_one(t_max: float) -> None:
@@ -105,7 +104,7 @@ class VP(ContinuousSchedule):
         # the root of the quadratic that does not cancel at small t
         root = (self.beta_min**2 / 4 + slope * minus_log_alpha).sqrt()
         t = 2 * minus_log_alpha / (self.beta_min / 2 + root)
-        return self._clamp(t.where(minus_log_alpha.isfinite(), torch.inf))
+        return t.where(minus_log_alpha.isfinite(), torch.inf)
 
 
 class VE(ContinuousSchedule):
@@ -134,20 +133,20 @@ class VE(ContinuousSchedule):
         return torch.ones_like(t), self.sigma_min * (t * self.log_range).exp()
 
     def time_of_log_snr(self, log_snr):
-        return self._clamp((-as_times(log_snr) - math.log(self.sigma_min)) / self.log_range)
+        return (-as_times(log_snr) - math.log(self.sigma_min)) / self.log_range
 
 
 class EDM(ContinuousSchedule):
     """alpha = 1, sigma = t: the time is the noise level itself (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    The label is ln(sigma)/4. Uniform time sampling is uniform in ln(sigma); the paper's own is `log_normal`.
+    The label is ln(sigma)/4. Uniform time sampling is uniform in ln(sigma); the paper's is `log_normal`.
 
     Args:
         sigma_min: the smallest noise level.
         sigma_max: the largest.
 
     Raises:
-        ValueError: they are out of order.
+        ValueError: not 0 < sigma_min < sigma_max.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
@@ -163,10 +162,10 @@ class EDM(ContinuousSchedule):
         return t.log() / 4
 
     def time_of_log_snr(self, log_snr):
-        return self._clamp((-as_times(log_snr)).exp())
+        return (-as_times(log_snr)).exp()
 
     def time_at(self, u):
-        return self._clamp(self.t_min * (u * self.log_range).exp())
+        return (self.t_min * (u * self.log_range).exp()).clamp(self.t_min, self.t_max)  # rounding
 
     def quantile(self, t):
         return (t / self.t_min).log() / self.log_range
@@ -179,35 +178,42 @@ class ContinuousCosine(ContinuousSchedule):
     in simple diffusion (Hoogeboom et al. 2023, arXiv:2301.11093, eq. 4): large images need more noise.
 
     Args:
-        image_size: height and width of the images.
-        base_size: the size for which nothing is shifted.
+        image_size: side of the images in pixels, or [height, width], whose geometric mean counts.
+        base_size: the side at which the schedule is not shifted.
         t_min: the smallest time.
-        t_max: the largest, below 1, where ln(alpha/sigma) is infinite. The defaults bound it by 8.8.
+        t_max: the largest, below 1, where ln(alpha/sigma) is infinite. The defaults bound |ln(alpha/sigma)| by 8.8.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, image_size: int = 64, base_size: int = 64, t_min: float = 1e-4, t_max: float = 0.9999):
-        if image_size < 1 or base_size < 1:
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 64,
+        base_size: int = 64,
+        t_min: float = 1e-4,
+        t_max: float = 0.9999,
+    ):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width, base_size) < 1:
             raise ValueError(f"image_size and base_size must be positive, got {image_size} and {base_size}")
         if t_max >= 1:
             raise ValueError(f"t_max must be below 1, got {t_max:g}")
         super().__init__(t_min, t_max)
-        self.shift = math.log(base_size / image_size)
+        self.shift = math.log(base_size / math.sqrt(height * width))
 
     def alpha_sigma(self, t):
         log_snr = self.shift - torch.tan(math.pi / 2 * t).log()
         return torch.sigmoid(2 * log_snr).sqrt(), torch.sigmoid(-2 * log_snr).sqrt()
 
     def time_of_log_snr(self, log_snr):
-        return self._clamp(torch.atan((self.shift - as_times(log_snr)).exp()) * 2 / math.pi)
+        return torch.atan((self.shift - as_times(log_snr)).exp()) * 2 / math.pi
 
 
 class RectifiedFlow(ContinuousSchedule):
     """alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747).
 
-    The papers' time runs the other way; here as elsewhere t = 1 is noise. t_max = 1 is pure noise, where only
+    The papers' time runs the other way; here t = 1 is noise, as in all schedules. t_max = 1 is pure noise, where only
     parameterisations that never divide by alpha are defined (velocity, v, x0, edm).
 
     Args:
@@ -228,4 +234,4 @@ class RectifiedFlow(ContinuousSchedule):
         return 1 - t, t
 
     def time_of_log_snr(self, log_snr):
-        return self._clamp(torch.sigmoid(-as_times(log_snr)))
+        return torch.sigmoid(-as_times(log_snr))

@@ -35,7 +35,7 @@ class Linear(DiscreteSchedule):
         beta_end: beta_T at T = 1000.
 
     Raises:
-        ValueError: some beta leaves (0, 1).
+        ValueError: a beta is outside (0, 1).
     """
 
     def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
@@ -87,7 +87,7 @@ class Sigmoid(DiscreteSchedule):
 
         alphabar(u) = (sig(end/tau) - sig((u (end - start) + start)/tau)) / (sig(end/tau) - sig(start/tau))
 
-    This is the sigmoid in alphabar; other codes call a sigmoid in beta by the same name.
+    This is the sigmoid in alphabar; other codes use the same name for a sigmoid in beta (`SigmoidBeta`).
 
     Args:
         T: number of steps.
@@ -109,8 +109,8 @@ class Sigmoid(DiscreteSchedule):
 class SigmoidBeta(DiscreteSchedule):
     """beta a sigmoid: beta_start + (beta_end - beta_start) sig(x), x evenly spaced in [-6, 6].
 
-    "sigmoid" in the DDIM code (Song et al. 2021) and in diffusers; another schedule than `Sigmoid`, the one in
-    alphabar. Not scaled with T.
+    "sigmoid" in the DDIM code (Song et al. 2021) and in diffusers; not `Sigmoid`, which is one in alphabar. Not
+    scaled with T.
 
     Args:
         T: number of steps.
@@ -148,16 +148,16 @@ class JSD(DiscreteSchedule):
 
 
 class ZeroTerminalSNR(DiscreteSchedule):
-    """Another table with sqrt(alphabar) shifted and scaled: alphabar_T = 0, alphabar_1 as it was.
+    """Another table with sqrt(alphabar) shifted and scaled: alphabar_T = 0, alphabar_1 unchanged.
 
-    Lin et al. 2023 (arXiv:2305.08891, alg. 1). The network then also sees pure noise, from which sampling starts;
-    what it predicts must be defined there: v, x0, velocity or edm.
+    Lin et al. 2023 (arXiv:2305.08891, alg. 1). The network is then trained on pure noise too, where sampling starts;
+    its parameterisation must be defined there: v, x0, velocity or edm.
 
     Args:
         inner: the schedule to rescale.
 
     Raises:
-        ValueError: it has fewer than two steps.
+        ValueError: the inner schedule has fewer than two steps.
     """
 
     def __init__(self, inner: DiscreteSchedule):

@@ -1,6 +1,6 @@
-"""The training curves, gathered on the device and written every N steps.
+"""The training curves, accumulated on the device and written every N steps.
 
-`self.log` on every step would double Lightning's own cost; here a step costs a few additions.
+`self.log` at every step would double Lightning's own cost; here a step costs a few additions.
 """
 
 import time
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from src.training.callbacks.every import EverySteps
 
-# Quarters of the schedule's range, as in the curves of improved DDPM: quarter 0 holds the least noise.
+# Quarters of the schedule's range, as in the curves of improved DDPM: quarter 0 has the least noise.
 QUARTERS = 4
 
 
 class TrainingCurves(EverySteps):
     """Logs, as means over the last `every` steps and all devices:
 
-    `train/loss`, `train/loss_q0` ... `train/loss_q3` (by quarters of the time range), and, as of the last
-    step, `train/gradient_norm` (before clipping), `train/learning_rate`; `train/images_per_second`,
-    `train/samples` and `train/passes` (samples over the size of the training set); `val/loss` (raw weights)
-    and `val/loss_ema` after each validation.
+    `train/loss`, `train/loss_q0` ... `train/loss_q3` (by quarters of the time range), and, as of the last step,
+    `train/gradient_norm` (before clipping), `train/learning_rate`; `train/images_per_second`, `train/samples` and
+    `train/passes` (samples over the size of the training set); `val/loss` (raw weights) and `val/loss_ema` after each
+    validation.
 
     Args:
         every: optimiser steps between two points of the curves.
@@ -30,25 +30,24 @@ class TrainingCurves(EverySteps):
 
     def __init__(self, every: int = 50):
         super().__init__(every)
-        self.sums = torch.zeros(QUARTERS)
-        self.counts = torch.zeros(QUARTERS)
-        self._since = 0.0
-        self._since_step = 0
+        self._restart(0, torch.device("cpu"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._restart(trainer, pl_module.device)
+        self._restart(trainer.global_step, pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        output = pl_module.step_output
-        quarters = (output.times * QUARTERS).long().clamp(0, QUARTERS - 1)
-        quarters = quarters.to(output.losses.device, non_blocking=True)
-        finite = output.losses.isfinite()  # a step that was skipped must not hide the others of the mean
-        self.sums.index_add_(0, quarters, output.losses.float().nan_to_num(0, 0, 0))
-        self.counts.index_add_(0, quarters, finite.float())
+        self.add(outputs["losses"], outputs["times"])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def add(self, losses: Tensor, times: Tensor) -> None:
+        """Accumulates the losses of images at these times; both of shape (b,), times in [0, 1]."""
+        quarters = (times * QUARTERS).long().clamp(0, QUARTERS - 1).to(losses.device, non_blocking=True)
+        finite = losses.isfinite()  # a step that was skipped must not hide the others of the mean
+        self.sums.index_add_(0, quarters, losses.float().nan_to_num(0, 0, 0))
+        self.counts.index_add_(0, quarters, finite.float())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         losses = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -74,10 +73,10 @@ class TrainingCurves(EverySteps):
         for logger in trainer.loggers:
             logger.log_metrics(curves, step=trainer.global_step)
         trainer.progress_bar_metrics["loss"] = curves["train/loss"]
-        self._restart(trainer, module.device)
+        self._restart(trainer.global_step, module.device)
 
-    def _restart(self, trainer: Trainer, device: torch.device) -> None:
+    def _restart(self, step: int, device: torch.device) -> None:
         self.sums = torch.zeros(QUARTERS, device=device)
         self.counts = torch.zeros(QUARTERS, device=device)
         self._since = time.perf_counter()
-        self._since_step = trainer.global_step
+        self._since_step = step

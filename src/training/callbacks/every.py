@@ -33,7 +33,7 @@ class EverySteps(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # a micro-batch that only accumulates gradients leaves the step where it was
+        # a micro-batch that only accumulates gradients does not change the step
         if step != self._acted and (step % self.every == 0 or step == trainer.max_steps):
             self._acted = step
             self.act(trainer, pl_module)

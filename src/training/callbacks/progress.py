@@ -1,18 +1,45 @@
 """The progress bar of a training without epochs."""
 
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from src.runs.machine import discard_output
+
+
+class _Forgiving:
+    """A stream that is discarded once it cannot be written to (a closed pipe, a full disk)."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            discard_output(self._stream, error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            discard_output(self._stream, error)
+
 
 class StepProgressBar(TQDMProgressBar):
     """Counts optimiser steps towards max_steps.
 
+    A standard output that is lost ends the bar, not the training.
+
     Args:
-        every: optimiser steps between two updates; more where they go to a file, which sees 200 at the most.
+        every: optimiser steps between two updates; in a file, which gets at most 200 of them, it may be more.
     """
 
     def __init__(self, every: int = 10):
@@ -20,10 +47,20 @@ class StepProgressBar(TQDMProgressBar):
         self.every = every
 
     def init_train_tqdm(self) -> Tqdm:
-        bar = super().init_train_tqdm()
-        bar.set_description("training")
-        bar.unit = "step"
-        return bar
+        return self._bar("training", position=0, leave=True, unit="step", smoothing=0)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return self._bar(self.validation_description, position=1, leave=False)
+
+    def _bar(self, description: str, **settings: Any) -> Tqdm:
+        return Tqdm(
+            desc=description,
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=_Forgiving(sys.stdout),
+            bar_format=self.BAR_FORMAT,
+            **settings,
+        )
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The latest loss and score, without the logger's version number."""

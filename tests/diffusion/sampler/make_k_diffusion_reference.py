@@ -2,9 +2,8 @@
 
     python -m tests.diffusion.sampler.make_k_diffusion_reference
 
-Wants `k-diffusion` (with torchsde and torchdiffeq) in an environment of its own: it asks for numpy 1, this project
-for 2. Only `k_diffusion.sampling` is used, in float64; its noise is replaced by the recorded noise of
-`recorded_noise`, as the tests replay it.
+Needs `k-diffusion` (with torchsde and torchdiffeq) in a separate environment: it requires numpy 1, this project 2.
+Only `k_diffusion.sampling` is used, in float64; its noise is replaced by `recorded_noise`, as the tests replay it.
 """
 
 import importlib

@@ -70,21 +70,19 @@ def test_each_state_has_the_prediction_at_the_start_of_its_stretch():
         before = state
 
 
-def test_nan_is_named_with_its_step_and_not_laid_on_the_tolerance():
+def test_nan_is_named_with_its_time_and_not_as_a_missed_tolerance():
     class Diverged(MixtureDenoiser):
         def forward(self, x_t, level, condition=None):
             return super().forward(x_t * (math.nan if level.label < 400 else 1.0), level)
 
     denoiser = Diverged(three_modes(), Cosine())
-    with pytest.raises(
-        UserError, match=r"images are not finite .* after step 2 of 3, .* from t = [4-6]\d\d\b"
-    ):
+    with pytest.raises(UserError, match=r"images are not finite .* from t = [4-6]\d\d\b.* on:"):
         Dopri5(1e-5)(denoiser, _start(), [1000.0, 700.0, 300.0, 0.0])
-    with pytest.raises(UserError, match=r"after step 1 of 1, .* from t = 300:"):
+    with pytest.raises(UserError, match=r"images are not finite .* from t = 300 on:"):
         Dopri5(1e-5)(denoiser, _start(), [300.0, 0.0])
 
 
-def test_a_tolerance_out_of_reach_is_told():
+def test_a_tolerance_out_of_reach_is_an_error():
     schedule = EDM()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     with pytest.raises(UserError, match=r"^sampler.tolerance=1e-30 is not reached"):

@@ -8,7 +8,7 @@ import torch
 from src.diffusion.clipping import StaticClipping
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.parameterization import Eps
-from src.diffusion.sampler import DDIM, DDPM, PerImageNoise
+from src.diffusion.sampler import DDIM, DDPM, PerImageNoise, ReplayedNoise
 from src.diffusion.schedule import Cosine, Linear
 from src.diffusion.spacing import Leading, Trailing
 from src.diffusion.variance import Large, Small
@@ -101,8 +101,7 @@ def test_recorded_noise_is_replayed(sampler):
     denoiser = MixtureDenoiser(gaussian(0.3, 0.5), schedule)
     times, recording = Trailing()(schedule, 12), Recording()
     first = sampler(denoiser, _noise(3), times, noise=recording)
-    replay = iter(recording.drawn)
-    assert torch.equal(first, sampler(denoiser, _noise(3), times, noise=lambda x: next(replay)))
+    assert torch.equal(first, sampler(denoiser, _noise(3), times, noise=ReplayedNoise(recording.drawn)))
 
 
 @pytest.mark.parametrize("sampler", [DDPM(), DDIM(0.7)])

@@ -1,14 +1,16 @@
-"""Every choice of sampler, spacing and clipping in the configuration is what its file says."""
+"""Every choice of sampler, spacing and clipping in the configuration builds what its file describes."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from src.diffusion import sampler as samplers
+from src.diffusion import spacing as spacings
 from src.diffusion.clipping import DynamicThresholding, StaticClipping
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.parameterization import V
@@ -51,6 +53,16 @@ def test_samplers(path):
     assert images.isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted({OmegaConf.load(p)["_target_"] for p in _files("sampler")}))
+def test_a_class_s_defaults_are_those_of_one_of_its_files(name):
+    parameters = inspect.signature(get_class(name)).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    files = [OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in _files("sampler")]
+    assert any(
+        file["_target_"] == name and {key: file.get(key) for key in defaults} == defaults for file in files
+    )
+
+
 def test_every_sampler_has_a_file():
     named = {OmegaConf.load(path)["_target_"].split(".")[-1] for path in _files("sampler")}
     classes = {
@@ -67,6 +79,38 @@ def test_spacings(path):
     spacing = instantiate(config.spacing)
     assert isinstance(spacing, Spacing)
     assert len(spacing(Linear(), 10)) == 11
+
+
+def _documented(heading):
+    """(choice and overrides, Python expression) of each row of the table under this heading of docs/samplers.md."""
+    lines = (CONF.parent / "docs" / "samplers.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if heading in line) + 2
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            return
+        chosen, expression = (cell.strip() for cell in line.split("|")[1:3])
+        for choice, made in zip(chosen.split(", "), expression.split("`, `"), strict=True):
+            yield choice.strip("`"), made.strip("`")
+
+
+@pytest.mark.parametrize(
+    ("group", "module"), [("sampler", samplers), ("spacing", spacings)], ids=["sampler", "spacing"]
+)
+def test_the_documentation_s_classes_are_those_of_the_files(group, module):
+    rows = list(_documented(f"class in `src.diffusion.{group}`"))
+    assert {choice.split()[0] for choice, _ in rows} >= {path.stem for path in _files(group)}
+    for choice, expression in rows:
+        name, *overrides = choice.split()
+        config = {"sampler": {"steps": 10}} | {group: OmegaConf.load(CONF / group / f"{name}.yaml")}
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        numbers = {
+            k: v for k, v in OmegaConf.to_container(config, resolve=True)[group].items() if k != "steps"
+        }
+        assert _described(instantiate(numbers)) == _described(eval(expression, vars(module))), choice
+
+
+def _described(part):
+    return type(part), {k: _described(v) if hasattr(v, "step") else v for k, v in vars(part).items()}
 
 
 def test_clippings():
@@ -148,6 +192,13 @@ def test_presets_for_vp_end_at_a_thousandth_unless_another_spacing_is_chosen(nam
     steps = config.sampler.steps
     times = instantiate(config.spacing)(instantiate(config.schedule), steps)
     assert times[-2].item() == pytest.approx(end or 1 / steps, rel=1e-9)
+
+
+def test_the_unipc_preset_has_the_paper_s_orders():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"{ROOT}=unipc_paper", "schedule=vp"])
+    chosen = config.sampler.order, config.sampler.bh, config.sampler.count_clean_step
+    assert chosen == (3, 1, False)
 
 
 def test_edm_preset_is_the_paper_s():

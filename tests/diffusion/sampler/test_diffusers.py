@@ -155,7 +155,7 @@ def test_solvers_in_unscaled_coordinates(name, sampler):
     x = standard_normal(SHAPE)
     expected = _theirs(scheduler, 20, x)
     times = [1000.0 - 50 * i - 49 for i in range(20)] + [0.0]
-    # DPM2 asks between two time steps: there their float32 tables cost an order
+    # DPM2 has levels between two time steps, where their float32 tables cost an order
     tolerance = 1e-5 if name != "KDPM2DiscreteScheduler" else 1e-4
     ours = _ours(sampler, times, x)
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
@@ -205,7 +205,7 @@ def test_flow_matching(name):
 
 def test_linspace_ddim_goes_to_the_next_of_its_own_times():
     # Here diffusers 0.42 is wrong: it steps from t to t - T//S whatever the list of times is, which under linspace
-    # spacing is another time than the one asked next. Ours is held against the paper's formula.
+    # spacing is not the next time. Ours is checked against the paper's formula.
     steps, x = 10, standard_normal(SHAPE).double()
     indices = np.linspace(0, 999, steps).round()[::-1]
     alphabar = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])

@@ -56,7 +56,7 @@ def test_latents_are_standard_normal():
     assert torch.allclose(latents.T.cov(), torch.eye(2).double(), atol=4 * (2 / 4000) ** 0.5 + 0.03)
 
 
-def test_a_tolerance_out_of_reach_is_told():
+def test_a_tolerance_out_of_reach_is_an_error():
     with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached in 1,000 iterations"):
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=1e-30)
     with pytest.raises(ValueError, match=r"^tolerance must be positive"):
@@ -66,20 +66,16 @@ def test_a_tolerance_out_of_reach_is_told():
 
 
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
-def test_nan_is_named_with_its_step(tolerance):
+def test_latents_that_are_not_finite_are_an_error(tolerance):
     class Diverged(MixtureDenoiser):
         def forward(self, x_t, level, condition=None):
             return super().forward(x_t * (math.nan if level.label == 599 else 1.0), level)
 
     denoiser = Diverged(three_modes(), Linear())
     times = [1000.0, 800.0, 600.0, 400.0, 200.0, 0.0]
-    # from 400 to 600 a solved step asks at 600 too
-    step = r"step 4 of 5, .* from t = 600:" if tolerance is None else r"step 3 of 5, .* from t = 400:"
-    with pytest.raises(UserError, match=f"^encoding: the latents are not finite .* after {step}"):
+    with pytest.raises(UserError, match=r"^encoding: the latents are not finite"):
         list(encode(denoiser, IMAGES, times, tolerance=tolerance))
-    assert denoiser.calls < 1000
-    with pytest.raises(UserError, match=r"after step 1 of 2, .* from t = 600:"):
-        list(encode(denoiser, IMAGES, [1000.0, 600.0, 0.0]))
+    assert denoiser.calls < 1000  # NaN ends a fixed-point iteration
 
 
 def test_each_step_takes_eps_at_the_level_where_it_starts():
@@ -95,7 +91,7 @@ def test_each_step_takes_eps_at_the_level_where_it_starts():
         torch.testing.assert_close(x_t, of_t.alpha * x0 + of_t.sigma * eps)
 
 
-def test_clean_images_are_asked_about_at_the_first_level():
+def test_clean_images_are_evaluated_at_the_first_level():
     schedule = Cosine()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     (first,) = schedule([300.0]).scalars()

@@ -1,6 +1,6 @@
-"""A door with faults in it, as a command that Lightning can start again for each rank.
+"""A command of the product with faults injected, which Lightning can start again for each rank.
 
-FAULTS='<base64 of pickled faults>' python -m tests.faults.door train trainer=ddp ...
+FAULTS='<base64 of pickled faults>' python -m tests.faults.command train trainer=ddp ...
 """
 
 import base64
@@ -13,8 +13,8 @@ import sys
 def main() -> None:
     for fault in pickle.loads(base64.b64decode(os.environ["FAULTS"])):
         fault.install()
-    # the ranks that Lightning starts get the overrides alone
-    name = os.environ.setdefault("DOOR", sys.argv[1])
+    # Lightning starts the other ranks with the overrides alone
+    name = os.environ.setdefault("COMMAND", sys.argv[1])
     if "LOCAL_RANK" not in os.environ:
         del sys.argv[1]
     importlib.import_module(f"src.{name}").main()

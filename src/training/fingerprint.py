@@ -1,0 +1,140 @@
+"""Fingerprints of the code on which the numbers of a training depend.
+
+The code is that of the classes of the training's objects and of all modules that these import, at the top or inside
+functions. A module counts by its syntax tree without docstrings and comments. `from package import name` leads to the
+module that defines the name, not to all that the package's __init__ imports.
+"""
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+# Trees are written differently by each version of Python.
+FORMAT = f"syntax trees 1, Python {sys.version_info.major}.{sys.version_info.minor}"
+# Modules in which no numbers are computed.
+UNRELATED = ("src.errors", "src.runs")
+# Sequences longer than this hold data, not parts.
+MOST_PARTS = 100
+
+
+def code_fingerprints(objects: Iterable[Any], packages: Sequence[str] = ("src",)) -> dict[str, Any]:
+    """The code behind objects.
+
+    Args:
+        objects: for example a LightningModule and a data module; their attributes count too.
+        packages: only modules of these count.
+
+    Returns:
+        {"format": `FORMAT`, "modules": {name: start of the SHA-256 of its syntax tree}}.
+    """
+    found: set[str] = set()
+    todo = modules_of(objects, packages)
+    while todo:
+        name = todo.pop()
+        if name not in found and _source(name) is not None:
+            found.add(name)
+            todo |= {other for other in imports_of(name) if _counts(other, packages)}
+    digests = {name: sha256(ast.dump(_tree(name)).encode()).hexdigest()[:12] for name in sorted(found)}
+    _tree.cache_clear()
+    return {"format": FORMAT, "modules": digests}
+
+
+def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
+    """The modules of the packages that define the classes of objects and of the parts that they hold."""
+    found: set[str] = set()
+    seen: dict[int, Any] = {}
+    todo = list(objects)
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, partial):
+            todo += [part.func, part.args, part.keywords]
+        elif isinstance(part, dict):
+            todo += islice(part.values(), MOST_PARTS)
+        elif isinstance(part, list | tuple):
+            todo += islice(part, MOST_PARTS)
+        elif isinstance(part, type | FunctionType):
+            found.add(part.__module__)
+        elif _counts(type(part).__module__, packages) or isinstance(part, nn.Module):
+            found.add(type(part).__module__)
+            todo += vars(part).values() if hasattr(part, "__dict__") else ()
+            todo += part.children() if isinstance(part, nn.Module) else ()
+    return {name for name in found if _counts(name, packages)}
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules that a module imports, anywhere in its text."""
+    found = set()
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {_home(_absolute(node, module), alias.name) for alias in node.names}
+    return found
+
+
+def _counts(name: str, packages: Sequence[str]) -> bool:
+    def within(parents: Sequence[str]) -> bool:
+        return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+    return within(packages) and not within(UNRELATED)
+
+
+def _home(module: str, name: str) -> str:
+    """The module that defines what `from module import name` gives."""
+    source = _source(module)
+    if source is None or source.name != "__init__.py":
+        return module
+    if _source(f"{module}.{name}") is not None:
+        return f"{module}.{name}"
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _home(_absolute(node, module), alias.name)
+    return module
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """The module that `from ... import` names, seen from a module."""
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    depth = node.level - (_source(module).name == "__init__.py")
+    return ".".join([*parts[: len(parts) - depth], *([node.module] if node.module else [])])
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module; None if it has none or there is no such module."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    tree = ast.parse(_source(module).read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = list(_without_texts(body)) or [ast.Pass()]
+    return tree
+
+
+def _without_texts(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        if not (text and isinstance(statement.value.value, str)):
+            yield statement

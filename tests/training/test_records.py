@@ -1,0 +1,92 @@
+"""What checkpoints, loggers and processes do where something is missing."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from src.app.options import effect_of
+from src.errors import UserError
+from src.runs.files import sidecar_path
+from src.runs.machine import is_first_process
+from src.training.checkpoint import AtomicCheckpointIO
+from src.training.dashboard import RUN_ID_FILE, needs_package, wandb_settings
+from src.training.distributed import launch_by_command_line
+from src.training.resume import ResumeCheck
+
+
+def _record(folder, **content):
+    path = folder / "step_00000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1, **content}, path)
+    return json.loads(sidecar_path(path).read_text())
+
+
+def test_a_checkpoint_without_our_data_module_and_check(tmp_path):
+    record = _record(tmp_path, state_dict={"w": torch.ones(2)})
+    assert (record["step"], record["samples"], record["data"], record["world_size"]) == (1, None, None, 1)
+
+
+def test_only_weights_averages_and_moments_must_be_finite(tmp_path):
+    infinite = torch.tensor(float("inf"))
+    states = {"EarlyStopping{}": {"best_score": infinite}, "EMA": {"weights": {"w": torch.ones(2)}}}
+    assert _record(tmp_path, callbacks=states, loops={"x": infinite})
+    for broken in (
+        {"state_dict": {"w": infinite}},
+        {"optimizer_states": [{"state": {0: {"exp_avg": infinite}}}]},
+        {"callbacks": {"EMA": {"weights": {}, "others": [{"w": infinite}]}}},
+    ):
+        io, path = AtomicCheckpointIO(), tmp_path / "broken.ckpt"
+        io.save_checkpoint({"global_step": 1, **broken}, path)
+        assert io.failures == 1
+        assert not path.exists()
+
+
+def test_data_without_a_source_have_no_fingerprint():
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(),
+        world_size=1,
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    check, checkpoint = ResumeCheck({}, None, False, effect_of), {}
+    check.setup(trainer, torch.nn.Linear(1, 1), "fit")
+    check.on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["origin"]["data"] is None
+
+
+def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^logger=wandb: .*install it, or choose logger=csv$") as caught:
+        wandb_settings(tmp_path, None)
+    assert "\n" not in str(caught.value)
+    with (
+        pytest.raises(UserError, match=r"^logger\.tensorboard: Neither"),
+        needs_package("logger.tensorboard"),
+    ):
+        raise ModuleNotFoundError("Neither `tensorboard` nor\n`tensorboardX` is available")
+
+
+def test_settings_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = wandb_settings(tmp_path / "run", None)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RUN_ID_FILE).write_text("abcd")
+    assert wandb_settings(tmp_path / "run", None)["id"] == "abcd" != settings["id"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_the_first_process(monkeypatch, name):
+    assert is_first_process()
+    monkeypatch.setenv(name, "1")
+    assert not is_first_process()
+    assert is_first_process(several=False), "a training of one process, whatever else is in its allocation"
+
+
+def test_the_trainer_decides_on_the_rank(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID
+    launch_by_command_line()
+    assert rank_zero_only.rank == 0
