@@ -149,7 +149,9 @@ class DiffusionModule(LightningModule):
         if self.loss.learns_from_losses:
             place = (positions % self.batch_size)[:, None]
             columns = [place, draws.reshape(len(draws), -1), losses[:, None]]
-            self._remembered.append(torch.cat([column.to(losses, non_blocking=True) for column in columns], dim=1))
+            self._remembered.append(
+                torch.cat([column.to(losses, non_blocking=True) for column in columns], dim=1)
+            )
 
     def configure_gradient_clipping(
         self,

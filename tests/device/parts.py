@@ -17,7 +17,8 @@ from src.training.module import DiffusionModule
 BATCH = 4
 SMALL = (
     "model.base_channels=16",
-    "model.channel_multipliers=[1,1]",
+    "model.channel_multipliers=[1]",
+    "model.attention_factors=[1]",
     "conditioning=class",
     "conditioning.dropout=0.5",
 )

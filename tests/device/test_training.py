@@ -1,13 +1,12 @@
 """A training step runs on the device alone: no stray CPU tensor, no wait, and no float64 where there is none."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from src.app.options import CONF
+from src.training.nonfinite import clip_or_skip
 from tests.device.lane import lane
 from tests.device.parts import BATCH, batch_on, choices, parts
 
@@ -38,10 +37,10 @@ def test_a_step_does_not_wait(case):
         module.to("cuda")
         batch = batch_on("cuda")
         device.waits.clear()
-        loss = module.training_step(batch, 0)
-        assert loss.device.type == "cuda"
-        assert loss.dtype == torch.float32
-        assert module.step_output.losses.shape == (BATCH,)
+        made = module.training_step(batch, 0)
+        assert made["loss"].device.type == "cuda"
+        assert made["loss"].dtype == torch.float32
+        assert made["losses"].shape == (BATCH,)
         assert device.waits == []
 
 
@@ -53,7 +52,7 @@ def test_backward_and_the_optimizer_do_not_wait():
         batch = batch_on("meta")
         optimizer = torch.optim.Adam(module.parameters())
         device.waits.clear()
-        module.training_step(batch, 0).backward()
+        module.training_step(batch, 0)["loss"].backward()
         assert all(parameter.grad.is_meta for parameter in module.parameters())
         optimizer.step()
         assert device.waits == []
@@ -62,23 +61,33 @@ def test_backward_and_the_optimizer_do_not_wait():
 @pytest.mark.parametrize("choice", [name for name in choices("ema") if name != "none"])
 def test_averaging_does_not_wait(choice):
     node = OmegaConf.load(CONF / "ema" / f"{choice}.yaml")
-    if "snapshot_every" in node:
-        node.snapshot_every = 0
-    module = parts().module
     ema = instantiate(OmegaConf.merge({"batch_size": BATCH}, {"ema": node}).ema)
-    trainer = SimpleNamespace(global_step=0, is_global_zero=False, max_steps=10)
+    network = parts().module.denoiser.network
     with lane(float64=False) as device:
-        module.to("cuda")
+        network.to("cuda")
         device.waits.clear()
-        ema.on_train_start(trainer, module)
-        for step in range(1, 4):
-            trainer.global_step = step
-            ema.on_train_batch_end(trainer, module, None, None, 0)
-        assert ema.updates == 3
+        ema.start(network)
+        for ema.updates in range(3):
+            ema.update(network, torch.ones((), dtype=torch.bool, device="cuda"))
         assert all(weight.device.type == "cuda" for weight in ema.weights.values())
-        with ema.applied(module.denoiser.network):
+        with ema.applied(network):
             pass
         assert device.waits == []
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not-fused"])
+def test_only_a_fused_optimizer_skips_without_waiting(fused):
+    network = parts().module.denoiser.network
+    with lane(float64=False, answers=True) as device:
+        network.to("cuda")
+        optimizer = torch.optim.Adam(network.parameters(), fused=fused)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        device.waits.clear()
+        norm = clip_or_skip(optimizer, network.parameters(), limit=1.0)
+        optimizer.step()
+        assert norm.device.type == "cuda"
+        assert len(device.waits) == (0 if fused else 1)
 
 
 def test_validation_does_not_wait_in_its_losses():
