@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes; each prints a table."""
+"""Measurements that the documentation quotes. Each module prints a table."""

@@ -1,9 +1,9 @@
-"""Images a second of the training stream, against torchvision and the usual DataLoader.
+"""Images per second of the training stream, beside torchvision with the usual DataLoader.
 
     OMP_NUM_THREADS=1 python -m benchmarks.data
 
 All rows read the same random pixels, in shuffled order, with mirroring, into float32 batches in [-1, 1].
-Wants an idle machine: a busy core slows the rows with workers and not the others, so the ratios would flatter us.
+Run it on an idle machine: a busy core slows only the rows with workers, so the ratios would favour the training stream.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from src.data.codec import Pixels
 from src.data.datamodule import ImageDataModule
 from src.data.source import ImageSource, InMemoryImages
 
@@ -31,10 +32,10 @@ ROUNDS = 5
 SHAPES = {"28x28x1": (20_000, 1, 28), "32x32x3": (20_000, 3, 32)}
 
 
-class Given(ImageSource):
-    """A source around pixels that are there already."""
+class Held(ImageSource):
+    """A source of images that are in memory already."""
 
-    name = "given"
+    name = "held"
 
     def __init__(self, pixels: torch.Tensor):
         super().__init__(pixels.shape[-1], pixels.shape[1], 10, True)
@@ -65,22 +66,30 @@ class Torchvision(Dataset):
         return self.transform(Image.fromarray(self.arrays[index])), index % 10
 
 
-def endless(loader: DataLoader) -> Iterator:
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+def endless(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """The images of the loader's batches, pass after pass."""
+    return (images for images, _ in itertools.chain.from_iterable(itertools.repeat(loader)))
+
+
+def stream(source: ImageSource, workers: int) -> Iterator[torch.Tensor]:
+    """The images of the training stream's batches, as the network sees them."""
+    codec = Pixels(source.image_shape)
+    data = ImageDataModule(source, BATCH, seed=0, workers=workers)
+    return (codec.encode(batch.images) for batch in data.train_dataloader())
 
 
 def images_per_second(batches: Iterator) -> float:
-    """Over `SECONDS`, after as many batches as workers may have prepared ahead."""
+    """Over `SECONDS`, after more batches than workers prepare ahead."""
     for _ in range(8):
         next(batches)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS:
-        count += len(next(batches)[0])
+        count += len(next(batches))
     return count / (time.perf_counter() - start)
 
 
 def measure(rows: dict[str, Callable[[], Iterator]]) -> dict[str, list[float]]:
-    """Each row `ROUNDS` times, in turns, so that whatever else the machine does meets all rows alike."""
+    """Each row `ROUNDS` times, in turns, so that other load on the machine affects all rows alike."""
     rates = {name: [] for name in rows}
     for _ in range(ROUNDS):
         for name, batches in rows.items():
@@ -93,9 +102,6 @@ def shown(rates: list[float]) -> str:
 
 
 def rows(pixels: torch.Tensor) -> dict[str, Callable[[], Iterator]]:
-    def ours(workers: int) -> Iterator:
-        return iter(ImageDataModule(Given(pixels), BATCH, seed=0, workers=workers).train_dataloader())
-
     def theirs(workers: int) -> Iterator:
         return endless(
             DataLoader(
@@ -111,13 +117,13 @@ def rows(pixels: torch.Tensor) -> dict[str, Callable[[], Iterator]]:
     return {
         "torchvision, DataLoader, 2 workers": lambda: theirs(2),
         "torchvision, DataLoader, 0 workers": lambda: theirs(0),
-        "training stream, 0 workers": lambda: ours(0),
-        "training stream, 2 workers": lambda: ours(2),
+        "training stream, 0 workers": lambda: stream(Held(pixels), 0),
+        "training stream, 2 workers": lambda: stream(Held(pixels), 2),
     }
 
 
 def folder() -> dict[str, list[float]]:
-    """Images a second of a folder of 256x256 JPEGs scaled to 64x64."""
+    """Images per second of a folder of 256x256 JPEGs scaled to 64x64."""
     from src.data.image_folder import ImageFolder
 
     rng, count = np.random.default_rng(0), 1000
@@ -137,8 +143,7 @@ def folder() -> dict[str, list[float]]:
             return count / (time.perf_counter() - begin)
 
         def training(limit: int, workers: int) -> Callable[[], Iterator]:
-            data = ImageDataModule(source("0", limit), BATCH, seed=0, workers=workers)
-            return lambda: iter(data.train_dataloader())
+            return lambda: stream(source("0", limit), workers)
 
         starts = {
             "first start: decode and index": [start(str(k)) for k in range(ROUNDS)],

@@ -1,10 +1,10 @@
-"""The scores that one checkpoint has with DDIM of several eta and numbers of steps: DDIM's table 1, and a plot of it.
+"""The scores of one checkpoint with DDIM, by eta and number of steps: DDIM's table 1, and a plot of it.
 
     python -m src.evaluate -m run=<run> sampler.eta=0,0.2,0.5,1 sampler.steps=10,20,50,100 ...
     python -m benchmarks.ddim_table <run> [--plot docs/images/eta.png]
 
-Reads the scores that src.evaluate has left in <run>/scores: those with DDIM that agree in all but eta and steps. Of
-several such sets the largest is taken.
+Reads the records that src.evaluate wrote to <run>/scores, and takes those with DDIM that agree in everything but eta
+and steps. Of several such sets it takes the largest.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from src.evaluation.record import Record
+from src.runs.folder import SCORES_FILE
+
 
 def read(run: Path) -> tuple[str, dict[float, dict[int, float]]]:
     """The score's name, and its values by eta and steps.
@@ -21,19 +24,19 @@ def read(run: Path) -> tuple[str, dict[float, dict[int, float]]]:
     Raises:
         SystemExit: there are no scores with DDIM.
     """
-    # by the score's name and all that it depends on, eta and steps aside
+    # by the name of the score and the protocol without eta and steps
     tables: dict[tuple[str, str], dict[tuple[float, int], float]] = defaultdict(dict)
-    for path in sorted(run.glob("scores/*/scores.json")):
-        record = json.loads(path.read_text())
-        recipe = record["protocol"].get("recipe", {"sampler": "none"})  # a likelihood has none
+    for path in sorted(run.glob(f"scores/*/{SCORES_FILE}")):
+        record = Record.read(path)
+        recipe = record.protocol.get("recipe", {"sampler": "none"})  # a likelihood has none
         if eta := re.fullmatch(r"DDIM\(eta=(.*)\)", recipe.pop("sampler")):
             steps = recipe.pop("steps")
             del recipe["network_evaluations"]
-            for name, value in record["scores"].items():
-                tables[name, json.dumps(record["protocol"], sort_keys=True)][float(eta[1]), steps] = value
+            for name, value in record.scores.items():
+                tables[name, json.dumps(record.protocol, sort_keys=True)][float(eta[1]), steps] = value
     if not tables:
         raise SystemExit(
-            f"{run}: no scores with DDIM there; make them with python -m src.evaluate -m run={run} ..."
+            f"{run} has no scores with DDIM; make them with python -m src.evaluate -m run={run} ..."
         )
     (name, protocol), scores = max(tables.items(), key=lambda item: len(item[1]))
     if len(tables) > 1:

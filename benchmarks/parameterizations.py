@@ -1,14 +1,13 @@
-"""What the parameterisations learn of the digits in equal training: fd_digits over seeds, as a Markdown table.
+"""The parameterisations on the digits in equal training: fd_digits over seeds, as a Markdown table.
 
     python -m benchmarks.parameterizations [--steps 4000] [--seeds 5] [--runs runs/parameterizations]
 
-Trains through the command line, one run after the other (25 runs of some minutes each on two cores); a run whose
-scores are already there is not repeated. All have the same network, optimiser, batches, seeds and number of
-network evaluations (50) of sampling.
+Trains through the command line, one run after the other (25 runs of some minutes each on two cores). A run whose scores
+exist is not repeated. All have the same network, optimiser, batches, seeds and number of network evaluations (50) in
+sampling.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,10 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.progress import track
 
-# Each with the schedule, weights and times that its paper gives it; the sampler is DDIM, which fits all of them.
+from src.evaluation.record import Record
+from src.runs.folder import SCORES_FILE
+
+# Each with the schedule, weights and times of its paper. The sampler is DDIM, which fits all of them.
 ROWS = {
     "eps": ["schedule=cosine", "parameterization=eps", "clipping=static"],
     "x0": ["schedule=cosine", "parameterization=x0", "clipping=static"],
@@ -35,14 +37,14 @@ ROWS = {
 
 
 def train(folder: Path, row: str, seed: int, steps: int) -> float:
-    """Trains one run, if it is not there, and gives its last fd_digits."""
-    scores = folder / f"{row}_{seed}" / "scores.json"
+    """The last fd_digits of a run, which is trained if it does not exist."""
+    scores = folder / f"{row}_{seed}" / SCORES_FILE
     if not scores.exists():
         options = [*ROWS[row], f"seed={seed}", f"trainer.max_steps={steps}", "logger=csv"]
         command = [sys.executable, "-m", "src.train", *options, f"hydra.run.dir={scores.parent}"]
         command += ["sampler=ddim", "sampler.steps=50", f"callbacks.track_fidelity.every={steps}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(scores.read_text())["fd_digits"]
+    return Record.read(scores).scores["fd_digits"]
 
 
 def main() -> None:

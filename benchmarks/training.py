@@ -1,12 +1,12 @@
-"""Seconds of a training step, against diffusers' network and helpers in a plain loop.
+"""Seconds per training step, beside diffusers' network and helpers in a plain loop.
 
     python -m benchmarks.training                   # the DDPM network at a quarter of its width, 28x28x1, batch 128
     python -m benchmarks.training --full --batch 16 # the 35.7M-parameter network, 32x32x3
 
-A step is: draw times and noise, diffuse, forward, backward, clip at 1, Adam, EMA. Ours is what the Trainer does
-with `src.training`'s parts, Lightning's loop included; the other is the usual script around `UNet2DModel`,
-`EMAModel` and `DDPMScheduler.add_noise`. Both networks have the same layers and parameters. The median is shown,
-with the CPU time that this process spent (on a shared machine the better measure).
+A step is: draw times and noise, diffuse, forward, backward, clip at 1, Adam, EMA. Ours is Lightning's Trainer with the
+parts of `src.training`. The other is the usual script around `UNet2DModel`, `EMAModel` and `DDPMScheduler.add_noise`.
+Both networks have the same layers and parameters. Shown are the medians of wall time and of this process's CPU time,
+which is the better measure on a shared machine.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rich.table import Table
 from torch.nn.functional import mse_loss
 from torch.optim import Adam
 
+from src.data.codec import Pixels
 from src.data.datamodule import ImageDataModule
 from src.data.source import ImageSource, InMemoryImages
 from src.diffusion.denoiser import Denoiser
@@ -44,8 +45,7 @@ class Noise(ImageSource):
     name = "noise"
 
     def _load(self, split):
-        shape = (1024, self.channels, self.image_size, self.image_size)
-        return InMemoryImages(torch.randint(0, 256, shape, dtype=torch.uint8), None)
+        return InMemoryImages(torch.randint(0, 256, (1024, *self.image_shape), dtype=torch.uint8), None)
 
 
 class Clock(Callback):
@@ -69,8 +69,10 @@ def ours(size: dict, batch: int, steps: int, precision: str) -> Iterator[list[tu
     network = UNet(**size, attention_factors=(2,), groups=size["base_channels"] // 4)
     loss = DenoisingLoss(Denoiser(network, Linear(), Eps()), Simple(), Uniform())
     ema, clock = EMA(), Clock()
-    module = DiffusionModule(loss, lambda p: Adam(p, 2e-4, fused=True), None, ema, seed=0, batch_size=batch)
-    data = ImageDataModule(Noise(size["image_size"], size["channels"], 0, True), batch, seed=0)
+    source = Noise(size["image_size"], size["channels"], 0, True)
+    codec = Pixels(source.image_shape)
+    module = DiffusionModule(loss, lambda p: Adam(p, 2e-4, fused=True), None, ema, 0, batch, codec)
+    data = ImageDataModule(source, batch, seed=0)
     while True:
         trainer = Trainer(
             accelerator="auto",

@@ -65,12 +65,12 @@ class Condition:
         """
         labels, mask, image = self.labels, self.mask, self.image
         if labels is not None:
-            labels = labels.masked_fill(which.to(labels.device), NO_CLASS)
+            labels = labels.masked_fill(which.to(labels.device, non_blocking=True), NO_CLASS)
         if self.tokens is not None:
             mask = torch.ones_like(self.tokens[..., 0], dtype=torch.bool) if mask is None else mask
-            mask = mask & ~which.to(mask.device)[:, None]
+            mask = mask & ~which.to(mask.device, non_blocking=True)[:, None]
         if image is not None:
-            image = image.masked_fill(which.to(image.device)[:, None, None, None], 0)
+            image = image.masked_fill(which.to(image.device, non_blocking=True)[:, None, None, None], 0)
         return Condition(labels, self.tokens, mask, image)
 
     def dropped(self) -> "Condition":

@@ -133,7 +133,7 @@ class LearnedUncertainty(Weighting, nn.Module):
     def balance(self, losses, level):
         if not self.training:
             return losses
-        noise = (-clamp(level.log_snr, -20.0, 20.0) / 4).to(losses.device, losses.dtype)
+        noise = (-clamp(level.log_snr, -20.0, 20.0) / 4).to(losses.device, losses.dtype, non_blocking=True)
         angles = noise[:, None] * self.frequencies.to(losses.dtype) + self.phases.to(losses.dtype)
         u = 2**0.5 * torch.cos(angles) @ self.uncertainty.weight[0].to(losses.dtype)
         return losses / u.exp() + u

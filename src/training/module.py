@@ -104,7 +104,7 @@ class DiffusionModule(LightningModule):
         x0 = self.encode(batch)
         keyed = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
         draws = torch.cat([self.loss.draw_for_validation(1, g) for g in keyed])
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in keyed]).to(x0)
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in keyed]).to(x0, non_blocking=True)
         condition = None if self.conditioning is None else self.conditioning.of_data(batch.condition)
         self.validation_losses["val/loss"].update(self.loss(x0, draws, eps, condition))
         if self.ema is not None:
@@ -149,7 +149,9 @@ class DiffusionModule(LightningModule):
         if self.loss.learns_from_losses:
             place = (positions % self.batch_size)[:, None]
             columns = [place, draws.reshape(len(draws), -1), losses[:, None]]
-            self._remembered.append(torch.cat([column.to(losses) for column in columns], dim=1))
+            self._remembered.append(
+                torch.cat([column.to(losses, non_blocking=True) for column in columns], dim=1)
+            )
 
     def configure_gradient_clipping(
         self,
