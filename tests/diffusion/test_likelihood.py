@@ -96,10 +96,10 @@ def test_decoder_gradient_does_not_leak_into_other_steps(T, log_variance):
     gradients = []
     for dtype in (torch.float32, torch.float64):
         output = eps.to(dtype).requires_grad_()
-        said = torch.full_like(output, log_variance, requires_grad=True)
-        prediction = Eps().predict(x_t.to(dtype), output, chain.level(step)).with_variance(said)
+        predicted = torch.full_like(output, log_variance, requires_grad=True)
+        prediction = Eps().predict(x_t.to(dtype), output, chain.level(step)).with_variance(predicted)
         bits = chain.term(step, x0.to(dtype), prediction, Learned())
-        gradients.append([g.double() for g in torch.autograd.grad(bits.sum(), (output, said))])
+        gradients.append([g.double() for g in torch.autograd.grad(bits.sum(), (output, predicted))])
     for single, double in zip(*gradients, strict=True):
         torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-6)
 
@@ -135,11 +135,13 @@ def test_terms_of_the_bound_equal_the_reference(kind, times):
 )
 def test_a_batch_of_several_steps_has_the_terms_of_each(variance):
     chain, x0, step = Chain(Cosine(40)), _bytes((4, 1, 3, 3)).float(), torch.tensor([1, 2, 1, 40])
-    output, said, x_t = (torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    output, predicted, x_t = (
+        torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
 
     def term(chosen):
         prediction = Eps().predict(x_t[chosen], output[chosen], chain.level(step[chosen]))
-        return chain.term(step[chosen], x0[chosen], prediction.with_variance(said[chosen]), variance)
+        return chain.term(step[chosen], x0[chosen], prediction.with_variance(predicted[chosen]), variance)
 
     assert torch.equal(term([0, 1, 2, 3]), torch.cat([term([i]) for i in range(4)]))
     assert torch.equal(term([0, 2]), term([0, 1, 2, 3])[[0, 2]])

@@ -153,7 +153,7 @@ def test_the_marginals_of_the_forward_process(schedule, data):
 @pytest.mark.parametrize(("schedule", "name"), ALLOWED)
 def test_posterior_mean_minimises_the_loss(schedule, name, data):
     # The expected loss of the best F is E[Var[x0 | x_t]] / c_out^2. Any other F adds the mean square of its difference
-    # from the best, up to the sample correlation of the difference with the error, which is below 1/70.
+    # from the best, up to a cross term: about 1/70 of the product of the RMS of the difference and of the error.
     parameterization, schedule, data = PARAMETERIZATIONS[name], ALL[schedule], DATA[data]
     n = 20_000
     x0, _ = data.sample(n, torch.Generator().manual_seed(0))
@@ -225,7 +225,7 @@ def test_one_denoiser_predicts_the_same_in_every_parameterisation(dtype):
     x_t = x_t[2:]
     x0 = torch.tanh(x_t)
     eps = (x_t.double() - level.alpha.view(-1, 1, 1, 1) * x0.double()) / level.sigma.view(-1, 1, 1, 1)
-    said = {
+    predictions = {
         name: p.predict(x_t, p.target(x0.double(), eps, level).to(dtype), level)
         for name, p in PARAMETERIZATIONS.items()
     }
@@ -233,7 +233,7 @@ def test_one_denoiser_predicts_the_same_in_every_parameterisation(dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     gain = torch.maximum(level.sigma / level.alpha, torch.ones(())).view(-1, 1, 1, 1)
     loss = torch.maximum(level.alpha / level.sigma, torch.ones(())).view(-1, 1, 1, 1)
-    for prediction in said.values():
+    for prediction in predictions.values():
         assert prediction.x0.dtype == dtype
         assert ((prediction.x0 - x0) / gain).abs().max() < tolerance
         assert ((prediction.eps - eps) / loss / eps.abs().clamp(min=1)).abs().max() < tolerance
