@@ -284,7 +284,7 @@ def test_bits_of_the_flow_agree_with_the_exact_likelihood_of_a_discretised_mixtu
     mixture = _pixels()
     x0, bits = _bytes_of(mixture, 4000)
     result = flow_likelihood(MixtureDenoiser(mixture, VP()), x0, noise=Normal())
-    # the outer bytes also contain the mass beyond [-1, 1], which the density on the bin does not
+    # the outer bytes also contain the mass beyond [-1, 1], which the density within the bin does not
     inner = x0.flatten().abs() < 0.99
     assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
 

@@ -59,7 +59,7 @@ TINY = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Sends a signal to the own process when a function is called for the n-th time.
+    """Sends a signal to its own process when a function is called for the n-th time.
 
     Attributes:
         place: the function, "module:attribute.path", in src or a library. It is called after the signal.

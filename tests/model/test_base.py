@@ -9,7 +9,7 @@ from src.model import ForeignNetwork, UNet, adapted
 
 
 def small(trained=True, **arguments):
-    """A UNet for 8x8 images; with `trained`, all weights are random, including the layers initialised to zero."""
+    """A UNet for 8x8 images; with `trained`, all weights but those of the second time are random."""
     torch.manual_seed(0)
     sizes = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1, "groups": 4}
     network = UNet(**{"image_size": 8, "channels": 1, **sizes, **arguments}).eval()

@@ -110,7 +110,7 @@ def test_average_of_any_length_is_synthesised_from_snapshots(std, tmp_path):
     wanted = PowerEMA((std,), snapshot_every=0)
     _run(wanted, path)
     made = post_hoc.synthesise(tmp_path / "ema", std, 4000)["weight"].item()
-    # the standard deviation of the path is 2; within the stored range the error is a thousandth of it
+    # the standard deviation of the path is 3; the tolerance is smaller for lengths near the stored ones
     assert made == pytest.approx(_averages(wanted)[0], abs=0.02 if std <= 0.13 else 0.1)
     assert abs(_averages(stored)[0] - _averages(stored)[1]) > 0.05
 

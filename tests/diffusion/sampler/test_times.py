@@ -34,7 +34,7 @@ SAMPLERS = {
     "DPM-Solver-3": SinglestepDPMSolver(3, plus_plus=False),
     "DPM-Solver++(2S)": SinglestepDPMSolver(2),
     "DPM-Solver++(3S)": SinglestepDPMSolver(3),
-    "DPM-Solver++(3S), even in time": SinglestepDPMSolver(3, nodes="time"),
+    "DPM-Solver++(3S), uniform in time": SinglestepDPMSolver(3, nodes="time"),
     "DPM-Solver++(3S), ancestral": SinglestepDPMSolver(3, eta=1.0),
     "DPM-Solver++(3M)": MultistepDPMSolver(3),
     "UniPC": UniPC(),
