@@ -13,12 +13,12 @@ from src.app import jobs
 
 ROOT = Path(__file__).parent.parent
 
-# A training of seconds that meets every part: two steps' worth of everything.
+# A training run of a few seconds that exercises every component.
 QUICK = ("debug=quick", "logger=csv", "trainer.accelerator=cpu", "model.base_channels=16", "batch_size=32")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many combinations of the matrix trained and were refused: as the tests counted them, in whatever worker."""
+    """Prints how many combinations of the matrix trained and how many were refused, summed over all workers."""
     reports = [
         report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])
     ]
@@ -32,18 +32,18 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="session")
 def _composition():
-    """What Hydra needs to compose conf/ in this process."""
+    """Registers what Hydra needs to compose conf/ in this process."""
     jobs.register()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Small tensors on a shared machine: a second thread costs more than it gives."""
+    """Limits torch to one thread: for small tensors, a second thread costs more than it saves."""
     torch.set_num_threads(1)
 
 
 def commands_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs an entry point in this process, in a folder: command("train", "seed=1") -> exit status."""
+    """A function that runs an entry point in this process, in `folder`: call("train", "seed=1") -> exit status."""
 
     def call(name: str, *overrides: str) -> int:
         monkeypatch.chdir(folder)

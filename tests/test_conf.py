@@ -1,4 +1,4 @@
-"""Every file of conf/ does what its first line says: it composes, is built and, if it is an experiment, trains."""
+"""Every file of conf/ composes and builds its object; every experiment trains."""
 
 import inspect
 import math
@@ -28,10 +28,10 @@ from tests.conftest import ROOT
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
-# These override others instead of describing an object.
+# These groups override other groups and describe no object.
 PRESETS = {"experiment", "debug", "preset"}
 
-# Some choices are impossible beside the default ones: what they need instead.
+# Overrides for choices that are invalid with the defaults.
 NEEDS = {
     "schedule=jsd": ["parameterization=v"],
     "schedule=rectified_flow": ["parameterization=velocity"],
@@ -44,7 +44,7 @@ NEEDS = {
     "model=unet_ddpm": ["data=cifar10"],
     "model=unet_small": ["data=fashion_mnist"],
 }
-# For 8x8 digits in seconds: sizes only, whatever network an experiment has.
+# Network sizes that train on 8x8 digits in seconds, valid for the network of every experiment.
 SMALL_NETWORK = [
     "model.base_channels=8",
     "model.groups=4",
@@ -74,13 +74,13 @@ def composed(entry_point: str, *overrides: str) -> DictConfig:
 
 @pytest.fixture
 def assembled(tmp_path, monkeypatch):
-    """assembled("schedule=linear", ...) -> the training with these overrides, on digits and the CPU."""
+    """assembled("schedule=linear", ...) -> the assembled training with these overrides, on digits and the CPU."""
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     monkeypatch.setenv("PICTURES", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def make(*overrides: str) -> tuple[Experiment, DictConfig]:
-        # the score takes longer than all else: only where it is meant
+        # scores are slow: build them only for tests that choose one
         plain = ["logger=csv", "trainer=cpu", "metrics=none"]
         given = {override.split("=")[0] for override in overrides}
         plain = [override for override in plain if override.split("=")[0] not in given]
@@ -91,7 +91,7 @@ def assembled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
-def test_the_first_line_says_what_it_is(path):
+def test_first_line_describes_the_file(path):
     lines = path.read_text().splitlines()
     package = [line for line in lines if "@package" in line]
     assert package == lines[:1] if path.parent.name in PRESETS else not package
@@ -100,8 +100,8 @@ def test_the_first_line_says_what_it_is(path):
 
 
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - PRESETS))
-def test_a_leaf_is_one_class_and_its_numbers(group):
-    """Nothing but `defaults`, `_target_` and options of the class; in groups that collect, of one class a name."""
+def test_leaf_is_one_class_and_its_options(group):
+    """A file has only `defaults`, `_target_` and options of the class; `callbacks` and `logger` map names to these."""
     collects = group in {"callbacks", "logger"}
     for name in choices(group):
         loaded = OmegaConf.load(CONF / group / f"{name}.yaml")
@@ -126,9 +126,9 @@ def test_a_leaf_is_one_class_and_its_numbers(group):
         "clipping",
     ],
 )
-def test_the_mathematics_numbers_are_the_classes_defaults(group):
-    """Which the reference tests hold against the papers. What is filled in from elsewhere is not meant."""
-    # whose end the tests of the presets hold against the papers
+def test_values_equal_the_defaults_of_the_class(group):
+    """The reference tests check these defaults against the papers. Interpolated values are skipped."""
+    # the tests of the presets check the `end` of these against the papers
     ends = {"uniform_time_vp", "uniform_log_snr_vp"}
     for name in set(choices(group)) - ends:
         loaded = OmegaConf.load(CONF / group / f"{name}.yaml")
@@ -141,7 +141,7 @@ def test_the_mathematics_numbers_are_the_classes_defaults(group):
                     assert value == default, f"{group}/{name}: {option}"
 
 
-# What the papers say, or where they do not, their authors' configurations
+# Values from the papers or, where a paper gives none, from its authors' configurations.
 PAPERS = {
     "ddpm_cifar10": {
         "schedule": "Linear",
@@ -227,21 +227,21 @@ PAPERS = {
 }
 
 
-def test_every_paper_has_its_numbers_told():
+def test_every_paper_experiment_has_expected_values():
     assert set(PAPERS) == {name for name in choices("experiment") if name.endswith("_cifar10")}
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_an_experiment_has_its_paper_s_numbers(name):
+def test_experiment_has_the_values_of_its_paper(name):
     config = composed("train", f"experiment={name}")
     found = {option: OmegaConf.select(config, option) for option in PAPERS[name]}
     for option, value in found.items():
-        if isinstance(value, DictConfig):  # of a group the class counts
+        if isinstance(value, DictConfig):  # for a group, compare the class
             found[option] = value._target_.rpartition(".")[2]
     assert found == PAPERS[name]
 
 
-def test_a_group_is_named_as_its_module():
+def test_group_has_the_name_of_its_module():
     written = {path.stem for path in (ROOT / "src").rglob("*.py")} | {
         path.name for path in (ROOT / "src").rglob("*") if path.is_dir()
     }
@@ -262,14 +262,14 @@ def test_help_lists_every_group_choice_and_option(entry_point):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{group}="))
         listed = [line.split() for line in lines[start + 1 : start + 1 + len(choices(group))]]
         assert [words[0] for words in listed] == choices(group)
-        assert all(len(words) > 1 for words in listed)  # the name and what it is
+        assert all(len(words) > 1 for words in listed)  # the name and its description
     for option in OPTIONS[entry_point]:
         assert any(line.strip().startswith(f"{option.name}=") for line in lines), option
         assert len(option.help) > 5
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_the_table_of_options_is_what_is_composed(entry_point):
+def test_options_table_equals_the_composed_configuration(entry_point):
     config = composed(entry_point)
     named = {option.name.partition(".")[0] for option in OPTIONS[entry_point]}
     assert {str(key) for key in config} - set(groups_of(entry_point)) == named
@@ -280,12 +280,12 @@ def test_the_table_of_options_is_what_is_composed(entry_point):
         assert raw == option.default
 
 
-# built in tests of their own
+# built in separate tests
 ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS}
 
 
 def reachable(root: object) -> list[object]:
-    """Every object of ours, of torch.optim or of Lightning that can be reached through attributes and containers."""
+    """All objects reachable from `root` through containers, partials and attributes of src and Lightning objects."""
     found, pending, seen = [], [root], set()
     while pending:
         one = pending.pop()
@@ -308,14 +308,14 @@ def reachable(root: object) -> list[object]:
     ("group", "choice"),
     [(group, choice) for group in groups_of("train") if group not in ELSEWHERE for choice in choices(group)],
 )
-def test_a_choice_becomes_its_object(group, choice, assembled):
+def test_choice_builds_its_object(group, choice, assembled):
     override = f"{group}={choice}"
     if group == "trainer" and choice == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     parts, config = assembled(override, *NEEDS.get(override, []))
     node = config[group]
     if not node:
-        return  # nothing was chosen: that it trains is tested below
+        return  # the choice is empty; the tests below train with it
     target = get_class(node["_target_"])
     found = [one for one in reachable(parts) if one is target or type(one) is target]
     made = (
@@ -337,8 +337,8 @@ def test_a_choice_becomes_its_object(group, choice, assembled):
         for choice in choices(group)
     ],
 )
-def test_a_choice_of_the_mathematics_trains(group, choice, assembled):
-    """Two steps as the command line takes them, with a validation after each."""
+def test_diffusion_choice_trains(group, choice, assembled):
+    """Takes two steps as the command line does, each followed by a validation."""
     overrides = [
         "batch_size=8",
         "trainer.max_steps=2",
@@ -378,7 +378,7 @@ def test_loggers(choice, assembled):
 
 @pytest.mark.parametrize("choice", choices("metrics"))
 def test_metrics(choice, monkeypatch, tmp_path):
-    """The score is built, or, where InceptionV3's weights are neither there nor to be had, says so in one line."""
+    """Builds the score, or raises a one-line error if the InceptionV3 weights are missing and cannot be downloaded."""
 
     def unreachable(*_, **__):
         raise URLError("no network")
@@ -391,15 +391,15 @@ def test_metrics(choice, monkeypatch, tmp_path):
     if "Inception" in OmegaConf.to_yaml(config.metrics):
         with pytest.raises(
             UserError, match=r"^metrics\.features\.weights: no InceptionV3 weights in \S+"
-        ) as told:
+        ) as raised:
             scores_of(config, codec_of(config, source_of(config)))
-        assert "\n" not in str(told.value)
-        cure = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
-        assert cure in str(told.value)
+        assert "\n" not in str(raised.value)
+        fix = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
+        assert fix in str(raised.value)
     elif choice == "none":
         assert scores_of(config, codec_of(config, source_of(config))) is None
     elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):
-        # for src.evaluate alone: nothing is generated, so there is nothing to track in training
+        # only for src.evaluate: these generate no images, so training cannot track them
         assert build(config.metrics, object, "metrics") is not None
         with pytest.raises(UserError, match=r"^metrics"):
             scores_of(config, codec_of(config, source_of(config)))
@@ -415,7 +415,7 @@ def test_the_default_score_fits_the_data():
         assert composed("train", f"data={data}").metrics == OmegaConf.load(CONF / "metrics" / f"{name}.yaml")
 
 
-def test_what_is_added_to_an_experiment_wins():
+def test_overrides_take_precedence_over_the_experiment():
     config = composed("train", "experiment=edm_digits", "preset=ddim_paper_cifar10", "debug=quick")
     assert config.schedule._target_.endswith(".EDM")
     assert config.sampler._target_.endswith(".DDIM")
@@ -429,7 +429,7 @@ def test_sampling_and_scoring_share_the_choices_of_training(entry_point):
     assert groups <= set(groups_of("train"))
     config, training = composed(entry_point), composed("train")
     for group in groups:
-        # none keeps the run's own; what is chosen is what training previews with
+        # an empty group keeps the run's own choice; otherwise it is the choice that training uses for previews
         assert not config.get(group) or config[group]["_target_"] == training[group]["_target_"]
 
 
@@ -443,7 +443,7 @@ def test_tasks(choice):
     ("group", "choice"), [(group, choice) for group in ("experiment", "debug") for choice in choices(group)]
 )
 def test_two_steps(group, choice, command, only_run, tmp_path):
-    """Every experiment and debug preset trains, previews and is kept: on digits, with its network made small."""
+    """Every experiment and debug preset trains, previews and saves: on digits, with a small network."""
     status = command(
         "train",
         f"{group}={choice}",

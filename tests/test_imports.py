@@ -1,4 +1,4 @@
-"""The directions of imports that docs/design.md promises, read from the source files without running them."""
+"""Checks the import rules of docs/design.md by parsing the source files, without importing them."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ SOURCE = ROOT / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 ENTRY_POINTS = {"train", "sample", "evaluate", "train_classifier", "fetch_inception"}
 
-# The layers, from the bottom: a package may import those of the layers below, and none beside it.
+# Layers from the bottom up. A package may import only packages of lower layers.
 LAYERS: list[set[str]] = [
     {"errors", "randomness"},
     {"conditioning"},
@@ -43,7 +43,7 @@ ONLY_IN = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: who imports it, its full name, and whether that happens as soon as the file is."""
+    """One import: the importing file, the full name of the module, and whether it runs when the file is imported."""
 
     file: Path
     module: str
@@ -62,7 +62,7 @@ MODULES = {module_name(file) for file in FILES}
 
 
 def imports(file: Path, text: str | None = None) -> list[Import]:
-    """All imports of a file except those for type checkers only."""
+    """All imports of a file, except those under TYPE_CHECKING."""
     found: list[Import] = []
     package = module_name(file).split(".")[: None if file.name == "__init__.py" else -1]
 
@@ -89,7 +89,7 @@ ALL = [one for file in FILES for one in imports(file)]
 
 
 def package_of(name: str) -> str | None:
-    """The package (or the module at the top) of a module of ours, None for other people's."""
+    """The package (or top-level module) under src that a module belongs to; None for third-party modules."""
     parts = name.split(".")
     return parts[1] if parts[0] == "src" and len(parts) > 1 else None
 
@@ -101,7 +101,7 @@ def between_packages(found: list[Import]) -> Iterator[tuple[Import, str, str]]:
             yield one, importer, imported
 
 
-def test_the_reader_of_imports_sees_every_kind():
+def test_imports_finds_every_kind_of_import():
     file = SOURCE / "diffusion" / "sampler" / "ddim.py"
     text = (
         "from typing import TYPE_CHECKING\nimport torch.nn as nn\nfrom ..noise_level import NoiseLevel\n"
@@ -152,14 +152,14 @@ def test_mathematics_and_networks_need_torch_only(name):
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_a_library_stays_in_its_packages(library):
+def test_library_is_imported_only_in_its_packages(library):
     users = {package_of(module_name(one.file)): one for one in ALL if one.module.split(".")[0] == library}
     elsewhere = [str(one) for name, one in users.items() if name not in ONLY_IN[library]]
     assert not elsewhere, elsewhere
 
 
 @pytest.mark.parametrize("granularity", ["packages", "files"])
-def test_no_circles(granularity):
+def test_no_import_cycles(granularity):
     """Imports inside functions count too."""
     graph: dict[str, set[str]] = {}
     for one in ALL:
@@ -170,23 +170,23 @@ def test_no_circles(granularity):
             importer, imported = package_of(importer), package_of(imported)
         if importer and imported != importer:
             graph.setdefault(importer, set()).add(imported)
-    # raises CycleError, which names the circle
+    # raises CycleError, which names the cycle
     assert len(list(TopologicalSorter(graph).static_order())) > 10
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_what_is_public_says_what_it_is(file):
+def test_public_names_have_docstrings(file):
     tree = ast.parse(file.read_text())
     kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
     silent = [node.name for node in public if not ast.get_docstring(node)]
     if not ast.get_docstring(tree):
-        silent.insert(0, "the file itself")
+        silent.insert(0, "the module")
     assert not silent, f"{file.relative_to(ROOT)}: no docstring: {', '.join(silent)}"
 
 
 def python(*arguments: str) -> tuple[str, float]:
-    """Output and processor seconds of a fresh interpreter."""
+    """Output and CPU seconds of a new interpreter."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -201,15 +201,15 @@ def python(*arguments: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("entry_point", ["train", "sample", "evaluate"])
-def test_an_entry_point_loads_nothing_heavy(entry_point):
+def test_entry_point_imports_no_heavy_package(entry_point):
     heavy = ("torch", "hydra", "omegaconf", "lightning", "wandb", "numpy", "pydantic", "PIL")
     loaded, _ = python("-c", f"import sys, src.{entry_point}; print(*sys.modules)")
     assert f"src.{entry_point}" in loaded.split()
     assert not set(heavy) & set(loaded.split())
 
 
-def test_help_answers_within_a_second():
-    # processor time, which other processes on the machine do not change
+def test_help_takes_less_than_a_second():
+    # CPU time, because it does not depend on other processes
     answers = [python("-m", "src.train", "--help") for _ in range(3)]
     assert answers[0][0].startswith("Train a diffusion model")
     assert min(seconds for _, seconds in answers) < 1

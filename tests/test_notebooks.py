@@ -1,4 +1,4 @@
-"""The notebooks run, from their own folder, and are kept with their pictures."""
+"""The notebooks run from their own folder, and their outputs are stored."""
 
 import re
 
@@ -32,21 +32,21 @@ def test_runs(path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
     shown = pictures(notebook)
-    assert shown >= 4, "kept with its pictures"
+    assert shown >= 4, "the notebook is stored without its images"
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
     execute(notebook, path.parent)
     assert pictures(notebook) == shown
     if path == FIRST:
-        # measured 2.5; the untrained network's samples are noise, 26, and digits held out are at 0.3
+        # measured: 2.5; noise, which an untrained network gives, scores 26, and held-out digits score 0.3
         scores = dict(re.findall(r"^(\S.*?)\s+fd_digits = (\S+)$", printed(notebook), re.MULTILINE))
         assert float(scores["samples"]) < 5
         assert float(scores["noise"]) > 20
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_kept_as_it_ran(path):
+def test_is_stored_as_executed(path):
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -59,7 +59,7 @@ def test_is_kept_as_it_ran(path):
     assert path.stat().st_size < 400_000
 
 
-def test_the_first_finds_the_project_from_anywhere_in_it():
+def test_first_notebook_finds_the_project_from_any_folder_in_it():
     for folder in (ROOT, ROOT / "notebooks"):
         notebook = nbformat.read(FIRST, as_version=4)
         ours = "import src; print(src.__file__)"
@@ -71,7 +71,7 @@ def test_the_first_finds_the_project_from_anywhere_in_it():
         assert printed(notebook).strip() == str(ROOT / "src" / "__init__.py")
 
 
-def test_the_first_is_under_100_lines():
+def test_first_notebook_has_fewer_than_100_lines():
     notebook = nbformat.read(FIRST, as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert sum(len(source.splitlines()) for source in code) < 100

@@ -1,4 +1,4 @@
-"""docs/your_own.md works as printed: its files are written outside the repository, its commands are run."""
+"""Writes the files of docs/your_own.md outside the repository and runs its commands as printed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SHORT = ["trainer=cpu", "logger=csv", "callbacks.sample_images.n=4", "callbacks.
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """A folder with the package of the page and, after the first command, its run."""
+    """A folder with the page's package and, after the first command, its run."""
     folder = tmp_path_factory.mktemp("outside")
     for _, text in BLOCKS:
         if match := re.match(r"# (mylab/\S+)\n", text):
@@ -58,13 +58,13 @@ def test_the_page_has_a_command_for_each_entry_point():
     ]
 
 
-def test_parts_from_outside_are_trained_resumed_sampled_and_scored(outside):
+def test_external_classes_are_trained_resumed_sampled_and_scored(outside):
     train, resume, sample, evaluate = COMMANDS
     for command, more in ((train, SHORT), (resume, []), (sample, ["device=cpu"]), (evaluate, ["device=cpu"])):
         done = run(outside, command, *more)
         assert done.returncode == 0, done.stderr
         if command == resume:
-            # all else is the same, but nobody can know what a callback of one's own does
+            # everything else is equal, but the effect of a user's callback is unknown
             assert (
                 "resume      approximate from step 60 (callbacks.norm: mylab.parts.WeightNorm may"
                 in done.stdout
@@ -76,13 +76,13 @@ def test_parts_from_outside_are_trained_resumed_sampled_and_scored(outside):
     (made,) = (folder / "samples").glob("*/recipe.json")
     recipe = json.loads(made.read_text())
     assert recipe["guidance"] == "Contrast(factor=1.2)"
-    assert recipe["network_evaluations"] == 19  # two a step, one at the last
+    assert recipe["network_evaluations"] == 19  # two per step, one at the last step
     (record,) = (folder / "scores").glob("*/scores.json")
     assert set(json.loads(record.read_text())["scores"]) == {"brightness"}
 
 
 @pytest.mark.parametrize("name", ["src.train", "src.sample", "src.evaluate"])
-def test_a_run_does_not_bring_its_own_trust(outside, name):
+def test_trust_is_not_read_from_the_run(outside, name):
     command = next(c for c in COMMANDS[1:] if c.split()[2] == name).replace("trust=[mylab] ", "")
     command = re.sub(r" sampler=midpoint| 'metrics=\[brightness\]'| '\+wrappers\.[^']*'", "", command)
     done = run(outside, command)

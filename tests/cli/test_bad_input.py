@@ -1,4 +1,4 @@
-"""Bad input: one line that names the option and the cure, exit status 2, before any data are read."""
+"""Bad input gives exit status 2 and one line that names the option and a fix, before any data is read."""
 
 import io
 
@@ -9,7 +9,7 @@ from PIL import Image
 from src.data.source import ImageSource
 from tests.conftest import QUICK
 
-# overrides -> what the line must say: the option, and the cure
+# name -> overrides, and text that the error line must contain: the option and a fix
 BAD = {
     "unknown choice": (["schedule=cosin"], ["schedule=cosin", "cosine", "linear"]),
     "unknown group": (["schedul=cosine"], ["schedul", "schedule"]),
@@ -23,7 +23,7 @@ BAD = {
         ["preset=edm_paper", "sampler.order=2"],
         ["sampler.order: sampler=heun has no order; it has steps"],
     ),
-    "option of no choice": (
+    "option of an empty choice": (
         ["clipping=none", "clipping.bound=2"],
         ["clipping.bound: clipping=none has no options"],
     ),
@@ -35,16 +35,16 @@ BAD = {
         ["sampler=heun,ddim", "sampler.eta=0", "-m"],
         ["sampler.eta: sampler=heun has no eta", "not every choice of the sweep has this option"],
     ),
-    "option added to a class that has none": (["+sampler.order=2"], ["sampler.order", "eta"]),
-    "option added to a class that has no options": (["+spacing.end=0.5"], ["spacing.end", "it has none"]),
+    "added option that the class does not have": (["+sampler.order=2"], ["sampler.order", "eta"]),
+    "added option for a class without options": (["+spacing.end=0.5"], ["spacing.end", "it has none"]),
     "text for a number": (["seed=hello"], ["seed", "hello", "integer"]),
     "text for a number in a group": (["sampler.eta=much"], ["sampler.eta", "much", "number"]),
-    "text for a switch or a number": (
+    "text for a boolean or a number": (
         ["sampler=dpmpp_2m", "sampler.lower_order_final=often"],
         ["sampler.lower_order_final='often': input should be a valid boolean or a valid integer"],
     ),
     "negative seed": (["seed=-1"], ["seed", "-1", "greater"]),
-    "too often halved": (
+    "too many downsamplings": (
         ["model.channel_multipliers=[1,1,1,1,1]"],
         ["model.", "image_size", "channel_multipliers"],
     ),
@@ -56,25 +56,31 @@ BAD = {
     ),
     "eta out of range": (["sampler.eta=1.5"], ["sampler.eta", "[0, 1]", "1.5"]),
     "decay out of range": (["ema.decay=1"], ["ema.decay", "[0, 1)"]),
-    "channels against the data": (["model.channels=3"], ["model.channels=3", "1", "follows the data"]),
-    "data of other channels": (["data.channels=3"], ["data.channels must be 1", "got 3"]),
+    "channels that contradict the data": (
+        ["model.channels=3"],
+        ["model.channels=3", "1", "follows the data"],
+    ),
+    "channels that the data does not have": (["data.channels=3"], ["data.channels must be 1", "got 3"]),
     "missing folder": (["data=image_folder", "metrics=none", "data.root=nowhere"], ["data.root", "nowhere"]),
-    "no folder named": (["data=image_folder", "metrics=none"], ["data.root"]),
-    "labels of unlabelled data": (
+    "folder not set": (["data=image_folder", "metrics=none"], ["data.root"]),
+    "classes for unlabelled data": (
         ["data=image_folder", "metrics=none", "data.root=.", "class_conditional=true"],
         ["class_conditional", "no labels"],
     ),
     "missing checkpoint": (["ckpt=nowhere.ckpt"], ["ckpt=nowhere.ckpt", "no such"]),
-    "nothing to continue": (["ckpt=last"], ["ckpt=last", "name a run folder"]),
-    "batch and accumulation": (["max_device_batch=0"], ["max_device_batch=0", "greater than or equal to 1"]),
-    "score of another shape": (["metrics=fd_fashion_mnist"], ["metrics", "fashion_mnist", "metrics=fid"]),
-    "one step for the bound": (
+    "no run to resume": (["ckpt=last"], ["ckpt=last", "name a run folder"]),
+    "device batch of zero": (["max_device_batch=0"], ["max_device_batch=0", "greater than or equal to 1"]),
+    "score for another image shape": (
+        ["metrics=fd_fashion_mnist"],
+        ["metrics", "fashion_mnist", "metrics=fid"],
+    ),
+    "bound with one step": (
         ["schedule.T=1", "variance=learned_range", "loss=hybrid"],
         ["loss: schedule.T=1", "at least 2", "loss=denoising"],
     ),
     "bits in training": (["metrics=nll"], ["metrics: bits per dimension", "src.evaluate", "metrics=none"]),
     "bits of the flow in training": (["metrics=nll_flow"], ["metrics: bits per dimension", "src.evaluate"]),
-    "option that is not in the file": (
+    "option that needs a plus sign": (
         ["model.out_channels=1"],
         ["model.out_channels", "+model.out_channels"],
     ),
@@ -82,13 +88,13 @@ BAD = {
         ["+model.out_channels=1", "variance=learned_range", "loss=hybrid"],
         ["model.out_channels=1", "+model.out_channels=2"],
     ),
-    "losses balanced and preferred": (
+    "learned uncertainty with importance sampling": (
         ["weighting=learned_uncertainty", "time_sampling=importance"],
         ["time_sampling=importance", "choose time_sampling=uniform"],
     ),
     "beta out of range": (["schedule=linear", "schedule.T=10"], ["schedule.T", "beta"]),
     "foreign class": (["optimizer._target_=os.system"], ["optimizer._target_", "not allowed"]),
-    "class by a detour": (
+    "foreign class through an allowed module": (
         ["optimizer._target_=torch.optim.adam.torch.load"],
         ["optimizer._target_", "not allowed"],
     ),
@@ -97,24 +103,27 @@ BAD = {
         ["sampler._target_", "Sampler"],
     ),
     "syntax": (["schedule=["], ["schedule=[", "quote"]),
-    "rate that is no number": (["optimizer.lr=hello"], ["optimizer", "hello"]),
-    "impossible clipping": (["clipping.bound=0"], ["error: clipping.bound must be positive"]),
-    "commas without quotes": (["spacing.sections=10,15,20"], ["'spacing.sections=\"10,15,20\"'", "-m"]),
-    "sections that are no numbers": (["spacing=sections", "spacing.sections=a"], ['"10,15,20"', '"ddim25"']),
-    "negative rate": (["optimizer.lr=-1"], ["optimizer", "-1"]),
+    "text for the learning rate": (["optimizer.lr=hello"], ["optimizer", "hello"]),
+    "clipping bound of zero": (["clipping.bound=0"], ["error: clipping.bound must be positive"]),
+    "list without quotes": (["spacing.sections=10,15,20"], ["'spacing.sections=\"10,15,20\"'", "-m"]),
+    "text for sections": (["spacing=sections", "spacing.sections=a"], ['"10,15,20"', '"ddim25"']),
+    "negative learning rate": (["optimizer.lr=-1"], ["optimizer", "-1"]),
     "negative warm-up": (["lr_schedule.warmup_steps=-1"], ["lr_schedule", "warmup_steps", "-1"]),
-    "no training": (["trainer.max_steps=0"], ["trainer.max_steps", "greater than 0"]),
-    "length that is no number": (["trainer.max_steps=hello"], ["trainer.max_steps", "integer"]),
-    "negative clipping": (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val", "greater than 0"]),
+    "zero steps of training": (["trainer.max_steps=0"], ["trainer.max_steps", "greater than 0"]),
+    "text for the number of training steps": (["trainer.max_steps=hello"], ["trainer.max_steps", "integer"]),
+    "negative gradient clipping": (
+        ["trainer.gradient_clip_val=-1"],
+        ["trainer.gradient_clip_val", "greater than 0"],
+    ),
     "unknown precision": (["trainer.precision=fp7"], ["trainer", "fp7"]),
-    "folder that cannot be made": (["runs=/proc/nowhere"], ["/proc/nowhere"]),
+    "folder that cannot be created": (["runs=/proc/nowhere"], ["/proc/nowhere"]),
 }
 
 
 @pytest.fixture
 def _no_data(monkeypatch):
     def refuse(self, name):
-        raise AssertionError("data were read before the mistake was told")
+        raise AssertionError("data was read before the error was reported")
 
     monkeypatch.setattr(ImageSource, "split", refuse)
 
@@ -149,7 +158,7 @@ def test_no_gpu(command, capsys):
     assert_one_line(capsys.readouterr().err, ["trainer", "gpu"])
 
 
-def test_text_as_checkpoint_to_go_on_from(command, capsys, tmp_path):
+def test_text_as_checkpoint_to_resume_from(command, capsys, tmp_path):
     (tmp_path / "text.ckpt").write_text("hello")
     assert command("train", "logger=csv", "ckpt=text.ckpt") == 2
     assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
@@ -183,7 +192,7 @@ def unreadable_folder(folder):
     (folder / "torn.jpg").write_bytes(buffer.getvalue()[:200])
 
 
-def test_unreadable_images_stop_by_name(command, capsys, tmp_path):
+def test_error_names_unreadable_images(command, capsys, tmp_path):
     unreadable_folder(tmp_path / "pictures")
     assert command("train", *QUICK, *PICTURES) == 2
     assert_one_line(
@@ -194,10 +203,10 @@ def test_unreadable_images_stop_by_name(command, capsys, tmp_path):
 def test_unreadable_images_are_skipped_and_counted(command, only_run, tmp_path):
     unreadable_folder(tmp_path / "pictures")
     assert command("train", *QUICK, *PICTURES, "data.on_error=skip", "data.holdout=0.2") == 0
-    told = (only_run() / "train.log").read_text()
-    assert "2 of 42" in told
-    assert "text.png" in told
-    assert "torn.jpg" in told
+    log = (only_run() / "train.log").read_text()
+    assert "2 of 42" in log
+    assert "text.png" in log
+    assert "torn.jpg" in log
 
 
 def test_empty_folder(command, capsys, tmp_path):
@@ -206,7 +215,7 @@ def test_empty_folder(command, capsys, tmp_path):
     assert_one_line(capsys.readouterr().err.split("\n")[-2], ["data.root", "pictures"])
 
 
-def test_weights_file_that_is_not_what_it_says(command, capsys, tmp_path):
+def test_invalid_weights_file(command, capsys, tmp_path):
     (tmp_path / "weights.pth").write_text("hello")
     overrides = ["data=fashion_mnist", "metrics=fid", "metrics.features.weights=weights.pth"]
     code = command("train", *QUICK, *overrides)
@@ -235,7 +244,7 @@ class TestLoading:
         assert command(name, "run=text.ckpt") == 2
         assert_one_line(capsys.readouterr().err, ["text.ckpt", "not a checkpoint"])
 
-    def test_hostile_checkpoint_executes_nothing(self, command, capsys, tmp_path, name):
+    def test_hostile_checkpoint_executes_no_code(self, command, capsys, tmp_path, name):
         class Hostile:
             def __reduce__(self):
                 return (open, (str(tmp_path / "marker"), "w"))

@@ -1,4 +1,4 @@
-"""Compositions that a new user types: each trains, previews, scores and saves."""
+"""Typical compositions: each trains, previews, scores and saves."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.conftest import QUICK
 
 COMPOSITIONS = {
     "README's": ["schedule=cosine", "model=unet_small"],
-    "other leaves": [
+    "other choices": [
         "schedule=sigmoid",
         "sampler=ddpm",
         "sampler.steps=4",
@@ -49,11 +49,11 @@ def test_labels_reach_the_network(command, only_run):
         return rows
 
     moved = (table(20) != table(10)).any(dim=1)
-    assert moved[:10].all(), "every class has learned"
-    assert not moved[10], "the row for no label waits for dropped labels"
+    assert moved[:10].all(), "the embedding of a class did not change"
+    assert not moved[10], "the embedding of no class changed without dropped labels"
 
 
-@pytest.mark.slow(reason="compiles for a minute or more")
+@pytest.mark.slow(reason="compiling takes a minute or more")
 def test_compiled_network_resumes(command, only_run):
     assert command("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
     assert command("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0

@@ -1,4 +1,4 @@
-"""The main job, as a new user starts it, learns: python -m src.train on the embedded digits."""
+"""python -m src.train on the bundled digits reaches a good score."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 from tests.conftest import ROOT
 
-# fd_digits after 500 steps, of 500 images by DDIM with 20 steps, measured for the seeds 0 to 4:
+# fd_digits after 500 training steps, of 500 images from DDIM with 20 steps, measured for seeds 0 to 4:
 # 3.09, 3.23, 3.08, 2.69 and 3.11. An untrained network scores 27.
 GOOD = 4.0
 
@@ -30,7 +30,7 @@ def test_500_steps_on_the_digits(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = (path for path in tmp_path.iterdir() if path.name != "cache")
     assert json.loads((run / "scores.json").read_text())["fd_digits"] < GOOD
-    # the closing summary names what is there
+    # the final summary names existing files
     for path in (run / "samples" / "step_00000500.png", run / "checkpoints" / "step_00000500.ckpt"):
         assert path.is_file()
         assert str(path) in done.stdout

@@ -1,4 +1,4 @@
-"""Likelihoods through the evaluate command, and what training keeps for a time sampling that learns."""
+"""Likelihoods with src.evaluate, and the stored state of importance sampling."""
 
 import json
 
@@ -29,7 +29,7 @@ def _scores(command, run, *options):
 def test_bound(command, run):
     record = _scores(command, run, "metrics=nll")
     scores, curve = record["scores"], record["curve"]["bits_per_dim"]
-    assert len(curve) == 61  # the prior, and the 60 steps
+    assert len(curve) == 61  # the prior and 60 steps
     assert scores["bits_per_dim"] == pytest.approx(sum(curve), rel=1e-6)
     assert record["protocol"]["num_images"] == 12
     assert record["protocol"]["variance"] == "LearnedRange()"
@@ -37,7 +37,7 @@ def test_bound(command, run):
     assert in_batches["protocol"] == record["protocol"]
     assert in_batches["scores"] == pytest.approx(scores, rel=1e-5)
     assert _scores(command, run, "metrics=nll", "seed=1")["scores"] != scores
-    # a run of learned variance can be asked with a fixed one
+    # a run with a learned variance can be evaluated with a fixed one
     fixed = _scores(command, run, "metrics=nll", "variance=small")
     assert fixed["scores"]["bits_per_dim"] != scores["bits_per_dim"]
 
@@ -45,13 +45,13 @@ def test_bound(command, run):
 def test_flow(command, run):
     record = _scores(command, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3")
     assert 0 < record["scores"]["bits_per_dim_flow"] < 100
-    # neither of which the flow depends on
+    # the flow depends on neither option
     other = ("clipping=none", "variance=large")
     again = _scores(command, run, "metrics=nll_flow", "metrics.tolerance=0.05", "n=3", *other)
     assert again == record
 
 
-def test_the_bound_needs_steps(command, tmp_path, capsys):
+def test_bound_needs_a_discrete_schedule(command, tmp_path, capsys):
     assert command("train", *QUICK, "schedule=vp", "trainer.max_steps=1", "callbacks=none") == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert command("evaluate", f"run={folder}", "metrics=nll", "device=cpu") == 2
@@ -60,8 +60,8 @@ def test_the_bound_needs_steps(command, tmp_path, capsys):
     assert "choose metrics=nll_flow" in err
 
 
-def test_importance_is_kept_in_the_checkpoint(run):
+def test_importance_state_is_saved_in_the_checkpoint(run):
     (path,) = (run / "checkpoints").glob("step_*.ckpt")
     content = torch.load(path, weights_only=True)
     state = content["state_dict"]["loss.time_sampling._extra_state"]
-    assert state["seen"].sum() == content["global_step"] * 32  # every loss of every batch
+    assert state["seen"].sum() == content["global_step"] * 32  # one loss per image of every batch

@@ -1,4 +1,4 @@
-"""The doors that load a run: what they write, and that an image does not depend on its company."""
+"""src.sample and src.evaluate: their output, and that an image does not depend on the other images of its batch."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.conftest import QUICK, commands_in
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One short run for all tests of this file."""
+    """A short run, shared by all tests of this file."""
     tmp_path = tmp_path_factory.mktemp("loaded")
     with pytest.MonkeyPatch.context() as patch:
         assert commands_in(tmp_path, patch)("train", *QUICK, "ema.decay=0.9") == 0
@@ -39,13 +39,13 @@ def test_pictures(command, run, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_image_depends_on_seed_and_number_alone(command, run, tmp_path, sampler):
+def test_image_depends_only_on_seed_and_index(command, run, tmp_path, sampler):
     base = [f"run={run}", f"sampler={sampler}", "sampler.steps=5"]
     assert command("sample", *base, "n=7", f"out={tmp_path}/whole") == 0
     assert command("sample", *base, "n=5", "batch_size=2", f"out={tmp_path}/parts") == 0
     assert command("sample", *base, "n=5", "seed=1", f"out={tmp_path}/other") == 0
     whole, parts, other = (pixels(tmp_path / name) for name in ("whole", "parts", "other"))
-    # float rounding differs between batch sizes: bytes may, rarely, be one apart
+    # rounding differs between batch sizes, so bytes can rarely differ by one
     assert (whole[:5] == parts).mean() > 0.99
     assert (whole[:5] == other).mean() < 0.9
 
@@ -56,7 +56,7 @@ def test_averaged_and_raw_weights_differ(command, run, tmp_path):
     assert (pixels(tmp_path / "ema") != pixels(tmp_path / "raw")).any()
 
 
-def test_a_checkpoint_alone_is_enough(command, run, tmp_path):
+def test_checkpoint_file_is_sufficient(command, run, tmp_path):
     shutil.copy(run / "checkpoints" / "step_00000020.ckpt", tmp_path / "lone.ckpt")
     assert command("sample", "run=lone.ckpt", "n=3", "sampler.steps=4", f"out={tmp_path}/lone") == 0
     assert command("sample", f"run={run}", "n=3", "sampler.steps=4", f"out={tmp_path}/run") == 0
@@ -91,8 +91,8 @@ def test_scores_and_protocol(command, run, capsys):
     }
 
 
-def test_previews_are_what_sampling_gives(command, run, tmp_path):
-    """The callback's grid and the door's grid are of the same images."""
+def test_previews_equal_sampled_images(command, run, tmp_path):
+    """The grid of the callback and that of src.sample show the same images."""
     assert command("sample", f"run={run}", "n=16", "sampler.steps=5", f"out={tmp_path}/again") == 0
     preview = np.asarray(Image.open(run / "samples" / "step_00000020.png").convert("L"))
     assert (preview == np.asarray(Image.open(tmp_path / "again" / "grid.png").convert("L"))).mean() > 0.99
@@ -107,7 +107,7 @@ def test_sampling_sweep(command, run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
-def test_errors_that_nothing_bounds_are_warned_of(command, run, capsys, name):
+def test_unbounded_errors_are_warned_about(command, run, capsys, name):
     warning = "clipping=none: the first step of sampling multiplies the network's errors by 20,291"
     for clipping in ("static", "none"):
         assert command(name, f"run={run}", "n=2", "sampler.steps=2", f"clipping={clipping}") == 0
@@ -115,7 +115,7 @@ def test_errors_that_nothing_bounds_are_warned_of(command, run, capsys, name):
 
 
 @pytest.mark.parametrize(
-    ("door_and_task", "warned"),
+    ("arguments", "warned"),
     [
         (["sample", "task=draw"], True),
         (["sample", "task=interpolate"], True),
@@ -124,15 +124,15 @@ def test_errors_that_nothing_bounds_are_warned_of(command, run, capsys, name):
         (["evaluate"], True),
     ],
 )
-def test_noise_in_place_of_a_signal_is_warned_of(command, run, capsys, door_and_task, warned):
+def test_start_without_signal_is_warned_about(command, run, capsys, arguments, warned):
     recipe = ["spacing=leading", "sampler.steps=4", "n=2"]
-    assert command(*door_and_task, f"run={run}", *recipe) == 0
+    assert command(*arguments, f"run={run}", *recipe) == 0
     assert ("sampling starts from noise alone at t = 751 of 1000" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize(
     ("task", "evaluations"),
-    # an encoding costs as much as the decoding, and half of the noise is taken away in half of the steps
+    # reconstruct: encoding takes as many evaluations as decoding; img2img: strength 0.5 takes half of the steps
     [("trajectory", 6), ("interpolate", 6), ("reconstruct", 12), ("img2img", 3)],
 )
 def test_tasks(command, run, tmp_path, capsys, task, evaluations):
@@ -154,7 +154,7 @@ def test_rows_of_an_interpolation_end_in_drawn_images(command, run, tmp_path, sa
     )
     drawn = pixels(tmp_path / "drawn")
     row = np.asarray(Image.open(tmp_path / "between" / "grid.png").convert("L"))
-    factor = row.shape[1] // 19  # two images of 8 pixels and three gaps
+    factor = row.shape[1] // 19  # width: two images of 8 pixels and three gaps
     row = row[factor // 2 :: factor, factor // 2 :: factor]
     assert (np.abs(row[1:9, 1:9].astype(int) - drawn[0]) <= 1).all()
     assert (np.abs(row[1:9, 10:18].astype(int) - drawn[1]) <= 1).all()
@@ -176,7 +176,7 @@ def test_trajectory_of_the_adaptive_solver(command, run, tmp_path):
     ],
     ids=" ".join,
 )
-def test_other_samplers_than_the_inverted_one_do_not_reconstruct(command, run, capsys, overrides):
+def test_reconstruction_refuses_samplers_without_inversion(command, run, capsys, overrides):
     assert command("sample", f"run={run}", "task=reconstruct", *overrides) == 2
     assert_one_line(capsys.readouterr().err, ["DDIM inversion", "sampler.eta=0"])
 
@@ -189,7 +189,7 @@ def test_euler_without_churn_reconstructs_as_ddim_does(command, run, tmp_path):
     assert (ddim == euler).all()
 
 
-def test_an_inversion_that_does_not_converge_says_so(command, run, capsys):
+def test_inversion_without_convergence_is_an_error(command, run, capsys):
     overrides = [f"run={run}", "task=reconstruct", "n=2", "sampler.steps=8", "task.tolerance=1e-9"]
     assert command("sample", *overrides) == 2
     assert "task.tolerance" in capsys.readouterr().err
@@ -204,12 +204,12 @@ def test_an_inversion_that_does_not_converge_says_so(command, run, capsys):
         ("task.strength=0", ["error: task.strength must be in"]),
     ],
 )
-def test_the_option_is_named_that_is_wrong(command, run, capsys, override, words):
+def test_error_names_the_wrong_option(command, run, capsys, override, words):
     assert command("sample", f"run={run}", "task=img2img", override) == 2
     assert_one_line(capsys.readouterr().err, words)
 
 
-def test_sections_as_the_documentation_has_them_typed(command, run, tmp_path):
+def test_sections_as_documented(command, run, tmp_path):
     sections = ["spacing=sections", 'spacing.sections="1,2,3"', "sampler.steps=6"]
     assert command("sample", f"run={run}", *sections, "n=2", f"out={tmp_path}/out") == 0
 
@@ -226,8 +226,8 @@ def test_sections_as_the_documentation_has_them_typed(command, run, tmp_path):
         "n=60",
     ],
 )
-def test_each_choice_has_its_own_scores(command, run, other):
-    """No choice overwrites another's scores."""
+def test_each_choice_has_a_separate_record(command, run, other):
+    """The scores of one choice do not overwrite those of another."""
     scores = run / "scores"
     base = ["evaluate", f"run={run}", "sampler=ddpm", "sampler.steps=3"]
     assert command(*base, "n=50") == 0

@@ -1,4 +1,4 @@
-"""Sweeps and dashboards: folders, wandb runs, seeds, failures, the table, and what wandb would show."""
+"""Sweeps and dashboards: folders, wandb runs, seeds, failures, the table of scores, and the logged data."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from tests.conftest import QUICK, ROOT
 
 
 def start(tmp_path, *overrides):
-    """python -m src.train in a process of its own, offline, with all files under tmp_path."""
+    """Runs python -m src.train in a separate process, offline, with all files under tmp_path."""
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
         "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path),  # no key in ~/.netrc
+        "HOME": str(tmp_path),  # without a key in ~/.netrc
         "WANDB_DATA_DIR": str(tmp_path / "wandb-data"),
         "DIFFUSION_LAB_CACHE": str(tmp_path / "cache"),
         "COLUMNS": "200",
@@ -37,7 +37,7 @@ def start(tmp_path, *overrides):
 
 
 def inspect(folder):
-    """The records of an offline wandb run, by wandb's own reader."""
+    """The records of an offline wandb run, read with `wandb leet inspect`."""
     leet = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
     (run,) = folder.glob("wandb/offline-run-*")
     done = subprocess.run([*leet, str(run)], capture_output=True, text=True, timeout=60, check=True)
@@ -47,7 +47,7 @@ def inspect(folder):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("sweep")
-    # the second choice of spacing fails: 700 quadratic steps are not distinct
+    # the jobs with 700 steps fail: 700 quadratic steps are not distinct
     done = start(tmp_path, "-m", "seed=0,1", "sampler.steps=5,700", "spacing=quadratic")
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     jobs = {int(path.name.split("_")[0]): path for path in folder.iterdir() if path.is_dir()}
@@ -72,7 +72,7 @@ def test_the_printed_commands_work(sweep):
     assert again.returncode == 0, again.stderr
 
 
-def test_a_failing_job_leaves_the_others_alone(sweep):
+def test_failing_job_does_not_affect_the_others(sweep):
     done, _, jobs = sweep
     assert done.returncode == 1
     outcomes = {number: json.loads((job / "outcome.json").read_text()) for number, job in jobs.items()}
@@ -81,7 +81,7 @@ def test_a_failing_job_leaves_the_others_alone(sweep):
     assert {"fd_digits", "val/loss"} <= set(outcomes[2]["scores"])
 
 
-def test_jobs_have_their_own_seeds(sweep):
+def test_jobs_have_different_seeds(sweep):
     _, _, jobs = sweep
     losses = [json.loads((jobs[i] / "outcome.json").read_text())["scores"]["val/loss"] for i in (0, 2)]
     assert losses[0] != losses[1]
@@ -103,16 +103,16 @@ def test_each_job_has_its_wandb_run_in_the_sweeps_group(sweep):
         (run,) = [record["run"] for record in records if record["type"] == "run"]
         assert run["run_group"] == folder.name
         assert run["run_id"] == (jobs[number] / "wandb_run_id").read_text()
-        # finished before the next began, with all of its own curves and no other's
+        # the run ended before the next began and has exactly the curves of its job
         assert records[-1]["type"] == "exit"
         history = [record["history"]["item"] for record in records if record["type"] == "history"]
         assert [item["trainer/global_step"] for item in history if "train/loss" in item] == [5, 10, 15, 20]
 
 
-def test_what_the_dashboard_shows(tmp_path):
+def test_data_logged_to_the_dashboard(tmp_path):
     done = start(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "offline" in done.stdout, "says that it is offline, asks nothing"
+    assert "offline" in done.stdout, "the offline mode was not reported"
     (folder,) = (tmp_path / "runs").iterdir()
     records = inspect(folder)
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
@@ -122,7 +122,7 @@ def test_what_the_dashboard_shows(tmp_path):
 
     for curve in ("loss", "gradient_norm", "learning_rate", "images_per_second", "samples", "passes"):
         assert steps(f"train/{curve}") == [5, 10, 15, 20]
-    assert all(steps(f"train/loss_q{quarter}") for quarter in range(4)), "the loss by noise level"
+    assert all(steps(f"train/loss_q{quarter}") for quarter in range(4)), "the loss by noise level is missing"
     assert steps("val/loss") == steps("val/loss_ema") == [10, 20]
     assert steps("fd_digits") == [20]
     # the optimiser's step is the x axis of every curve
@@ -143,4 +143,4 @@ def test_what_the_dashboard_shows(tmp_path):
         config |= record.get("config", {}).get("update", {})
     assert config["schedule"]["_target_"].endswith("Cosine")
     assert config["batch_size"] == 32
-    assert config["environment"]["git"], "the git revision"
+    assert config["environment"]["git"], "the git revision is missing"

@@ -1,4 +1,4 @@
-"""Trainings through the command line: resuming, callbacks, devices, what is written."""
+"""Training through the command line: resuming, callbacks, devices, output files."""
 
 import csv
 import json
@@ -12,8 +12,8 @@ import yaml
 
 from tests.conftest import QUICK, ROOT
 
-DROPOUT = "model.dropout=0.2"  # makes the global random stream matter
-# a time sampling that learns: of so few times that it has left the uniform distribution after two steps
+DROPOUT = "model.dropout=0.2"  # makes the result depend on the global random state
+# importance sampling with so few times that it differs from the uniform distribution after a few steps
 IMPORTANCE = ("time_sampling=importance", "time_sampling.history=2", "schedule.T=10", "loss=vlb")
 
 
@@ -56,9 +56,9 @@ class TestResume:
     def test_is_exact(self, command, only_run, uninterrupted, ckpt):
         assert command("train", *QUICK, DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
         run = only_run()
-        said = {"last": "last", "folder": str(run), "file": str(run / "checkpoints" / "step_00000007.ckpt")}
-        assert command("train", f"ckpt={said[ckpt]}", "trainer.max_steps=12") == 0
-        assert only_run() == run, "a resumed run goes on in its own folder"
+        given = {"last": "last", "folder": str(run), "file": str(run / "checkpoints" / "step_00000007.ckpt")}
+        assert command("train", f"ckpt={given[ckpt]}", "trainer.max_steps=12") == 0
+        assert only_run() == run, "a resumed run must continue in the same folder"
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
     def test_from_an_earlier_checkpoint(self, command, only_run, uninterrupted):
@@ -68,7 +68,7 @@ class TestResume:
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
     def test_with_accumulation_and_workers(self, command, only_run, tmp_path):
-        """Another cut of the batch changes rounding only: same images, times and noise."""
+        """Another division of the batch changes only rounding: images, times and noise are the same."""
         assert command("train", *QUICK, "trainer.max_steps=12") == 0
         only_whole = only_run().rename(tmp_path / "whole")
         overrides = ["max_device_batch=8", "workers=2", "trainer.max_steps=7"]
@@ -82,17 +82,19 @@ class TestResume:
             if name.startswith("/state_dict"):
                 torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=5e-5)
 
-    def test_of_a_time_sampling_that_learns(self, command, only_run, tmp_path):
+    def test_with_importance_sampling(self, command, only_run, tmp_path):
         assert command("train", *QUICK, *IMPORTANCE, "trainer.max_steps=12") == 0
         whole = training_state(only_run().rename(tmp_path / "whole"), 12)
         assert command("train", *QUICK, *IMPORTANCE, "trainer.max_steps=7") == 0
         learned = training_state(only_run(), 7)
-        assert learned["/state_dict/loss.time_sampling._extra_state/seen"].min() >= 2, "no longer uniform"
+        assert learned["/state_dict/loss.time_sampling._extra_state/seen"].min() >= 2, (
+            "the distribution is still uniform"
+        )
         assert command("train", "ckpt=last", "trainer.max_steps=12") == 0
         assert_identical(whole, training_state(only_run(), 12))
 
     def test_other_seed_differs(self, command, only_run, uninterrupted):
-        """The comparison above can fail."""
+        """Shows that the comparison above can fail."""
         assert command("train", *QUICK, DROPOUT, "trainer.max_steps=12", "seed=1") == 0
         with pytest.raises(AssertionError):
             assert_identical(training_state(uninterrupted, 12), training_state(only_run(), 12))
@@ -109,8 +111,8 @@ def test_accumulation_gives_the_same_weights(command, only_run, tmp_path):
             torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=2e-5)
 
 
-def test_callbacks_do_not_touch_the_training(command, only_run, tmp_path):
-    """Previews, scores, validation and curves leave weights, averages and optimiser as they would be without."""
+def test_callbacks_do_not_change_the_training(command, only_run, tmp_path):
+    """Previews, scores, validation and curves do not change weights, averages and optimiser state."""
     assert (
         command(
             "train", *QUICK, DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4"
@@ -122,7 +124,7 @@ def test_callbacks_do_not_touch_the_training(command, only_run, tmp_path):
     assert_identical(watched, training_state(only_run(), 20))
 
 
-def test_what_is_written(command, only_run):
+def test_output_files(command, only_run):
     assert (
         command(
             "train", *QUICK, "trainer.max_steps=20", "callbacks.checkpoints.every=5", "logger=tensorboard"
@@ -162,9 +164,9 @@ def test_what_is_written(command, only_run):
 
 @pytest.mark.parametrize("overrides", [(), IMPORTANCE], ids=["uniform", "importance"])
 def test_two_processes_train_as_one(tmp_path, overrides):
-    """Data parallel over two processes (gloo): the same draws, hence the same weights up to rounding.
+    """Data parallel over two processes (gloo): the same draws, and so the same weights up to rounding.
 
-    A time sampling that learns is told the losses of both, in the order of the one.
+    Importance sampling receives the losses of both ranks, in the order of one process.
     """
 
     def train(name, *devices):
@@ -185,7 +187,7 @@ def test_two_processes_train_as_one(tmp_path, overrides):
         )
         assert done.returncode == 0, done.stderr
         runs = list((tmp_path / name).iterdir())
-        assert len(runs) == 1, "all processes share one run folder"
+        assert len(runs) == 1, "the processes have different run folders"
         return training_state(runs[0], 6), json.loads((runs[0] / "scores.json").read_text())
 
     one, one_scores = train("one")

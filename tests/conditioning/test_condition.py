@@ -1,4 +1,4 @@
-"""The value that conditions travel as: picking, moving, dropping, of any kind."""
+"""Conditions of every kind: indexing, moving, dropping."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def everything(n=4):
     )
 
 
-def test_picking_keeps_each_image_s_parts_together():
+def test_indexing_selects_the_same_images_in_every_field():
     whole = everything()
     picked = whole.index([2, 0])
     assert len(picked) == 2
@@ -38,7 +38,7 @@ def test_moving():
     assert all(part.is_meta for part in (moved.labels, moved.tokens, moved.mask, moved.image))
 
 
-def test_dropping_takes_every_kind_away_from_the_chosen_images_alone():
+def test_dropping_removes_every_kind_from_the_chosen_images_only():
     whole, which = everything(), torch.tensor([True, False, False, True])
     dropped = whole.drop(which)
     assert dropped.labels.tolist() == [NO_CLASS, 1, 2, NO_CLASS]
@@ -50,7 +50,7 @@ def test_dropping_takes_every_kind_away_from_the_chosen_images_alone():
     assert Condition(tokens=whole.tokens).drop(which).mask.any(dim=1).tolist() == [False, True, True, False]
 
 
-def test_only_the_kinds_that_a_network_reads():
+def test_only_keeps_the_given_kinds():
     whole = everything()
     assert whole.kinds == {"labels", "tokens", "image"}
     assert whole.only(frozenset({"tokens"})).kinds == {"tokens"}
@@ -58,7 +58,7 @@ def test_only_the_kinds_that_a_network_reads():
     assert ByClass(4).of_data(whole).kinds == {"labels"}
 
 
-def test_images_of_a_sampling_run_take_turns():
+def test_samples_cycle_through_the_classes():
     conditioning = ByClass(3)
     assert conditioning.of_samples([0, 4, 5]).labels.tolist() == [0, 1, 2]
 
@@ -66,6 +66,6 @@ def test_images_of_a_sampling_run_take_turns():
 @pytest.mark.parametrize(
     ("arguments", "message"), [((0,), "num_classes"), ((3, 1.0), "dropout"), ((3, -0.1), "dropout")]
 )
-def test_numbers_are_checked(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"^{message} must be"):
         ByClass(*arguments)

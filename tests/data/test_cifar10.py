@@ -12,7 +12,7 @@ from src.errors import UserError
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes strings as Python 2 did, as in the published files: one byte a character, no encoding."""
+    """Writes strings as Python 2 did for the published files: one byte per character, without an encoding."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -27,7 +27,7 @@ class Python2Pickler(pickle._Pickler):
 def write_batch(path: Path, content) -> None:
     with path.open("wb") as file:
         Python2Pickler(file, protocol=2).dump(content)
-    # numpy's module had another name when the files were published.
+    # The numpy module had another name when the files were published.
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
 
 
@@ -63,7 +63,7 @@ def test_reads_what_was_written(folder, above):
     assert torch.equal(source.split("validation").pixels, test.pixels)
 
 
-def test_planes_are_red_green_blue_and_rows_come_first(tmp_path):
+def test_planes_are_rgb_in_row_major_order(tmp_path):
     # The format: 1024 red, 1024 green, 1024 blue values, row by row.
     data = np.zeros((1, 3072), np.uint8)
     data[0, 1024 + 32 * 5 + 7] = 200
@@ -77,7 +77,7 @@ class Evil:
         return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
 
 
-def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+def test_code_in_a_file_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil").write_bytes(pickle.dumps({"data": Evil(), "labels": []}, protocol=2))
     with pytest.raises(UserError, match=r"evil.*exec"):
@@ -88,13 +88,13 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content", [b"", b"text", pickle.dumps([1]), pickle.dumps({"data": b"", "labels": [1]})]
 )
-def test_other_files_are_refused_by_name(tmp_path, content):
+def test_error_names_an_invalid_file(tmp_path, content):
     (tmp_path / "data_batch_1").write_bytes(content)
     with pytest.raises(UserError, match="data_batch_1"):
         read_batch(tmp_path / "data_batch_1")
 
 
-def test_truncated_and_misshapen(folder):
+def test_truncated_file_and_wrong_shape_are_refused(folder):
     path = folder / "data_batch_3"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="data_batch_3"):
@@ -110,7 +110,7 @@ def test_missing_files_are_named_before_anything_loads(folder):
         CIFAR10(root=str(folder)).check()
 
 
-def test_failed_download_is_one_line_with_a_fix(tmp_path, monkeypatch):
+def test_failed_download_is_a_one_line_error_with_a_fix(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route\nto host")
 
@@ -121,6 +121,6 @@ def test_failed_download_is_one_line_with_a_fix(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 64}, {"channels": 1}, {"num_classes": 100}])
-def test_numbers_that_the_set_does_not_have(wrong):
+def test_unsupported_values_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CIFAR10(**wrong)

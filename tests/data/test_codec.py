@@ -7,7 +7,7 @@ BYTES = torch.arange(256, dtype=torch.uint8)
 PIXELS = Pixels((1, 1, 1))
 
 
-def test_ends_and_middle():
+def test_encode_maps_bytes_linearly_to_minus_one_to_one():
     assert PIXELS.encode(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
     assert PIXELS.encode(BYTES).dtype == torch.float32
     assert torch.allclose(
@@ -31,7 +31,7 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(PIXELS.decode(x), PIXELS.decode(x.float()))
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     images, x = BYTES.clone(), torch.tensor([0.25])
     PIXELS.encode(images)
     PIXELS.decode(x)
@@ -47,7 +47,7 @@ def test_other_dtypes_are_refused():
 
 
 class Halved(Codec):
-    """Two pixels become two channels: another shape than the image."""
+    """Encodes pairs of pixels as two channels, so that `shape` differs from `image_shape`."""
 
     def __init__(self, image_shape):
         channels, height, width = image_shape

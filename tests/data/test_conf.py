@@ -1,4 +1,4 @@
-"""Every yaml of conf/data builds its source without touching the data."""
+"""Every file of conf/data builds its source without reading data."""
 
 from pathlib import Path
 

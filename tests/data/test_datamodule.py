@@ -13,7 +13,7 @@ from src.data.stream import Batch
 
 
 class Probe(pl.LightningModule):
-    """A linear classifier that notes what it is given."""
+    """A linear classifier that records the positions of its batches."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ def test_state_is_one_integer_and_survives_another_batch_size(tmp_path, source):
     assert module.trained[0][0] == 1056
 
 
-def test_a_new_trainer_begins_anew_and_the_same_one_goes_on(source):
+def test_a_new_trainer_starts_from_zero_and_the_same_trainer_continues(source):
     data = ImageDataModule(source, 64, seed=3)
     trainer, module = fit(data, 5)
     trainer.fit_loop.epoch_loop.max_steps = 8
@@ -111,7 +111,7 @@ def test_works_without_a_trainer(source):
     assert data.state_dict() == {"samples": 0}
 
 
-def test_accumulation_must_be_the_trainers(source):
+def test_accumulation_must_equal_that_of_the_trainer(source):
     data = ImageDataModule(source, 64, seed=3)
     data.trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)
     with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
@@ -130,7 +130,7 @@ def on_rank(rank, world_size, **options):
     return data
 
 
-def test_ranks_share_out_each_step_and_the_validation_split():
+def test_ranks_partition_each_step_and_the_validation_split():
     ranks = [on_rank(rank, 3) for rank in range(3)]
     for step, batches in enumerate(islice(zip(*(r.train_dataloader() for r in ranks), strict=True), 5)):
         positions = torch.cat([b.positions for b in batches])
@@ -141,7 +141,7 @@ def test_ranks_share_out_each_step_and_the_validation_split():
     assert torch.equal(indices.sort().values, torch.arange(147))
 
 
-def test_indivisible_batch_stops_before_training():
+def test_indivisible_batch_is_refused_before_training():
     with pytest.raises(ValueError, match="5 devices: choose 20 or 25"):
         on_rank(0, 5).train_dataloader()
 
@@ -152,7 +152,7 @@ def test_lightning_moves_batches():
     assert isinstance(moved, Batch)
     assert moved.condition.labels is None
     assert moved.images.is_meta
-    assert moved.positions.device.type == "cpu"  # reading them must not wait for the device
+    assert moved.positions.device.type == "cpu"  # reading positions must not synchronise with the device
 
 
 @pytest.mark.gpu
@@ -175,7 +175,7 @@ def test_batches_are_pinned_for_cuda():
         ((0, 1, 1), "batch_size=0 .* choose 1"),
     ],
 )
-def test_indivisible_batches_name_the_nearest(numbers, message):
+def test_error_for_an_indivisible_batch_names_the_nearest_sizes(numbers, message):
     with pytest.raises(ValueError, match=message):
         per_device_batch(*numbers)
 
@@ -185,6 +185,6 @@ def test_per_device_batch():
 
 
 @pytest.mark.parametrize("wrong", [{"workers": -1}, {"accumulation": 0}, {"batch_size": 0}])
-def test_impossible_numbers(source, wrong):
+def test_invalid_arguments_are_refused(source, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ImageDataModule(**{"source": source, "batch_size": 8, "seed": 0} | wrong)

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from src.data.digits import Digits
 
 
-def test_splits_are_the_whole_set_once_and_stratified():
+def test_splits_partition_the_set_and_are_stratified():
     source = Digits()
     sets = [source.split(name) for name in ("train", "validation", "test")]
     assert [len(s) for s in sets] == [1504, 147, 146]
@@ -32,7 +32,7 @@ def test_values_span_the_bytes():
     assert len(pixels.unique()) == 17
 
 
-def test_fingerprint_tells_splits_and_labels_apart():
+def test_fingerprint_depends_on_split_and_labels():
     prints = [Digits().fingerprint("train"), Digits().fingerprint("test")]
     prints += [Digits(num_classes=0).fingerprint("train")]
     assert len(set(prints)) == 3
@@ -44,7 +44,7 @@ def test_labels_can_be_left_out():
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 16}, {"channels": 3}, {"num_classes": 5}])
-def test_numbers_that_the_set_does_not_have(wrong):
+def test_unsupported_values_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Digits(**wrong)
 

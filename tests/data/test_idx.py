@@ -78,7 +78,7 @@ def spoil(content: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize("how", ["truncated", "too long", "header only", "empty", "another magic", "text"])
 @pytest.mark.parametrize("gzipped", [True, False])
-def test_damaged_files_are_refused_by_name(tmp_path, arrays, how, gzipped):
+def test_error_names_a_damaged_file(tmp_path, arrays, how, gzipped):
     write(tmp_path, arrays, gzipped)
     path = next(tmp_path.glob("train-images*"))
     spoilt = spoil(path.read_bytes() if not gzipped else gzip.decompress(path.read_bytes()), how)
@@ -89,7 +89,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, arrays, how, gzipped):
 
 
 @pytest.mark.parametrize("position", [3, 20, -10])
-def test_damaged_gzip_is_refused_by_name(tmp_path, arrays, position):
+def test_error_names_a_damaged_gzip_file(tmp_path, arrays, position):
     write(tmp_path, arrays, gzipped=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     content = bytearray(path.read_bytes())
@@ -98,7 +98,7 @@ def test_damaged_gzip_is_refused_by_name(tmp_path, arrays, position):
         MNIST(root=str(tmp_path)).split("train")
 
 
-def test_labels_out_of_range_and_missing(tmp_path, arrays):
+def test_labels_out_of_range_and_missing_labels_are_refused(tmp_path, arrays):
     arrays["train"][1][3] = 10
     data = MNIST(root=str(write(tmp_path / "a", arrays, gzipped=True)))
     with pytest.raises(UserError, match="from 0 to 10"):
@@ -113,7 +113,7 @@ def test_missing_files_are_named_before_anything_loads(tmp_path):
         MNIST(root=str(tmp_path)).check()
 
 
-def test_failed_download_is_one_line_with_a_fix(tmp_path, monkeypatch):
+def test_failed_download_is_a_one_line_error_with_a_fix(tmp_path, monkeypatch):
     def refuse(self, folder):
         raise RuntimeError("no route\nto host")
 
@@ -133,7 +133,7 @@ def test_downloaded_files_are_found_in_the_cache(tmp_path, monkeypatch, arrays):
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 64}, {"channels": 3}, {"num_classes": 11}])
-def test_numbers_that_the_set_does_not_have(wrong):
+def test_unsupported_values_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FashionMNIST(**wrong)
 
@@ -145,7 +145,7 @@ def test_the_real_fashion_mnist():
     assert (len(train), len(test)) == (60_000, 10_000)
     assert train.labels.bincount().tolist() == [6000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
-    # Mean and standard deviation of the training pixels as given by the set's users: 0.2860, 0.3530.
+    # Commonly used mean and standard deviation of the training pixels: 0.2860, 0.3530.
     pixels = train.pixels.float() / 255
     assert pixels.mean().item() == pytest.approx(0.2860, abs=5e-5)
     assert pixels.std().item() == pytest.approx(0.3530, abs=5e-5)

@@ -38,7 +38,7 @@ def encoded(picture, kind="PNG", **options) -> bytes:
 def png(
     width: int, height: int, bits: int, colour: int, rows: bytes, transparent: bytes | None = None
 ) -> bytes:
-    """A PNG by hand, for kinds that Pillow does not write; `transparent` is the content of tRNS."""
+    """Encodes a PNG of a kind that Pillow cannot write; `transparent` is the content of tRNS."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
@@ -52,7 +52,7 @@ def png(
 
 
 def tiff(bits: int, rows: bytes, photometric: int = 1, sample_format: int = 1) -> bytes:
-    """A grey TIFF of one strip by hand, SIZE x SIZE, little-endian."""
+    """Encodes a grey TIFF with one strip, SIZE x SIZE, little-endian."""
     tags = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: SIZE}
     tags |= {279: len(rows), 339: sample_format}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -61,7 +61,7 @@ def tiff(bits: int, rows: bytes, photometric: int = 1, sample_format: int = 1) -
 
 
 def whole(root: Path, tmp_path: Path, **options) -> torch.Tensor:
-    """All images of a folder as one set, in the order of their paths."""
+    """All images of a folder as one set, sorted by path."""
     options = {"image_size": SIZE, "holdout": 0, "cache": str(tmp_path / "cache")} | options
     images = ImageFolder(str(root), **options).split("train")
     return images.images(range(len(images)))
@@ -134,7 +134,7 @@ def test_dangling_link_folder_and_pipe_with_image_names(root, tmp_path, caplog):
     assert len(whole(root, tmp_path, on_error="skip")) == 1
 
 
-def test_many_faults_are_counted_and_the_first_named(root, tmp_path):
+def test_error_counts_faulty_files_and_names_the_first(root, tmp_path):
     for i in range(9):
         (root / f"{i}.jpg").write_bytes(b"")
     (root / "good.png").write_bytes(encoded(noise()))
@@ -142,7 +142,7 @@ def test_many_faults_are_counted_and_the_first_named(root, tmp_path):
         whole(root, tmp_path)
 
 
-def test_nothing_usable_is_an_error_even_when_skipping(root, tmp_path):
+def test_folder_without_usable_images_is_an_error_even_when_skipping(root, tmp_path):
     (root / "0.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="no image is left"):
         whole(root, tmp_path, on_error="skip")
@@ -189,7 +189,7 @@ def test_12_bits_in_files_of_16_are_reported_and_data_white_scales_them(root, tm
     assert torch.equal(whole(root, tmp_path, white=4095, memory_limit_mb=0), images)
 
 
-def test_bright_16_bit_sets_and_dark_8_bit_sets_are_not_reported(root, tmp_path, caplog):
+def test_bright_16_bit_sets_and_dark_8_bit_sets_give_no_warning(root, tmp_path, caplog):
     (root / "a.png").write_bytes(encoded(np.zeros((SIZE, SIZE), np.uint8)))
     (root / "b.png").write_bytes(encoded(RAMP))
     (root / "c.png").write_bytes(encoded(RAMP_12))
@@ -212,7 +212,7 @@ def test_values_above_white_are_refused(root, tmp_path):
         whole(root, tmp_path, white=4095)
 
 
-def test_tiff_of_12_bits_has_a_white_of_its_own(root, tmp_path):
+def test_tiff_of_12_bits_is_scaled_by_its_bit_depth(root, tmp_path):
     digits = (RAMP_12[..., None] >> np.arange(12)[::-1]) & 1
     (root / "a.tiff").write_bytes(tiff(12, np.packbits(digits.astype(np.uint8)).tobytes()))
     want = torch.tensor(np.rint(RAMP_12 / 4095 * 255).astype(np.uint8))
@@ -248,13 +248,13 @@ def test_16_bit_colour_keeps_its_brightness(root, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_white(root, tmp_path, mode):
+def test_transparent_pixels_become_white(root, tmp_path, mode):
     alpha = np.zeros((SIZE, SIZE), np.uint8)
     alpha[:, : SIZE // 2] = 255
     picture = Image.fromarray(np.dstack([np.full((SIZE, SIZE, 3), 40, np.uint8), alpha]))
     options = {}
     if mode == "P":
-        # Index 0 is dark and opaque, 1 is black but declared transparent.
+        # Index 0 is dark and opaque, index 1 is black and transparent.
         picture = Image.fromarray((alpha == 0).astype(np.uint8)).convert("P")
         picture.putpalette([40, 40, 40, 0, 0, 0])
         options["transparency"] = 1
@@ -266,8 +266,8 @@ def test_transparency_is_white(root, tmp_path, mode):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_the_transparent_grey_of_a_png_is_white_and_no_other(root, tmp_path, bits):
-    # tRNS holds a value in the file's own bits (PNG specification, 11.3.2.1).
+def test_only_the_transparent_grey_of_a_png_becomes_white(root, tmp_path, bits):
+    # tRNS contains a value at the bit depth of the file (PNG specification, 11.3.2.1).
     last = 2**bits - 1
     values = np.arange(SIZE**2).reshape(SIZE, SIZE) * 257 % 2**bits if bits > 4 else None
     if values is None:
@@ -280,7 +280,7 @@ def test_the_transparent_grey_of_a_png_is_white_and_no_other(root, tmp_path, bit
     assert torch.equal(whole(root, tmp_path, channels=1)[0, 0], torch.tensor(want))
 
 
-def test_the_transparent_colour_of_a_16_bit_png_is_white(root, tmp_path):
+def test_transparent_colour_of_a_16_bit_png_becomes_white(root, tmp_path):
     values = np.full((SIZE, SIZE, 3), 1000, ">u2")
     values[: SIZE // 2] = [2000, 30000, 5]
     rows = b"".join(b"\0" + row.tobytes() for row in values)
@@ -321,7 +321,7 @@ def test_exif_orientation_is_applied(root, tmp_path):
     assert image[:, :, : SIZE // 2 - 2].mean() < 5
 
 
-def test_grey_in_a_colour_set_and_colour_in_a_grey_set(root, tmp_path):
+def test_grey_and_colour_are_converted_to_the_channels_of_the_set(root, tmp_path):
     (root / "a.png").write_bytes(encoded(noise(channels=1)))
     (root / "b.png").write_bytes(encoded(noise()))
     colour, luma = whole(root, tmp_path), whole(root, tmp_path, channels=1)
@@ -332,8 +332,8 @@ def test_grey_in_a_colour_set_and_colour_in_a_grey_set(root, tmp_path):
     assert np.abs(luma[1, 0].numpy() - want).max() <= 1
 
 
-def test_shorter_side_is_scaled_and_the_centre_cut_out(root, tmp_path):
-    # Left and right quarters are black; what is left in the middle is a grey square.
+def test_images_are_scaled_by_the_shorter_side_and_centre_cropped(root, tmp_path):
+    # The outer quarters are black; the centre crop is a grey square.
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = 90
     (root / "wide.png").write_bytes(encoded(wide))
@@ -343,10 +343,10 @@ def test_shorter_side_is_scaled_and_the_centre_cut_out(root, tmp_path):
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])
-def test_images_of_another_shape_than_square(root, tmp_path, memory_limit_mb):
+def test_image_size_need_not_be_square(root, tmp_path, memory_limit_mb):
     picture = noise(size=(24, 12))
     (root / "a.png").write_bytes(encoded(picture))
-    # A white frame left and right of what [12, 24] keeps.
+    # White margins left and right of the crop to [12, 24].
     (root / "b.png").write_bytes(encoded(np.pad(picture, ((0, 0), (6, 6), (0, 0)), constant_values=255)))
     data = source(root, tmp_path, image_size=[12, 24], holdout=0, memory_limit_mb=memory_limit_mb)
     assert data.image_shape == (3, 12, 24)
@@ -355,7 +355,7 @@ def test_images_of_another_shape_than_square(root, tmp_path, memory_limit_mb):
     assert all(torch.equal(image, want) for image in data.split("train").images([0, 1]))
 
 
-def test_a_crop_that_drops_much_is_reported(root, tmp_path, caplog):
+def test_crop_that_drops_much_of_the_area_is_reported(root, tmp_path, caplog):
     for i in range(3):
         (root / f"{i}.png").write_bytes(encoded(noise(size=(96, 48))))
     whole(root, tmp_path, image_size=48)
@@ -371,14 +371,14 @@ def test_a_crop_that_drops_much_is_reported(root, tmp_path, caplog):
 
 
 def test_scaling_is_antialiased(root, tmp_path):
-    # A chessboard of single pixels has the mean 127.5 everywhere; picking pixels would give 0 or 255.
+    # The local mean of a pixel chessboard is 127.5; scaling without antialiasing would give 0 or 255.
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     (root / "a.png").write_bytes(encoded(board))
     image = whole(root, tmp_path)[0].float()
     assert 120 < image.min() <= image.max() < 135
 
 
-def test_small_images_are_enlarged_with_a_warning_or_left_out(root, tmp_path, caplog):
+def test_small_images_are_enlarged_with_a_warning_or_skipped(root, tmp_path, caplog):
     (root / "good.png").write_bytes(encoded(noise()))
     (root / "tiny.png").write_bytes(encoded(noise(size=(3, 5))))
     assert len(whole(root, tmp_path)) == 2
@@ -388,13 +388,13 @@ def test_small_images_are_enlarged_with_a_warning_or_left_out(root, tmp_path, ca
     assert len(whole(root, tmp_path, min_size=4, on_error="skip")) == 1
 
 
-def test_large_images_are_no_fault(root, tmp_path, recwarn):
+def test_large_images_are_accepted(root, tmp_path, recwarn):
     (root / "large.png").write_bytes(encoded(Image.new("1", (10_000, 9_500))))
     assert len(whole(root, tmp_path)) == 1
     assert not recwarn.list
 
 
-def test_further_frames_are_counted(root, tmp_path, caplog):
+def test_ignored_frames_are_counted(root, tmp_path, caplog):
     frames = [Image.fromarray(noise(i)) for i in range(4)]
     for name in ("stack.tiff", "animation.gif", "animation.webp", "animation.png"):
         frames[0].save(root / name, save_all=True, append_images=frames[1:])
@@ -402,7 +402,7 @@ def test_further_frames_are_counted(root, tmp_path, caplog):
     images = whole(root, tmp_path)
     assert torch.equal(images[-1], torch.tensor(noise()).permute(2, 0, 1))
     assert "of 4 files with several frames only the first is used, 12 frames are left out" in caplog.text
-    # Reported at every start, from the index.
+    # The index stores the count, so that every start reports it.
     caplog.clear()
     whole(root, tmp_path)
     assert "12 frames" in caplog.text
@@ -410,7 +410,7 @@ def test_further_frames_are_counted(root, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 def test_no_file_starts_another_program(root, tmp_path, monkeypatch, name):
-    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
+    """Pillow passes PostScript to Ghostscript, regardless of the file name."""
     tools, trace = tmp_path / "tools", tmp_path / "started"
     tools.mkdir()
     (tools / "gs").write_text(f"#!/bin/sh\ntouch {trace}\n")
@@ -420,7 +420,7 @@ def test_no_file_starts_another_program(root, tmp_path, monkeypatch, name):
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
     with contextlib.suppress(OSError):
         Image.open(io.BytesIO(script)).load()
-    assert trace.exists(), "Pillow does start it unless it is kept from it"
+    assert trace.exists(), "Pillow did not start Ghostscript, so the check below is void"
     trace.unlink()
     (root / "good.png").write_bytes(encoded(noise()))
     (root / name).write_bytes(script)
@@ -442,7 +442,7 @@ def test_names_that_are_not_utf_8_can_be_logged(root, tmp_path, caplog):
         record.getMessage().encode()
 
 
-def test_circles_of_links_end_and_nothing_is_taken_twice(root, tmp_path, caplog):
+def test_cyclic_links_end_and_no_image_is_read_twice(root, tmp_path, caplog):
     inner = root / "a" / "b"
     inner.mkdir(parents=True)
     for i in range(24):
@@ -460,7 +460,7 @@ def test_circles_of_links_end_and_nothing_is_taken_twice(root, tmp_path, caplog)
     assert "1 links" in caplog.text
 
 
-def test_hidden_and_other_files_are_left_out_and_odd_names_are_not(root, tmp_path, caplog):
+def test_hidden_and_other_files_are_ignored_and_unusual_names_accepted(root, tmp_path, caplog):
     caplog.set_level("INFO")
     for name in (".hidden.png", "._a.png", "naïve 画像.PNG", "a.b.JPEG"):
         (root / name).write_bytes(encoded(noise(), "JPEG" if name.endswith("JPEG") else "PNG"))
@@ -488,12 +488,12 @@ def test_labels_are_the_first_folders(root, tmp_path):
     several(root, 3, "cat/black", "ant", "bee/x/y")
     data = source(root, tmp_path, num_classes=3, holdout=0)
     data.check()
-    # Paths in order: ant, bee, cat.
+    # Sorted by path: ant, bee, cat.
     assert data.split("train").labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert source(root, tmp_path).split("train").labels is None
 
 
-def test_class_mistakes_are_named(root, tmp_path):
+def test_errors_of_class_folders(root, tmp_path):
     several(root, 2, "ant", "bee")
     with pytest.raises(UserError, match=r"2 class folders \(ant, bee\), not .*=7: set data.num_classes=2"):
         source(root, tmp_path, num_classes=7).check()
@@ -548,9 +548,9 @@ def test_two_folders_for_a_split_are_refused(root, tmp_path):
         source(root, tmp_path).check()
 
 
-def test_a_set_without_training_images_names_the_fix(root, tmp_path):
+def test_error_without_training_images_names_a_fix(root, tmp_path):
     place = int.from_bytes(blake2b(b"3.png", digest_size=8).digest(), "little") / 2**64
-    assert place < 0.05  # in the test split by the documented rule
+    assert place < 0.05  # the documented rule assigns the file to the test split
     (root / "3.png").write_bytes(encoded(noise()))
     data = source(root, tmp_path)
     with pytest.raises(UserError, match=r"no training images.*data\.holdout=0") as caught:
@@ -559,7 +559,7 @@ def test_a_set_without_training_images_names_the_fix(root, tmp_path):
     assert len(source(root, tmp_path, holdout=0).split("train")) == 1
 
 
-def test_an_empty_folder_for_training_is_named(root, tmp_path):
+def test_error_names_an_empty_training_folder(root, tmp_path):
     several(root, 2, "val")
     (root / "train").mkdir()
     with pytest.raises(UserError, match=r"no training images.*folder train"):
@@ -630,7 +630,7 @@ def test_streaming_with_workers(root, tmp_path, workers):
     assert torch.cat([batch.positions for batch in loader]).tolist() == [0, 3, 9, 1]
 
 
-def test_a_file_that_breaks_after_indexing_is_named(root, tmp_path):
+def test_error_names_a_file_damaged_after_indexing(root, tmp_path):
     several(root, 3, "x")
     images = source(root, tmp_path, memory_limit_mb=0, holdout=0).split("train")
     (root / "x" / "001.png").write_bytes(b"broken")
@@ -640,13 +640,13 @@ def test_a_file_that_breaks_after_indexing_is_named(root, tmp_path):
 
 
 def break_unseen(path):
-    """As a bad disk does: neither the size nor the time of change tells."""
+    """Damages a file as a faulty disk does: size and modification time stay the same."""
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_file_that_breaks_unseen_is_left_out_at_the_next_start(root, tmp_path):
+def test_file_damaged_unnoticed_is_skipped_at_the_next_start(root, tmp_path):
     several(root, 3, "x")
     options = {"memory_limit_mb": 0, "holdout": 0}
     images = source(root, tmp_path, **options).split("train")
@@ -657,7 +657,7 @@ def test_a_file_that_breaks_unseen_is_left_out_at_the_next_start(root, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_worker_tells_a_broken_file_as_the_process_itself_does(root, tmp_path, workers):
+def test_error_for_a_damaged_file_is_the_same_with_workers(root, tmp_path, workers):
     several(root, 4, "x")
     data = ImageDataModule(source(root, tmp_path, memory_limit_mb=0, holdout=0), 4, seed=0, workers=workers)
     data.prepare_data()
@@ -667,7 +667,7 @@ def test_a_worker_tells_a_broken_file_as_the_process_itself_does(root, tmp_path,
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])
-def test_second_start_decodes_nothing_and_a_changed_file_is_seen(
+def test_second_start_decodes_no_image_and_detects_a_changed_file(
     root, tmp_path, monkeypatch, memory_limit_mb
 ):
     several(root, 10, "x")
@@ -687,25 +687,25 @@ def test_second_start_decodes_nothing_and_a_changed_file_is_seen(
     assert torch.equal(third.split("train").images([4])[0], torch.tensor(noise(77)).permute(2, 0, 1))
     assert "x/004.png" in examined
     assert third.fingerprint("train") != first.fingerprint("train")
-    # One set of pixels a folder is kept, and no partial file is left.
+    # The cache keeps one pixel file per folder and no partial files.
     assert len(list((tmp_path / "cache").rglob("*.pixels"))) == (memory_limit_mb > 0)
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])
-def test_a_copy_has_the_same_fingerprint_and_other_content_has_not(root, tmp_path, memory_limit_mb):
+def test_fingerprint_depends_on_content_and_not_on_location(root, tmp_path, memory_limit_mb):
     several(root, 6, "ant", "bee")
     options = {"num_classes": 2, "holdout": 0, "memory_limit_mb": memory_limit_mb}
     first = source(root, tmp_path, **options).fingerprint("train")
     copied = tmp_path / "copied"
-    shutil.copytree(root, copied, copy_function=shutil.copyfile)  # with other times of change
+    shutil.copytree(root, copied, copy_function=shutil.copyfile)  # with other modification times
     assert source(copied, tmp_path, **options).fingerprint("train") == first
     assert source(copied, tmp_path, **options | {"image_size": 8}).fingerprint("train") != first
     (copied / "bee" / "003.png").write_bytes(encoded(noise(77)))
     assert source(copied, tmp_path, **options).fingerprint("train") != first
 
 
-def test_an_error_of_the_disk_is_not_remembered(root, tmp_path, monkeypatch):
+def test_disk_errors_are_not_stored_in_the_index(root, tmp_path, monkeypatch):
     several(root, 4, "x")
     read = Path.read_bytes
 
@@ -722,14 +722,14 @@ def test_an_error_of_the_disk_is_not_remembered(root, tmp_path, monkeypatch):
     assert len(whole(root, tmp_path)) == 4
 
 
-def test_settings_have_pixels_of_their_own(root, tmp_path):
+def test_cached_pixels_depend_on_the_settings(root, tmp_path):
     (root / "a.png").write_bytes(encoded(noise(size=(40, 40))))
     assert whole(root, tmp_path).shape == (1, 3, 16, 16)
     assert whole(root, tmp_path, image_size=20, channels=1).shape == (1, 1, 20, 20)
     assert whole(root, tmp_path).shape == (1, 3, 16, 16)
 
 
-def test_damaged_index_is_made_again(root, tmp_path, caplog):
+def test_damaged_index_is_rebuilt(root, tmp_path, caplog):
     several(root, 3, "x")
     before = whole(root, tmp_path, memory_limit_mb=0)
     (index,) = (tmp_path / "cache").rglob("*.index")
@@ -769,7 +769,7 @@ def test_damaged_pixels_are_decoded_again(root, tmp_path, caplog, damage):
     assert not caplog.text
 
 
-def test_full_disk_is_one_line(root, tmp_path):
+def test_full_disk_is_a_user_error(root, tmp_path):
     several(root, 50, "x")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # less than 50 images of 16 x 16 x 3 bytes
@@ -781,7 +781,7 @@ def test_full_disk_is_one_line(root, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def test_what_killed_processes_left_in_the_cache_is_removed(root, tmp_path):
+def test_old_partial_files_in_the_cache_are_removed(root, tmp_path):
     several(root, 1, "x")
     old, recent = (tmp_path / "cache" / "image_folder" / f"{name}.partial" for name in ("old", "recent"))
     old.parent.mkdir(parents=True)
@@ -793,7 +793,7 @@ def test_what_killed_processes_left_in_the_cache_is_removed(root, tmp_path):
     assert not old.exists()
 
 
-def test_missing_and_empty_folders(root, tmp_path):
+def test_missing_and_empty_folders_are_refused(root, tmp_path):
     with pytest.raises(UserError, match=r"data\.root is not set"):
         ImageFolder(None, SIZE).check()
     with pytest.raises(UserError, match=r"data\.root=.*nowhere is not a readable folder"):
@@ -805,7 +805,7 @@ def test_missing_and_empty_folders(root, tmp_path):
         source(root, tmp_path).split("train")
 
 
-def test_building_and_checking_decode_nothing(root, tmp_path):
+def test_building_and_checking_decode_no_images(root, tmp_path):
     (root / "0.jpg").write_bytes(b"broken")
     source(root, tmp_path).check()
     assert not (tmp_path / "cache").exists()
@@ -824,6 +824,6 @@ def test_building_and_checking_decode_nothing(root, tmp_path):
         {"white": 0},
     ],
 )
-def test_impossible_numbers(wrong):
+def test_invalid_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ImageFolder(**{"root": "x", "image_size": SIZE} | wrong)

@@ -14,7 +14,7 @@ from src.errors import UserError
 
 
 class Bands(ImageSource):
-    """A source such as a user writes: five bands, not square."""
+    """A custom source with five channels and images that are not square."""
 
     name = "bands"
 
@@ -34,19 +34,19 @@ def test_a_source_may_have_any_shape():
     assert batch.images.shape == (4, *source.image_shape)
 
 
-def test_one_number_is_a_square():
+def test_single_image_size_is_square():
     assert Bands(image_size=7).image_shape == (5, 7, 7)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"image_size": (4, 6, 3)}, {"image_size": 0}, {"channels": 0}, {"num_classes": -1}]
 )
-def test_impossible_numbers(wrong):
+def test_invalid_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must"):
         Bands(**wrong)
 
 
-def test_a_set_states_what_its_images_are_conditioned_on():
+def test_image_set_returns_the_condition_of_its_images():
     images = Bands().split("train")
     assert images.condition([4, 2]).labels.tolist() == [1, 2]
     assert images.condition(torch.tensor([], dtype=torch.int64)).labels.shape == (0,)
@@ -62,7 +62,7 @@ def test_class_names():
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """A user who is not in the password file and has no HOME."""
+    """Removes the home folder: no HOME and no entry in the password database."""
 
     def unknown(uid):
         raise KeyError(uid)
@@ -72,7 +72,7 @@ def homeless(monkeypatch):
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_folder_the_option_to_set_is_named(tmp_path):
+def test_error_without_a_home_folder_names_the_option_to_set(tmp_path):
     for option, use in (
         ("data.cache", lambda: ImageFolder(str(tmp_path), 8)),
         ("data.root", lambda: ImageFolder("~/pictures", 8, cache=str(tmp_path))),

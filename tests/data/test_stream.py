@@ -9,14 +9,14 @@ from src.data.stream import FixedOrder, PositionSampler, ShardSampler, TrainingS
 
 
 def numbered(n: int) -> InMemoryImages:
-    """Images of 1x2 pixels: the left one is the image's number, the right one 255."""
+    """Images of 1x2 pixels: the left pixel is the index of the image, the right pixel is 255."""
     pixels = torch.full((n, 1, 1, 2), 255, dtype=torch.uint8)
     pixels[:, 0, 0, 0] = torch.arange(n)
     return InMemoryImages(pixels, torch.arange(n) % 7)
 
 
 def seen(batch) -> set[tuple[int, int, bool]]:
-    """(position, image, flipped) of each sample, read off the pixels."""
+    """(position, image, flipped) of each sample, decoded from the pixels."""
     left, right = batch.images[:, 0, 0].T.tolist()
     flipped = [a == 255 for a in left]
     images = [b if f else a for a, b, f in zip(left, right, flipped, strict=True)]
@@ -57,11 +57,11 @@ def test_passes_and_seeds_differ_in_order():
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 3), (4, 2), (8, 3)])
-def test_sharding_changes_nothing_about_a_step(world_size, accumulation):
+def test_steps_do_not_depend_on_sharding(world_size, accumulation):
     assert steps(stream(), 12, world_size=world_size, accumulation=accumulation) == steps(stream(), 12)
 
 
-def test_start_goes_on_where_the_stream_was_left():
+def test_start_continues_the_stream():
     assert steps(stream(), 5, start=7 * 24) == steps(stream(), 12)[7:]
 
 
@@ -76,12 +76,12 @@ def test_half_of_the_images_are_flipped():
     assert abs(flips.mean() - 0.5) < 5 * 0.5 / 20_000**0.5
 
 
-def test_no_flips_unless_asked_for():
+def test_no_flips_by_option():
     assert not any(flipped for step in steps(stream(flip=False), 5) for _, _, flipped in step)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_no_bit(workers):
+def test_batches_do_not_depend_on_workers(workers):
     data = stream(global_batch_size=24)
     loader = DataLoader(
         data, batch_sampler=PositionSampler(48, 24, 12, 1, 2), num_workers=workers, collate_fn=lambda b: b
@@ -109,7 +109,7 @@ def test_empty_training_set():
         TrainingStream(InMemoryImages(torch.zeros(0, 1, 1, 2, dtype=torch.uint8), None), 0, 2, True)
 
 
-def test_sampler_wants_a_whole_division():
+def test_sampler_refuses_an_indivisible_batch():
     with pytest.raises(ValueError, match="global_batch_size=24"):
         PositionSampler(0, 24, 5, 0, 2, 2)
 
@@ -117,13 +117,13 @@ def test_sampler_wants_a_whole_division():
 @pytest.mark.parametrize(
     ("n", "batch", "world"), [(101, 8, 1), (101, 8, 4), (33, 8, 4), (7, 8, 7), (64, 8, 2)]
 )
-def test_shards_partition_the_set_in_as_many_batches_on_each_rank(n, batch, world):
+def test_shards_partition_the_set_into_equally_many_batches_per_rank(n, batch, world):
     shards = [list(ShardSampler(n, batch, rank, world)) for rank in range(world)]
     assert {len(shard) for shard in shards} == {-(-n // (batch * world))}
     assert sorted(i for shard in shards for part in shard for i in part) == list(range(n))
     assert all(0 < len(part) <= batch for shard in shards for part in shard)
 
 
-def test_more_devices_than_images():
+def test_more_devices_than_images_are_refused():
     with pytest.raises(ValueError, match="3 images"):
         ShardSampler(3, 8, 0, 4)

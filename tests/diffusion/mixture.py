@@ -1,11 +1,11 @@
-"""Data whose every property under diffusion is known: mixtures of isotropic Gaussians and their exact denoiser.
+"""Mixtures of isotropic Gaussians, whose diffused density is known exactly, and their exact denoiser.
 
 For p(x0) = sum_k w_k N(m_k, v_k I) the noisy image x_t = alpha x0 + sigma eps has
 
     p(x_t) = sum_k w_k N(alpha m_k, (alpha^2 v_k + sigma^2) I)
     E[x0 | x_t] = sum_k p(k | x_t) (m_k + alpha v_k / (alpha^2 v_k + sigma^2) (x_t - alpha m_k))
 
-so that the denoiser below is the one that a perfectly trained network would be.
+and a perfectly trained network gives E[x0 | x_t]. `MixtureDenoiser` computes it.
 """
 
 import math
@@ -26,20 +26,20 @@ class Mixture:
     Args:
         means: m_k, shape (K, C, H, W), float64.
         variances: v_k, shape (K,).
-        weights: w_k, shape (K,), adding up to 1.
+        weights: w_k, shape (K,), summing to 1.
     """
 
     def __init__(self, means: Tensor, variances: Tensor, weights: Tensor):
         self.means, self.variances, self.weights = means, variances, weights
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n images, shape (n, C, H, W), and the component that each is from, shape (n,)."""
+        """n images, shape (n, C, H, W), and the component of each, shape (n,)."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, *self.means.shape[1:], dtype=torch.float64, generator=generator)
         return self.means[component] + self._images(self.variances[component].sqrt()) * noise, component
 
     def log_density(self, x_t: Tensor, level: NoiseLevel | None = None) -> Tensor:
-        """ln p(x_t) in nats, shape (B,); of clean images without a level."""
+        """ln p(x_t) in nats, shape (B,). Without a level, the density of clean images."""
         level = level or NoiseLevel(1.0, 0.0, 0.0)
         return self._log_joint(x_t, *self._scales(x_t, level)).logsumexp(dim=1)
 
@@ -54,12 +54,12 @@ class Mixture:
 
     @property
     def mean(self) -> Tensor:
-        """Of clean images, shape (C, H, W)."""
+        """Mean of clean images, shape (C, H, W)."""
         return (self._images(self.weights) * self.means).sum(dim=0)
 
     @property
     def covariance(self) -> Tensor:
-        """Of clean images, flattened: shape (D, D)."""
+        """Covariance of flattened clean images, shape (D, D)."""
         centred = (self.means - self.mean).flatten(1)
         within = (self.weights * self.variances).sum() * torch.eye(centred.shape[1], dtype=torch.float64)
         return (self.weights[:, None] * centred).T @ centred + within
@@ -87,7 +87,7 @@ class MixtureDenoiser(BaseDenoiser):
 
     Args:
         mixture: the distribution of the data.
-        schedule: for samplers that need more levels.
+        schedule: the noise schedule, which samplers use for further levels.
         variance: of the reverse step.
     """
 
@@ -108,7 +108,7 @@ def gaussian(mean: float, std: float, shape: tuple[int, int, int] = (1, 1, 1)) -
 
 
 def three_modes() -> Mixture:
-    """Three unequal Gaussians in the plane, shape (1, 1, 2): unlike each other in place, width and weight."""
+    """Three Gaussians in the plane, image shape (1, 1, 2), with different means, variances and weights."""
     return Mixture(
         torch.tensor([[0.8, 0.3], [-0.6, 0.5], [-0.1, -0.8]], dtype=torch.float64).view(3, 1, 1, 2),
         torch.tensor([0.02, 0.05, 0.01], dtype=torch.float64),

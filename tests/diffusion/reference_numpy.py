@@ -1,7 +1,6 @@
-"""Independent arithmetic in plain numpy and float64, written from the papers' formulas.
+"""Reference implementation of the papers' formulas in numpy and float64, independent of the code under test.
 
-Nothing here knows the code under test. Arrays over time have T + 1 entries; entry 0 is the clean image, so
-that entry t belongs to the papers' step t.
+Arrays over time have T + 1 entries. Entry 0 is the clean image; entry t is the papers' step t.
 """
 
 import math
@@ -92,8 +91,8 @@ def posterior_variance(alphabar, t, s):
 def reverse_variance(alphabar, chain, i, kind, v=None):
     """Variance of p(x_s | x_t), t = chain[i], s = chain[i - 1] (or 0 for i = 0).
 
-    beta-tilde of the last step is 0; the codes of DDPM and improved DDPM put that of the second step there,
-    for the fixed variances and for the lower end of the learned range alike.
+    beta-tilde of the last step (i = 0) is 0. The code of DDPM and improved DDPM replaces it by that of i = 1, both for
+    the fixed variances and for the lower end of the learned range.
     """
     t, s = chain[i], chain[i - 1] if i else 0
     beta = beta_between(alphabar, t, s)
@@ -121,7 +120,7 @@ def normal_cdf(x):
 
 
 def decoder_nats(x0, mean, std):
-    """-ln p(x0 | x_1): a Gaussian integrated over bins of 2/255, the outer ones open (Ho et al. 2020, eq. 13)."""
+    """-ln p(x0 | x_1): a Gaussian integrated over bins of 2/255, the outer bins open (Ho et al. 2020, eq. 13)."""
     upper = np.where(x0 > 0.999, 1.0, normal_cdf((x0 + 1 / 255 - mean) / std))
     lower = np.where(x0 < -0.999, 0.0, normal_cdf((x0 - 1 / 255 - mean) / std))
     return -np.log(upper - lower)

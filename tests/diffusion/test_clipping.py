@@ -21,12 +21,12 @@ def test_static_clipping_bounds_x0_and_keeps_it_consistent_with_eps():
     torch.testing.assert_close(level.alpha * clipped.x0 + level.sigma * clipped.eps, x_t)
 
 
-def test_bound_is_checked():
+def test_invalid_bound_is_refused():
     with pytest.raises(ValueError, match=r"^bound must be positive"):
         StaticClipping(_case()[0], 0.0)
 
 
-def test_dynamic_thresholding_is_imagen_s():
+def test_dynamic_thresholding_equals_imagen():
     denoiser, x_t, level = _case()
     raw = denoiser(x_t, level)
     for quantile in (0.5, 0.9, 0.995, 1.0):
@@ -47,7 +47,7 @@ def test_dynamic_thresholding_agrees_with_diffusers():
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_images_in_range_are_left_alone():
+def test_images_in_range_are_unchanged():
     schedule = Linear()
     denoiser = MixtureDenoiser(gaussian(0.0, 0.1, (1, 4, 4)), schedule)
     x_t = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_images_in_range_are_left_alone():
     assert torch.equal(DynamicThresholding(denoiser)(x_t, level).x0, denoiser(x_t, level).x0)
 
 
-def test_numbers_of_dynamic_thresholding_are_checked():
+def test_invalid_arguments_of_dynamic_thresholding_are_refused():
     for wrong in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"^quantile must be in"):
             DynamicThresholding(_case()[0], wrong)

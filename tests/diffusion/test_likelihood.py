@@ -1,4 +1,4 @@
-"""Likelihoods against the papers' terms and against densities that are known exactly."""
+"""Checks likelihoods against the terms of the papers and against exact densities."""
 
 import math
 
@@ -52,13 +52,13 @@ def test_decoder_is_a_distribution_over_bytes():
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_decoder_keeps_its_digits_in_the_tails():
-    # ln of a bin's mass far out is nearly the density's: here 100 standard deviations away
+def test_decoder_is_accurate_in_the_tails():
+    # the log-mass of a bin 100 standard deviations away, from the asymptotic expansion of the normal tail
     x = torch.tensor([0.2, -0.2], dtype=torch.float64)
     x = (x * 127.5).round() / 127.5
     std, mean = 0.002, torch.zeros(2, dtype=torch.float64)
     log_p = discretised_log_likelihood(x, mean, torch.tensor(std, dtype=torch.float64))
-    near = (x.abs() - 1 / 255) / std  # the near edge z: the mass beyond it is phi(z)/z (1 - 1/z^2 + ...)
+    near = (x.abs() - 1 / 255) / std  # z at the nearer edge; the mass beyond is phi(z)/z (1 - 1/z^2 + ...)
     expected = -(near**2) / 2 - math.log(math.sqrt(2 * math.pi)) - near.log() - 1 / near**2
     torch.testing.assert_close(log_p, expected, rtol=1e-7, atol=0)
 
@@ -72,8 +72,8 @@ def test_gradients_are_finite_at_the_open_ends():
 
 @pytest.mark.parametrize("byte", [0, 100, 255])
 @pytest.mark.parametrize("z", [0.0, 0.3, 3.0, 30.0, 1e3, 1e4, 1e6])
-def test_gradients_keep_their_digits_in_float32(z, byte):
-    # far out the mass is phi(z)/z, and the gradient of its logarithm by the standard deviation z^2/std
+def test_gradients_are_accurate_in_float32(z, byte):
+    # in the tail the mass is phi(z)/z, and the derivative of its logarithm with respect to std is z^2/std
     x0, std = torch.tensor([byte / 127.5 - 1]), torch.tensor([0.01 if z < 100 else 1.0])
     gradients = {}
     for dtype in (torch.float32, torch.float64):
@@ -88,17 +88,18 @@ def test_gradients_keep_their_digits_in_float32(z, byte):
 
 @pytest.mark.parametrize("log_variance", [-9.0, -6.0, -4.0, -2.0, 0.0])
 @pytest.mark.parametrize("T", [1000, 4000])
-def test_the_decoder_s_gradient_does_not_leak_into_other_steps(T, log_variance):
-    # eps at t = T of the cosine schedule: x0_hat is 20,000 off and more, where the decoder's gradient is infinite
+def test_decoder_gradient_does_not_leak_into_other_steps(T, log_variance):
+    # at t = T of the cosine schedule, eps-prediction errs by 20,000 or more in x0, where the decoder's gradient is
+    # infinite
     chain, step, x0 = Chain(Cosine(T)), torch.tensor([1, 2, T // 2, T]), _bytes((4, 1, 4, 4))
     x_t, eps = Normal()(x0), Normal(1)(x0)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         output = eps.to(dtype).requires_grad_()
-        said = torch.full_like(output, log_variance, requires_grad=True)
-        prediction = Eps().predict(x_t.to(dtype), output, chain.level(step)).with_variance(said)
+        predicted = torch.full_like(output, log_variance, requires_grad=True)
+        prediction = Eps().predict(x_t.to(dtype), output, chain.level(step)).with_variance(predicted)
         bits = chain.term(step, x0.to(dtype), prediction, Learned())
-        gradients.append([g.double() for g in torch.autograd.grad(bits.sum(), (output, said))])
+        gradients.append([g.double() for g in torch.autograd.grad(bits.sum(), (output, predicted))])
     for single, double in zip(*gradients, strict=True):
         torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-6)
 
@@ -108,7 +109,7 @@ KINDS = {"small": Small(), "large": Large(), "learned_range": LearnedRange()}
 
 @pytest.mark.parametrize("times", [list(range(1, 41)), [1, 5, 12, 30, 40]], ids=["full", "respaced"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_term_of_the_bound(kind, times):
+def test_terms_of_the_bound_equal_the_reference(kind, times):
     T = 40
     schedule, alphabar = Cosine(T), reference.alphabar_of(reference.betas_cosine(T))
     x0, recording = _bytes((2, 1, 3, 3)), Normal()
@@ -134,17 +135,19 @@ def test_every_term_of_the_bound(kind, times):
 )
 def test_a_batch_of_several_steps_has_the_terms_of_each(variance):
     chain, x0, step = Chain(Cosine(40)), _bytes((4, 1, 3, 3)).float(), torch.tensor([1, 2, 1, 40])
-    output, said, x_t = (torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    output, predicted, x_t = (
+        torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
 
     def term(chosen):
         prediction = Eps().predict(x_t[chosen], output[chosen], chain.level(step[chosen]))
-        return chain.term(step[chosen], x0[chosen], prediction.with_variance(said[chosen]), variance)
+        return chain.term(step[chosen], x0[chosen], prediction.with_variance(predicted[chosen]), variance)
 
     assert torch.equal(term([0, 1, 2, 3]), torch.cat([term([i]) for i in range(4)]))
     assert torch.equal(term([0, 2]), term([0, 1, 2, 3])[[0, 2]])
 
 
-def test_the_decoder_is_evaluated_for_the_first_step_alone():
+def test_decoder_is_evaluated_only_for_the_first_step():
     class Counting(Small):
         calls = 0
 
@@ -169,7 +172,7 @@ def _pixels():
 
 
 def _bytes_of(mixture, n):
-    """n bytes of single pixels drawn from a mixture, as images, and the exact bits of each."""
+    """n single-pixel images drawn from a discretised mixture, and the exact -log2 p of each, shape (n,)."""
     edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1
     edges[0], edges[-1] = -math.inf, math.inf
     components = zip(mixture.weights, mixture.means.flatten(), mixture.variances, strict=True)
@@ -193,7 +196,7 @@ class Matched(Variance):
         return self._spread(t, prediction)
 
     def _spread(self, t, prediction):
-        """Var[x0 | x_t] = sigma^2/alpha dE[x0 | x_t]/dx_t (Tweedie's formula once more)."""
+        """Var[x0 | x_t] = sigma^2/alpha dE[x0 | x_t]/dx_t (second-order Tweedie formula)."""
         with torch.enable_grad():
             x_t = prediction.x_t.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.mixture.posterior_mean(x_t, t).sum(), x_t)
@@ -201,8 +204,8 @@ class Matched(Variance):
 
 
 def test_the_bound_of_a_gaussian_is_tight_on_any_chain():
-    # Where q(x_s | x_t) is Gaussian, exact mean and variance leave the bound loose by the prior's mismatch alone
-    # (4e-5 bits at alphabar_T = 4e-5) and by the noise of 20,000 draws, which is measured.
+    # For Gaussian q(x_s | x_t) with exact mean and variance, the gap of the bound is the mismatch of the prior
+    # (4e-5 bits at alphabar_T = 4e-5). The sampling error of 20,000 draws is measured.
     data = gaussian(0.1, 0.2)
     schedule = Linear(1000)
     x0, bits = _bytes_of(data, 20_000)
@@ -213,7 +216,7 @@ def test_the_bound_of_a_gaussian_is_tight_on_any_chain():
 
 
 def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
-    # q(x_s | x_t) is Gaussian for short steps only, so that the bound is loose by less the more steps there are
+    # q(x_s | x_t) is Gaussian only for short steps: the gap of the bound shrinks with the number of steps
     mixture = _pixels()
     x0, bits = _bytes_of(mixture, 4000)
     schedule = Linear(1000)
@@ -225,7 +228,7 @@ def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
     errors = [e.std().item() / len(x0) ** 0.5 for e in excess]
     assert excess[0].mean() > 5 * errors[0]
     assert excess[1].mean().item() == pytest.approx(0, abs=5 * errors[1] + 5e-3)
-    # and a fixed variance costs something on the same chain
+    # a fixed variance widens the gap on the same chain
     fixed = MixtureDenoiser(mixture, schedule, Small())
     loose = _bound(fixed, Chain(schedule, list(range(1, 1001, 9))), x0, noise=Normal())[1] - bits
     assert loose.mean() > excess[1].mean() + 0.1
@@ -245,8 +248,8 @@ def test_the_bound_of_a_mixture_approaches_its_exact_likelihood():
     ids=lambda s: type(s).__name__,
 )
 def test_the_flow_gives_the_exact_density(schedule):
-    # One-dimensional images, for which the Rademacher probe is exact. What is left is that the flow ends in
-    # N(0, sigma^2), not in the diffused mixture: nothing to speak of but where alpha/sigma is not small.
+    # The Rademacher probe is exact for one-dimensional images. The remaining error is that of the prior
+    # N(0, sigma^2) for the diffused mixture, which matters only where alpha/sigma is not small.
     mixture = _pixels()
     x = torch.linspace(-0.8, 1.0, 7, dtype=torch.float64).view(-1, 1, 1, 1)
     first = schedule(torch.tensor([schedule.t_min], dtype=torch.float64)).scalars()[0]
@@ -255,7 +258,7 @@ def test_the_flow_gives_the_exact_density(schedule):
     assert evaluations < 1500
 
 
-def test_the_flow_takes_data_to_its_prior():
+def test_flow_maps_data_to_the_prior():
     mixture, schedule = three_modes(), VP()
     x, _ = mixture.sample(2000, torch.Generator().manual_seed(0))
     _, latent, _ = flow_log_density(MixtureDenoiser(mixture, schedule), x, noise=Normal())
@@ -265,8 +268,8 @@ def test_the_flow_takes_data_to_its_prior():
     )
 
 
-def test_hutchinson_s_estimate_is_unbiased():
-    # two dimensions: the mean over 400 probes of one image, within 5 standard errors of the exact density
+def test_hutchinson_estimate_is_unbiased():
+    # the mean over 400 probes of one two-dimensional image is within 5 standard errors of the exact density
     mixture, schedule = three_modes(), VP()
     x = torch.tensor([0.1, 0.2], dtype=torch.float64).view(1, 1, 1, 2).expand(400, 1, 1, 2)
     log_p, _, _ = flow_log_density(MixtureDenoiser(mixture, schedule), x, noise=Normal())
@@ -276,18 +279,18 @@ def test_hutchinson_s_estimate_is_unbiased():
     assert log_p.mean().item() == pytest.approx(exact, abs=5 * log_p.std().item() / 20 + 0.01)
 
 
-def test_the_flow_s_bits_agree_with_the_exact_likelihood_of_a_discretised_mixture():
-    # an upper bound by Jensen's inequality over the dequantisation, tight for a density that is smooth on a bin
+def test_bits_of_the_flow_agree_with_the_exact_likelihood_of_a_discretised_mixture():
+    # uniform dequantisation gives an upper bound (Jensen), which is tight if the density is smooth within a bin
     mixture = _pixels()
     x0, bits = _bytes_of(mixture, 4000)
     result = flow_likelihood(MixtureDenoiser(mixture, VP()), x0, noise=Normal())
-    # the outer bytes also hold the mass beyond [-1, 1], which no density covers
+    # the outer bytes also contain the mass beyond [-1, 1], which the density within the bin does not
     inner = x0.flatten().abs() < 0.99
     assert (result.bits - bits)[inner].mean().item() == pytest.approx(0, abs=0.003)
 
 
-def test_bytes_are_spread_over_their_bins():
-    # E[-ln p(x0 + u)] of a Gaussian narrower than a bin, u uniform in +- h: to (x0 - mean)^2 its variance is added
+def test_bytes_are_dequantised_uniformly():
+    # E[-ln p(x0 + u)] of a Gaussian narrower than a bin, u uniform in +- h: Var[u] adds to (x0 - mean)^2
     narrow, h, schedule = gaussian(0.2, 0.002), 1 / 255, VP()
     x0 = torch.full((400, 1, 1, 1), 153 / 127.5 - 1, dtype=torch.float64)
     bits = flow_likelihood(MixtureDenoiser(narrow, schedule), x0, noise=Normal()).bits
@@ -300,7 +303,7 @@ def test_bytes_are_spread_over_their_bins():
     assert bits.std() > 0.1
 
 
-def test_a_flow_that_is_not_finite_is_named_with_its_time():
+def test_error_names_the_time_where_the_flow_is_not_finite():
     class Diverged(MixtureDenoiser):
         def forward(self, x_t, level, condition=None):
             return super().forward(x_t * (math.nan if level.sigma > 0.9 else 1.0), level)
@@ -309,7 +312,7 @@ def test_a_flow_that_is_not_finite_is_named_with_its_time():
         flow_log_density(Diverged(three_modes(), VP()), torch.zeros(1, 1, 1, 2).double(), noise=Normal())
 
 
-def test_clipping_may_surround_the_bounded_denoiser():
+def test_bound_accepts_a_clipped_denoiser():
     schedule = Linear(50)
     denoiser = MixtureDenoiser(gaussian(0.0, 2.0), schedule)
     x0 = _bytes((8, 1, 1, 1))
@@ -321,13 +324,13 @@ def test_clipping_may_surround_the_bounded_denoiser():
     ("schedule", "times", "name"),
     [(VP(), None, "schedule"), (Linear(), [5, 3], "times"), (Cosine(1), None, "schedule.T=1")],
 )
-def test_impossible_chains_are_refused(schedule, times, name):
+def test_invalid_chains_are_refused(schedule, times, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         Chain(schedule, times)
 
 
 def test_dormand_prince_has_order_five():
-    # y' = cos(x) y, y = exp(sin x): a tenth of the tolerance costs 10^(1/5) as many steps, and is kept
+    # y' = cos(x) y, y = exp(sin x): a tenth of the tolerance takes 10^(1/5) times as many steps
     def solve(tolerance):
         start = torch.ones(1, dtype=torch.float64)
         (y,), evaluations = integrate(lambda x, y: (math.cos(x) * y[0],), (start,), 0.0, 10.0, tolerance)
@@ -338,14 +341,14 @@ def test_dormand_prince_has_order_five():
     assert fine[1] / rough[1] == pytest.approx(1e5 ** (1 / 5), rel=0.5)
 
 
-def test_integration_says_when_it_fails():
+def test_integration_reports_a_tolerance_out_of_reach():
     start = (torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached"):
         integrate(lambda x, y: (torch.rand(1), y[1]), start, 0.0, 1.0, 1e-30, max_evaluations=100)
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_integration_names_the_place_where_the_derivative_is_not_finite(part):
+def test_integration_reports_where_the_derivative_is_not_finite(part):
     def derivative(x, y):
         slopes = [torch.ones(1), torch.ones(1)]
         slopes[part] *= math.nan if x > 0.5 else 1

@@ -24,20 +24,20 @@ TABLES = {
 
 
 def _times(alphabar):
-    """1, 2, T/2, T of a table, whose entry 0 is the clean image."""
+    """The times 1, 2, T/2, T of a table with T + 1 entries."""
     last = len(alphabar) - 1
     return np.array([1, 2, last // 2, last])
 
 
 class Wavy(nn.Module):
-    """Depends on the image and on the label, so that a wrong time shows."""
+    """Depends on the image and on the label, so that a wrong time changes the output."""
 
     def forward(self, x, label, condition=None):
         return torch.sin(x + label.view(-1, 1, 1, 1) / 100)
 
 
 class Doubled(nn.Module):
-    """With a word on the variance, in [-1, 1], and a parameter for each half."""
+    """Predicts also the variance, in [-1, 1]. Each half of the output has one parameter."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Doubled(nn.Module):
 
 
 def _draws(shape=(4, 3, 4, 4), seed=0):
-    """Images of bytes, the extremes among them, and noise."""
+    """Images of byte values, including -1 and 1, and noise."""
     rng = np.random.default_rng(seed)
     x0 = rng.integers(0, 256, shape) / 127.5 - 1
     x0[:, 0, 0, :2] = -1, 1
@@ -100,9 +100,9 @@ def test_distances(distance, expected):
     )
 
 
-def test_weights_are_carried_from_x0_to_the_output():
-    # min-SNR of Hang et al. 2023 in its three published forms: on x0 min(SNR, 5), on eps min(SNR, 5)/SNR and on
-    # v min(SNR, 5)/(SNR + 1), each times the plain error of that output
+def test_weights_on_x0_are_converted_to_weights_on_the_output():
+    # min-SNR of Hang et al. 2023 in its three published forms: the weight of the squared error is min(SNR, 5) for
+    # x0, min(SNR, 5)/SNR for eps and min(SNR, 5)/(SNR + 1) for v
     schedule, alphabar = TABLES["linear"]
     x0, eps = _draws()
     x_t, table = _diffused(alphabar, x0, eps)
@@ -123,7 +123,7 @@ VARIANCES = {"small": Small(), "large": Large(), "learned_range": LearnedRange()
 
 
 def _bound_bits(alphabar, x0, eps, kind):
-    """The bound's terms of `Doubled` (or of `Wavy`, for a fixed variance) with eps-prediction, (4,)."""
+    """Terms of the bound for `Doubled` (`Wavy` for a fixed variance) with eps-prediction, shape (4,)."""
     x_t, table = _diffused(alphabar, x0, eps)
     x0_hat = (x_t - np.sqrt(1 - table) * _output(x_t, alphabar)) / np.sqrt(table)
     v = np.cos(2 * x_t)
@@ -141,7 +141,7 @@ def _bound_bits(alphabar, x0, eps, kind):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", TABLES)
 def test_l_vlb_of_improved_ddpm(name, variance):
-    # RESCALED_KL in their code: T times the KL term (the decoder's at t = 1) in bits per dimension
+    # RESCALED_KL in their code: T times the KL term (the decoder term at t = 1) in bits per dimension
     schedule, alphabar = TABLES[name]
     x0, eps = _draws()
     network = Doubled() if variance == "learned_range" else Wavy()
@@ -162,7 +162,7 @@ def test_l_hybrid_of_improved_ddpm(name):
     np.testing.assert_allclose(_call(loss, x0, eps).detach(), expected, rtol=1e-10)
 
 
-def test_the_bound_of_the_hybrid_loss_trains_the_variance_alone():
+def test_bound_of_the_hybrid_loss_trains_only_the_variance():
     schedule, _ = TABLES["linear"]
     x0, eps = _draws()
 
@@ -212,7 +212,7 @@ def test_learned_log_variance_in_the_bound():
         ),
     ],
 )
-def test_parts_that_do_not_belong_together_are_refused(make, message):
+def test_incompatible_parts_are_refused(make, message):
     learned = Denoiser(Doubled(), Linear(), Eps(), LearnedRange())
     with pytest.raises(ValueError, match=f"^{message}"):
         make(learned, Denoiser(Wavy(), Linear(), Eps()))
@@ -220,8 +220,8 @@ def test_parts_that_do_not_belong_together_are_refused(make, message):
 
 @pytest.mark.parametrize("weighting", [Simple(), SNR(), MinSNR(), P2(), EDM(), LearnedUncertainty(EDM())])
 @pytest.mark.parametrize("parameterization", [Eps(), X0(), V()])
-def test_no_training_step_waits_for_the_device(parameterization, weighting):
-    # a meta tensor has no values: to ask for one raises here, where a GPU would be waited for
+def test_training_step_does_not_synchronise(parameterization, weighting):
+    # meta tensors have no values: reading one raises here and would synchronise on a GPU
     loss = losses.DenoisingLoss(Denoiser(Wavy(), Linear(), parameterization), weighting, Uniform()).to("meta")
     x0, eps = torch.empty(2, 4, 3, 4, 4, device="meta").unbind()
     assert loss(x0, torch.tensor([1, 2, T // 2, T]).double(), eps).is_meta
@@ -231,12 +231,12 @@ def test_no_training_step_waits_for_the_device(parameterization, weighting):
     "make",
     [lambda d: losses.HybridLoss(d, Simple(), Uniform()), lambda d: losses.VariationalLoss(d, Uniform())],
 )
-def test_no_bound_waits_for_the_device(make):
+def test_bound_does_not_synchronise(make):
     loss = make(Denoiser(Doubled(), Linear(), Eps(), LearnedRange())).to("meta")
     x0, eps = torch.empty(2, 4, 3, 4, 4, device="meta").unbind()
     assert loss(x0, torch.tensor([1, 2, T // 2, T]).double(), eps).is_meta
 
 
-def test_delta_is_checked():
+def test_invalid_delta_is_refused():
     with pytest.raises(ValueError, match=r"^delta must be positive"):
         Huber(0.0)

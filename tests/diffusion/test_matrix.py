@@ -1,4 +1,4 @@
-"""Every schedule x parameterisation x weighting x time sampling: trains two steps, or is refused in one line."""
+"""Every schedule x parameterisation x weighting x time sampling trains two steps or gives a one-line error."""
 
 import itertools
 import re
@@ -24,15 +24,15 @@ def _choices(group):
 SCHEDULES, PARAMETERIZATIONS = _choices("schedule"), _choices("parameterization")
 WEIGHTINGS, TIME_SAMPLINGS = _choices("weighting"), _choices("time_sampling")
 LOSSES, VARIANCES, DISTANCES = _choices("loss"), _choices("variance"), _choices("distance")
-# eps and the score say nothing of the image in pure noise, in which these end
+# these schedules end in pure noise, where eps and the score do not determine x0
 REFUSED = set(itertools.product(("jsd", "rectified_flow", "zero_terminal_snr"), ("eps", "score")))
-# the first makes alike the losses by whose size the second chooses
+# the weighting equalises the losses on which the time sampling depends
 UNFIT = ("learned_uncertainty", "importance")
 
 
 @pytest.fixture(scope="module")
 def composed():
-    """The command line's composition; schedules of few steps, and each choice composed once."""
+    """Composes as the command line does; each choice is composed only once."""
     with initialize_config_dir(str(CONF), version_base=None):
         groups = {
             name: {choice: compose("train", [f"{name}={choice}"])[name] for choice in _choices(name)}
@@ -60,7 +60,7 @@ def composed():
 
 
 class Pixelwise(nn.Module):
-    """In the network's place, for speed: reads image and label, and gives as many channels as are wanted."""
+    """A fast replacement for the network: reads image and label and returns `out_channels` channels."""
 
     def __init__(self, out_channels):
         super().__init__()
@@ -72,7 +72,7 @@ class Pixelwise(nn.Module):
 
 
 def _train_two_steps(loss):
-    """Two steps of Adam; every parameter that can must move, and nothing may stop being finite."""
+    """Takes two steps of Adam; every parameter must change, and all values must stay finite."""
     generator = torch.Generator().manual_seed(0)
     before = [parameter.detach().clone() for parameter in loss.parameters()]
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
@@ -130,7 +130,7 @@ def test_matrix(schedule, parameterization, composed, record_property):
     record_property("combinations that are refused", len(kinds) - trained)
 
 
-def test_nothing_is_left_out():
+def test_matrix_is_complete():
     kinds = len(WEIGHTINGS) * len(TIME_SAMPLINGS)
     assert set(SCHEDULES) >= {schedule for schedule, _ in REFUSED}
     assert kinds > 1
@@ -155,7 +155,7 @@ def test_losses_and_variances(loss, variance, distance, composed):
 
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
-def test_a_learned_variance_needs_steps(schedule, composed):
+def test_learned_variance_needs_a_discrete_schedule(schedule, composed):
     config = composed(schedule=schedule, variance="learned_range", parameterization="v", loss="hybrid")
     with pytest.raises(UserError, match=r"^variance=learned .*choose variance=small") as error:
         denoiser_of(config)
@@ -188,11 +188,11 @@ def test_a_learned_variance_needs_channels(composed):
         (["schedule=cosine", "spacing=trailing", "sampler.steps=10"], None),
         (["schedule=linear", "spacing=leading", "sampler.steps=10"], None),
         (["schedule=edm", "spacing=karras", "parameterization=edm"], None),
-        # the schedule's own end: no other spacing starts where there is more noise
+        # sampling starts at the schedule's end: no other spacing starts at a higher noise level
         (["schedule=edm", "spacing=karras", "parameterization=edm", "schedule.sigma_max=5"], None),
     ],
 )
-def test_a_poor_start_of_sampling_warns(overrides, warning, caplog):
+def test_poor_start_of_sampling_is_warned_about(overrides, warning, caplog):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("train", overrides)
     denoiser = denoiser_of(config)

@@ -1,4 +1,4 @@
-"""Parameterisations: the papers' coefficients, the best network for known data, invariances."""
+"""Parameterisations: coefficients of the papers, the optimal network for known data, invariances."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def _times(schedule, n):
 class Best(torch.nn.Module):
     """The network that makes a denoiser exact for a mixture: F = (E[x0 | x_t] - c_skip x_t) / c_out.
 
-    It undoes c_in, so that a wrong c_in shows too. `change`, a function of x_t, is added to its output.
+    It divides by c_in, so that a wrong c_in changes the result. `change`, a function of x_t, is added to the output.
     """
 
     def __init__(self, mixture, parameterization, level, change):
@@ -62,7 +62,7 @@ class Best(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "level", "expected"),
-    [  # conventions of the papers at home: DDPM eq. 11; Salimans & Ho app. D; Lipman eq. 23; Karras table 1
+    [  # in the conventions of the papers: DDPM eq. 11; Salimans & Ho app. D; Lipman eq. 23; Karras table 1
         ("eps", NoiseLevel(0.6, 0.8, 0.0), (1, 1 / 0.6, -0.8 / 0.6)),
         ("x0", NoiseLevel(0.6, 0.8, 0.0), (1, 0, 1)),
         ("v", NoiseLevel(0.6, 0.8, 0.0), (1, 0.6, -0.8)),
@@ -71,12 +71,12 @@ class Best(torch.nn.Module):
         ("edm", NoiseLevel(1.0, 2.0, 0.0), (1 / 4.25**0.5, 0.25 / 4.25, 2 * 0.5 / 4.25**0.5)),
     ],
 )
-def test_coefficients_at_home(name, level, expected):
+def test_coefficients_equal_those_of_the_papers(name, level, expected):
     assert PARAMETERIZATIONS[name].coefficients(level) == pytest.approx(expected, rel=1e-14)
 
 
 def test_label_of_edm():
-    # c_noise = ln(sigma)/4, and the same for an equal SNR
+    # c_noise = ln(sigma)/4, which depends only on the SNR
     edm = PARAMETERIZATIONS["edm"]
     assert edm.label(NoiseLevel(1.0, 2.0, 7.0)) == pytest.approx(0.25 * 0.6931471805599453, rel=1e-14)
     assert edm.label(NoiseLevel(0.5, 1.0, 7.0)) == pytest.approx(0.25 * 0.6931471805599453, rel=1e-14)
@@ -84,19 +84,19 @@ def test_label_of_edm():
 
 
 @pytest.mark.parametrize(("schedule", "name"), ALLOWED)
-def test_target_is_what_makes_the_prediction_exact(schedule, name):
+def test_target_gives_the_exact_prediction(schedule, name):
     parameterization, schedule = PARAMETERIZATIONS[name], ALL[schedule]
     x0, eps = _images(7, 0), _images(7, 1)
     level = schedule(_times(schedule, 7))
     x_t = diffuse(x0, eps, level)
     prediction = parameterization.predict(x_t, parameterization.target(x0, eps, level), level)
-    # 1 - (alpha^2 + sigma^2) of float64 is multiplied by up to 1/sigma or sigma/alpha
+    # the float64 error of alpha^2 + sigma^2 = 1 is amplified by up to 1/sigma or sigma/alpha
     torch.testing.assert_close(prediction.x0, x0, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(prediction.eps, eps, rtol=1e-8, atol=1e-8)
 
 
 def _noise_left(data, level):
-    """E[Var[x0 | x_t]] of images of one pixel at one level: by quadrature over x_t, in numpy, from Bayes' rule.
+    """E[Var[x0 | x_t]] of one-pixel images at one level, from Bayes' rule by quadrature over x_t in numpy.
 
     E[x0^2] - E[E[x0 | x_t]^2], where p(x_t) = sum_k w_k N(alpha m_k, alpha^2 v_k + sigma^2).
     """
@@ -104,7 +104,7 @@ def _noise_left(data, level):
     alpha, sigma = (float(a[0]) for a in (level.alpha, level.sigma))
     centre, spread = alpha * m, np.sqrt(alpha**2 * v + sigma**2)
     squares = 0.0
-    for i in range(len(w)):  # each component's share of the integral on a grid that fits it
+    for i in range(len(w)):  # integrate each component on a grid adapted to it
         x = centre[i] + spread[i] * np.linspace(-12, 12, 20_001)
         joint = w * scipy.stats.norm.pdf(x, centre, spread)
         mean = (joint * (m + alpha * v / spread**2 * (x - centre))).sum(axis=0) / joint.sum(axis=0)
@@ -132,7 +132,7 @@ def test_the_quadrature():
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("schedule", ALL)
 def test_the_marginals_of_the_forward_process(schedule, data):
-    # 20,000 noisy pixels against the distribution function of p(x_t); a wrong alpha or sigma shows as p = 0
+    # 20,000 noisy pixels against the CDF of p(x_t); a wrong alpha or sigma gives p = 0
     schedule, data = ALL[schedule], DATA[data]
     x0, _ = data.sample(20_000, torch.Generator().manual_seed(0))
     m, v, w = (a.flatten().numpy() for a in (data.means, data.variances, data.weights))
@@ -151,9 +151,9 @@ def test_the_marginals_of_the_forward_process(schedule, data):
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(("schedule", "name"), ALLOWED)
-def test_the_posterior_mean_gives_the_irreducible_loss_and_nothing_less(schedule, name, data):
-    # The expected loss of the best F is E[Var[x0 | x_t]] / c_out^2. Any other adds the square of its difference, up
-    # to the difference's chance correlation with the error, a 70th of the product of their roots.
+def test_posterior_mean_minimises_the_loss(schedule, name, data):
+    # The expected loss of the best F is E[Var[x0 | x_t]] / c_out^2. Any other F adds the mean square of its difference
+    # from the best, up to a cross term: about 1/70 of the product of the RMS of the difference and of the error.
     parameterization, schedule, data = PARAMETERIZATIONS[name], ALL[schedule], DATA[data]
     n = 20_000
     x0, _ = data.sample(n, torch.Generator().manual_seed(0))
@@ -188,8 +188,8 @@ WEIGHTINGS = {
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_every_weighting_has_the_same_optimum(name, weighting):
-    # The gradient of the expected loss with respect to shift and scale of the best output vanishes for the
-    # mixture; 20,000 images, so that it lies within 5 standard errors of 0, and far from it one tenth away.
+    # The gradient of the expected loss with respect to a shift of the output is 0 at the best output. For 20,000
+    # images it must be within 5 standard errors of 0 there, and outside for an output shifted by 0.1.
     parameterization, schedule, data = PARAMETERIZATIONS[name], VP(), three_modes()
     n, t = 20_000, torch.tensor([0.3], dtype=torch.float64)
     level = schedule(t.expand(n))
@@ -211,29 +211,29 @@ def test_every_weighting_has_the_same_optimum(name, weighting):
 
 
 @pytest.mark.parametrize(("schedule", "name"), REFUSED)
-def test_nothing_is_said_of_the_image_in_pure_noise(schedule, name):
+def test_parameterisations_undetermined_in_pure_noise_are_refused(schedule, name):
     with pytest.raises(ValueError, match=f"^parameterization={name} .*choose parameterization=v") as error:
         Denoiser(torch.nn.Identity(), ALL[schedule], PARAMETERIZATIONS[name])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_denoiser_in_every_parameterisation_says_the_same(dtype):
+def test_one_denoiser_predicts_the_same_in_every_parameterisation(dtype):
     schedule = VP()
     x_t = _images(9, 3).to(dtype)
     level = schedule(_times(schedule, 9)[2:])
     x_t = x_t[2:]
     x0 = torch.tanh(x_t)
     eps = (x_t.double() - level.alpha.view(-1, 1, 1, 1) * x0.double()) / level.sigma.view(-1, 1, 1, 1)
-    said = {
+    predictions = {
         name: p.predict(x_t, p.target(x0.double(), eps, level).to(dtype), level)
         for name, p in PARAMETERIZATIONS.items()
     }
-    # 1e-6 of the noisy image; x0 from eps carries sigma/alpha times the rounding of eps
+    # relative to the noisy image; x0 from eps amplifies the rounding of eps by sigma/alpha
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     gain = torch.maximum(level.sigma / level.alpha, torch.ones(())).view(-1, 1, 1, 1)
     loss = torch.maximum(level.alpha / level.sigma, torch.ones(())).view(-1, 1, 1, 1)
-    for prediction in said.values():
+    for prediction in predictions.values():
         assert prediction.x0.dtype == dtype
         assert ((prediction.x0 - x0) / gain).abs().max() < tolerance
         assert ((prediction.eps - eps) / loss / eps.abs().clamp(min=1)).abs().max() < tolerance
@@ -244,10 +244,10 @@ class Wavy(torch.nn.Module):
         return torch.sin(3 * x) + x.flip(-1)
 
 
-# the score's scale is that of x_t
+# the score is excluded: its scale depends on that of x_t
 @pytest.mark.parametrize("name", [name for name in PARAMETERIZATIONS if name != "score"])
 def test_schedules_of_equal_snr_give_the_same_image(name):
-    # the label aside, which the network here does not read, x_t/alpha is all that matters
+    # this network ignores the label, so the prediction depends only on x_t/alpha
     vp, others = VP(), [VE(), ContinuousCosine(), RectifiedFlow(t_max=0.999)]
     parameterization = PARAMETERIZATIONS[name]
     t = torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)
@@ -261,6 +261,6 @@ def test_schedules_of_equal_snr_give_the_same_image(name):
         torch.testing.assert_close(ours.eps, expected.eps, rtol=1e-9, atol=1e-9)
 
 
-def test_sigma_data_is_checked():
+def test_invalid_sigma_data_is_refused():
     with pytest.raises(ValueError, match=r"^sigma_data must be positive"):
         parameterizations.EDM(0.0)

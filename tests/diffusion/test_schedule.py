@@ -1,4 +1,4 @@
-"""Schedules against independent tables, and their inverses."""
+"""Checks schedules against independent tables, and their inverses."""
 
 import math
 
@@ -29,7 +29,7 @@ DISCRETE = {
         lambda T: reference.alphabar_zero_terminal(reference.alphabar_of(reference.betas_cosine(T))),
     ),
 }
-# name -> alpha(t), sigma(t) as the papers have them, and the schedule
+# name -> the schedule, alpha(t), sigma(t) from the papers
 CONTINUOUS = {
     "vp": (
         schedules.VP(),
@@ -45,7 +45,7 @@ CONTINUOUS = {
     ),
     "rectified_flow": (schedules.RectifiedFlow(), lambda t: 1 - t, lambda t: t),
 }
-# every schedule of the project, with a short table where it is discrete
+# all schedules; discrete ones with a short table
 ALL = {name: make(T=200) for name, (make, _) in DISCRETE.items()} | {
     name: entry[0] for name, entry in CONTINUOUS.items()
 }
@@ -67,7 +67,7 @@ def test_tables_equal_the_papers_formulas(name, T):
 
 
 def test_published_values():
-    # alphabar_T of the published settings (computed from the papers' formulas by several codes):
+    # alphabar_T of the published settings (computed from the papers' formulas by several implementations):
     # DDPM 4.0358e-05, Stable Diffusion 4.6602e-03, improved DDPM's cosine 2.4288e-09
     assert schedules.Linear().alphabar[-1].item() == pytest.approx(4.0358e-05, rel=1e-4)
     assert schedules.ScaledLinear().alphabar[-1].item() == pytest.approx(4.6602e-03, rel=1e-4)
@@ -78,7 +78,7 @@ def test_published_values():
 def test_discrete_schedules_invert_their_log_snr(name):
     schedule = DISCRETE[name][0](T=200)
     pure_noise = schedule.alphabar[-1] == 0
-    # the last time's log-SNR is infinite there
+    # in that case the log-SNR of the last time is -infinity
     t = torch.linspace(1, 199 if pure_noise else 200, 777, dtype=torch.float64)
     torch.testing.assert_close(schedule.time_of_log_snr(schedule(t).log_snr), t, rtol=1e-7, atol=1e-7)
     assert schedule.nearest_time([math.inf, -math.inf]).tolist() == [1, 200]
@@ -102,7 +102,7 @@ def test_times_outside_the_table_are_refused(t):
         schedules.Linear()(torch.tensor([t]))
 
 
-def test_impossible_numbers_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="beta_end"):
         schedules.Linear(T=10)
     with pytest.raises(ValueError, match="T must be at least 1"):
@@ -165,14 +165,14 @@ def test_noise_grows_with_time(name):
 
 
 def test_labels():
-    # score SDE's VP networks get 999 t, EDM's ln(sigma)/4
+    # 999 t for the VP networks of score SDE, ln(sigma)/4 for EDM
     t = torch.tensor([0.5], dtype=torch.float64)
     assert schedules.VP()(t).label.item() == 499.5
     assert schedules.EDM()(t).label.item() == pytest.approx(math.log(0.5) / 4, rel=1e-14)
 
 
 def test_cosine_is_shifted_with_the_resolution():
-    # simple diffusion, eq. 4: logSNR (of the variances) shifted by 2 ln(64/d)
+    # simple diffusion, eq. 4: the log-SNR (of the variances) is shifted by 2 ln(64/d)
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
     small, large = schedules.ContinuousCosine(image_size=64)(t), schedules.ContinuousCosine(image_size=256)(t)
     np.testing.assert_allclose(large.log_snr - small.log_snr, -math.log(4), rtol=1e-12)
@@ -190,7 +190,7 @@ def test_rescaling_keeps_the_first_row_and_ends_at_pure_noise():
     assert schedule.alphabar[-1] == 0
 
 
-def test_the_nearest_training_time_of_a_table():
+def test_times_between_rows_map_to_the_nearest_row():
     schedule = schedules.Linear(T=100)
     t = torch.tensor([1.0, 1.4, 1.6, 99.5, 100.0], dtype=torch.float64)
     assert schedule.time_at(schedule.quantile(t)).tolist() == [1, 1, 2, 100, 100]
@@ -210,6 +210,6 @@ def test_the_nearest_training_time_of_a_table():
         (lambda: schedules.ZeroTerminalSNR(schedules.Linear(T=1, beta_end=1e-4)), "inner"),
     ],
 )
-def test_impossible_numbers_of_continuous_schedules_are_refused(make, name):
+def test_invalid_arguments_of_continuous_schedules_are_refused(make, name):
     with pytest.raises(ValueError, match=f"^{name} "):
         make()

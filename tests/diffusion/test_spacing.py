@@ -1,4 +1,4 @@
-"""The index lists against the published formulas in numpy, and the refusals."""
+"""Checks index lists against the published formulas in numpy, and the errors."""
 
 import math
 from fractions import Fraction
@@ -22,7 +22,7 @@ from src.diffusion.spacing import (
 
 
 def _indices(spacing, T, steps):
-    """The 0-based indices as the published codes have them, rising."""
+    """The 0-based indices as in the published code, increasing."""
     times = spacing(Linear(T), steps)
     assert times.dtype == torch.float64
     assert times[-1] == 0
@@ -30,11 +30,11 @@ def _indices(spacing, T, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50, 100, 1000])
-def test_leading_is_the_linear_sub_sequence_of_ddim(steps):
+def test_leading_is_the_linear_subsequence_of_ddim(steps):
     assert _indices(Leading(), 1000, steps) == list(range(0, 1000, 1000 // steps))
 
 
-def test_leading_keeps_to_the_number_of_steps_where_it_does_not_divide():
+def test_leading_has_the_given_number_of_steps_if_it_does_not_divide_T():
     # range(0, 1000, 1000 // 30) of the DDIM code has 31 entries
     assert _indices(Leading(), 1000, 30) == list(range(0, 990, 33))
 
@@ -46,7 +46,7 @@ def test_trailing(steps):
 
 
 def test_trailing_is_exact_for_every_number_of_steps():
-    # where T (S - i)/S is a half, floating point can fall beside it: 240, 304, 464, ... steps
+    # where T (S - i)/S ends in .5, floating point can round it either way: 240, 304, 464, ... steps
     for steps in range(1, 1001):
         exact = [round(Fraction(1000 * (steps - i), steps)) for i in range(steps)]
         assert Trailing()(Linear(), steps).tolist() == [*exact, 0], steps
@@ -59,17 +59,17 @@ def test_linspace(steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 100])
 @pytest.mark.parametrize("T", [1000, 4000])
-def test_quadratic_is_the_ddim_code_less_its_repetitions(T, steps):
+def test_quadratic_is_the_ddim_code_without_duplicates(T, steps):
     expected = [int(s) for s in list(np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)]
     assert _indices(Quadratic(), T, steps) == sorted(set(expected))
 
 
-def test_quadratic_repetitions_are_counted_truly():
+def test_quadratic_drops_duplicates():
     assert len(Quadratic()(Linear(1000), 50)) == 49 + 1
     assert len(Quadratic()(Linear(1000), 100)) == 96 + 1
 
 
-def test_many_repetitions_are_refused():
+def test_many_duplicates_are_refused():
     with pytest.raises(
         ValueError, match=r"^steps=1000 with quadratic spacing visits only 688 distinct times"
     ):
@@ -77,7 +77,7 @@ def test_many_repetitions_are_refused():
 
 
 def _improved_ddpm_sections(T, counts):
-    """The procedure of improved DDPM's respacing, written out: running sums of the fractional stride."""
+    """The respacing procedure of improved DDPM: running sums of the fractional stride."""
     start, steps = 0, []
     for i, count in enumerate(counts):
         size = T // len(counts) + (1 if i < T % len(counts) else 0)
@@ -104,7 +104,7 @@ def test_ddim_sections_are_strided(steps, stride):
 
 
 @pytest.mark.parametrize("steps", [1, 10, 25, 300])
-def test_sections_without_numbers_take_the_steps(steps):
+def test_sections_without_numbers_use_the_number_of_steps(steps):
     assert torch.equal(Sections()(Linear(), steps), Sections(steps)(Linear(), steps))
     if steps != 300:
         assert torch.equal(Sections("ddim")(Linear(), steps), Sections(f"ddim{steps}")(Linear(), steps))
@@ -112,7 +112,7 @@ def test_sections_without_numbers_take_the_steps(steps):
 
 @pytest.mark.parametrize("schedule", [VP(), EDM(), Linear(1000)], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("steps", [2, 10, 37])
-def test_quadratic_time_is_even_in_the_root_of_time(schedule, steps):
+def test_quadratic_time_is_uniform_in_the_square_root_of_time(schedule, steps):
     expected = np.linspace(np.sqrt(schedule.t_max), np.sqrt(schedule.t_min), steps) ** 2
     times = QuadraticTime()(schedule, steps)
     np.testing.assert_allclose(times, [*expected, 0], rtol=1e-12)
@@ -122,7 +122,7 @@ def test_quadratic_time_is_even_in_the_root_of_time(schedule, steps):
     np.testing.assert_allclose(QuadraticTime(1e-3)(VP(), steps)[:-1], theirs, rtol=1e-12)
 
 
-def test_impossible_strides_name_possible_ones():
+def test_error_for_an_invalid_stride_names_valid_steps():
     # 63 = len(range(0, 1000, 16)), 67 = len(range(0, 1000, 15))
     with pytest.raises(ValueError, match=r"^steps=64: no whole stride .* choose 63 or 67"):
         Sections("ddim64")(Linear(1000), 64)
@@ -160,12 +160,12 @@ def test_uniform_log_snr():
     assert schedule(torch.tensor([1000.0, 1.0])).log_snr.tolist() == pytest.approx(log_snr[[0, -1]].tolist())
 
 
-def test_uniform_time_stands_between_rows():
+def test_uniform_time_interpolates_between_rows():
     assert UniformTime()(Linear(1000), 5).tolist() == [1000.0, 750.25, 500.5, 250.75, 1.0, 0.0]
 
 
-def test_even_grids_can_end_where_the_published_codes_do():
-    # score SDE's and DPM-Solver's codes go from 1 to 1e-3; DPM-Solver, 4.56 in ln(alpha/sigma)
+def test_uniform_grids_can_end_where_the_published_code_does():
+    # the code of score SDE and DPM-Solver goes from 1 to 1e-3, which in DPM-Solver is 4.56 in ln(alpha/sigma)
     beta_integral = 0.1 * 1e-3 + (20 - 0.1) / 2 * 1e-6
     alpha2 = math.exp(-beta_integral)
     schedule = VP()
@@ -175,13 +175,13 @@ def test_even_grids_can_end_where_the_published_codes_do():
     log_snr = schedule(times[:-1]).log_snr
     assert log_snr[-1].item() == pytest.approx(math.log(alpha2 / (1 - alpha2)) / 2, rel=1e-9)
     torch.testing.assert_close(log_snr.diff(), (log_snr[-1] - log_snr[0]).expand(3) / 3)
-    # a table's first row is the nearest there is
+    # a table ends at its first row
     assert UniformTime(1e-3)(Linear(100), 2).tolist() == [100, 1, 0]
 
 
 @pytest.mark.parametrize("end", [-0.1, 1.0])
 @pytest.mark.parametrize("spacing", [UniformTime, QuadraticTime, UniformLogSNR])
-def test_an_end_out_of_range_is_refused(spacing, end):
+def test_end_out_of_range_is_refused(spacing, end):
     with pytest.raises(ValueError, match=rf"^end must be in \[0, 1\), got {end}"):
         spacing(end)
 
@@ -201,7 +201,7 @@ EVERY = [
 
 @pytest.mark.parametrize("spacing", EVERY, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("steps", [1, 2, 13])
-def test_times_fall_to_clean_data(spacing, steps):
+def test_times_decrease_to_clean_data(spacing, steps):
     times = spacing(Linear(1000), steps)
     assert len(times) == steps + 1
     assert (times.diff() < 0).all()
@@ -211,14 +211,14 @@ def test_times_fall_to_clean_data(spacing, steps):
 @pytest.mark.parametrize(
     "spacing", [UniformTime(), UniformLogSNR(), Karras()], ids=lambda s: type(s).__name__
 )
-def test_no_steps_are_refused(spacing):
+def test_zero_steps_are_refused(spacing):
     with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0"):
         spacing(Linear(1000), 0)
 
 
 @pytest.mark.parametrize("spacing", [Leading(), Linspace(), Quadratic(), Trailing()])
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
-def test_steps_that_a_table_does_not_have_are_refused(spacing, steps):
+def test_more_steps_than_rows_are_refused(spacing, steps):
     with pytest.raises(ValueError, match=r"^steps must be in \[1, 1000\], the schedule's T; got"):
         spacing(Linear(1000), steps)
 
@@ -231,12 +231,12 @@ def test_steps_that_a_table_does_not_have_are_refused(spacing, steps):
         ({"sigma_min": 1.0, "sigma_max": 0.5}, "sigma_max must be above sigma_min"),
     ],
 )
-def test_karras_numbers_are_checked(numbers, message):
+def test_invalid_arguments_of_karras_are_refused(numbers, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Karras(**numbers)
 
 
-def test_karras_range_must_be_the_schedule_s():
+def test_karras_range_must_lie_in_the_schedule():
     with pytest.raises(ValueError, match=r"^steps need spacing.sigma_min in \[0.01, 157"):
         Karras(sigma_min=0.002)(Linear(1000), 10)
 
@@ -245,7 +245,7 @@ def test_karras_range_must_be_the_schedule_s():
 @pytest.mark.parametrize(
     "spacing", [UniformTime(), UniformLogSNR(), Karras()], ids=lambda s: type(s).__name__
 )
-def test_continuous_schedules_are_visited_from_end_to_end(spacing, schedule):
+def test_spacings_cover_continuous_schedules_from_end_to_end(spacing, schedule):
     times = spacing(schedule, 10)
     assert len(times) == 11
     assert (times.diff() < 0).all()
@@ -265,7 +265,7 @@ def test_trailing_is_the_grid_of_flow_models():
 @pytest.mark.parametrize(
     "spacing", [Leading(), Linspace(), Quadratic(), Sections("10")], ids=lambda s: type(s).__name__
 )
-def test_rows_of_a_table_are_not_looked_for_elsewhere(spacing):
+def test_spacings_of_tables_refuse_continuous_schedules(spacing):
     with pytest.raises(
         ValueError, match=r"^steps of a continuous schedule cannot be spaced by .*: choose spacing="
     ):
@@ -276,5 +276,5 @@ def test_rows_of_a_table_are_not_looked_for_elsewhere(spacing):
 def test_pure_noise_has_no_log_snr(spacing):
     with pytest.raises(ValueError, match=r"^steps cannot be spaced in log-SNR from pure noise"):
         spacing(RectifiedFlow(), 10)
-    # a given sigma_max has one
+    # a given sigma_max has a finite log-SNR
     assert len(Karras(sigma_max=100.0)(RectifiedFlow(), 10)) == 11

@@ -1,4 +1,4 @@
-"""Time samplings against their distributions."""
+"""Checks time samplings against their distributions."""
 
 import math
 
@@ -25,7 +25,7 @@ def _generator(seed=0):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("schedule", ALL)
-def test_times_lie_in_the_schedule_and_are_rows_of_a_table(sampling, schedule):
+def test_times_lie_in_the_schedule_and_are_whole_for_tables(sampling, schedule):
     schedule = ALL[schedule]
     t = SAMPLINGS[sampling](500, schedule, _generator())
     assert t.dtype == torch.float64
@@ -53,13 +53,13 @@ def test_stratified_has_one_draw_in_each_bin_in_random_order():
     assert not torch.equal((again * 100).long(), bins)
 
 
-def test_log_normal_is_of_ln_sigma():
+def test_log_normal_applies_to_sigma():
     log_sigma = LogNormal(-1.2, 1.2)(40_000, EDM(), _generator()).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=5 * 1.2 / 200)
     assert log_sigma.std().item() == pytest.approx(1.2, rel=5 / math.sqrt(80_000))
 
 
-def test_logit_normal_is_of_the_time():
+def test_logit_normal_applies_to_the_time():
     t = LogitNormal(0.5, 1.5)(40_000, RectifiedFlow(t_min=1e-6), _generator())
     logit = (t / (1 - t)).log()
     # t_min shifts the smallest times by 1e-6 only
@@ -68,7 +68,7 @@ def test_logit_normal_is_of_the_time():
 
 
 def _filled(losses, history=10, uniform=0.001):
-    """An importance sampling of a table that has seen losses (T, history)."""
+    """An importance sampling of a table after updates with losses of shape (T, updates)."""
     T = len(losses)
     sampling, schedule = Importance(bins=T, history=history, uniform=uniform), Cosine(T=T)
     for column in losses.T:
@@ -76,7 +76,7 @@ def _filled(losses, history=10, uniform=0.001):
     return sampling, schedule
 
 
-def test_importance_is_by_the_second_moment_of_the_last_losses():
+def test_importance_uses_the_second_moment_of_the_last_losses():
     # Nichol & Dhariwal 2021, eq. 18: p_t ~ sqrt(E[L_t^2]) over the last 10, mixed with 0.001 uniform
     losses = np.random.default_rng(0).exponential(size=(6, 13)) * np.arange(1, 7)[:, None]
     sampling, schedule = _filled(losses)
@@ -95,19 +95,19 @@ def test_importance_does_not_change_the_expected_loss():
     sampling, schedule = _filled(losses)
     t = sampling(50_000, schedule, _generator())
     loss = torch.from_numpy(losses[:, 0])[t.long() - 1]
-    # of a loss that is constant at each time the weighted one hardly varies: that is the point
+    # if the loss is constant at each time, the weighted loss has almost no variance
     weighted = loss * sampling.weights(t, schedule)
     assert weighted.mean().item() == pytest.approx(losses[:, 0].mean(), rel=1e-3)
     assert weighted.std() < 0.05 * loss.std()
 
 
-def test_importance_is_uniform_until_every_time_is_known():
+def test_importance_is_uniform_until_every_time_has_enough_losses():
     losses = np.random.default_rng(0).exponential(size=(6, 10))
     sampling, _ = _filled(losses[:, :9])
     assert torch.equal(sampling.probabilities(), torch.full((6,), 1 / 6, dtype=torch.float64))
 
 
-def test_importance_is_restored():
+def test_importance_state_is_restored():
     sampling, _ = _filled(np.random.default_rng(0).exponential(size=(6, 12)))
     other = Importance(bins=6)
     other.load_state_dict(sampling.state_dict())
@@ -136,6 +136,6 @@ def test_importance_of_a_continuous_schedule():
         (lambda: Importance(uniform=0.0), "uniform"),
     ],
 )
-def test_impossible_numbers_are_refused(make, name):
+def test_invalid_arguments_are_refused(make, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make()

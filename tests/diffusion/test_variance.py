@@ -1,4 +1,4 @@
-"""The reverse step's mean and variance against the papers' formulas, on full and on respaced chains."""
+"""Mean and variance of the reverse step against the papers' formulas, on full and respaced chains."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_floats_and_tensors_agree():
 
 @pytest.mark.parametrize("steps", [FULL[1:], RESPACED[1:]], ids=["full", "respaced"])
 @pytest.mark.parametrize("name", TABLES)
-def test_learned_range_lies_between_on_any_sub_sequence(name, steps):
+def test_learned_range_interpolates_on_any_subsequence(name, steps):
     # Nichol & Dhariwal 2021, eq. 15, with beta and beta-tilde of the pair
     schedule, alphabar = TABLES[name]
     v = np.random.default_rng(0).uniform(-1.5, 1.5, (len(steps), 2, 3, 3))
@@ -63,7 +63,7 @@ def test_learned_range_lies_between_on_any_sub_sequence(name, steps):
 
 
 class Doubled(torch.nn.Module):
-    """eps = 0, and a constant word on the variance."""
+    """Predicts eps = 0 and a constant variance value."""
 
     def __init__(self, word):
         super().__init__()
@@ -74,7 +74,7 @@ class Doubled(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("word", "fixed"), [(-1.0, Small()), (1.0, Large())])
-def test_sampling_with_the_ends_of_the_range_is_sampling_with_the_fixed_variances(word, fixed):
+def test_ends_of_the_learned_range_sample_like_the_fixed_variances(word, fixed):
     schedule = Linear(T)
     x_T = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times = Leading()(schedule, 20)
@@ -93,7 +93,7 @@ def test_learned_is_the_log_variance():
     assert torch.equal(Learned()(level, level, Prediction(x, level, x, variance=v)), v.exp())
 
 
-def test_a_network_that_says_nothing_of_its_variance_is_named():
+def test_network_without_variance_output_is_refused():
     class Plain(torch.nn.Module):
         def forward(self, x, label, condition=None):
             return x
@@ -105,12 +105,12 @@ def test_a_network_that_says_nothing_of_its_variance_is_named():
         denoiser(torch.zeros(2, 3, 4, 4), Cosine()([500.0]).scalars()[0])
 
 
-def test_learned_variance_is_refused_without_steps():
+def test_learned_variance_is_refused_for_continuous_schedules():
     with pytest.raises(ValueError, match=r"^variance=learned .* RectifiedFlow: choose variance=small"):
         Denoiser(torch.nn.Identity(), RectifiedFlow(), Velocity(), LearnedRange())
 
 
-def test_learned_variance_is_refused_for_a_network_of_as_many_channels_as_the_image():
+def test_learned_variance_is_refused_for_too_few_output_channels():
     network = torch.nn.Identity()
     network.image_shape, network.out_channels = (3, 8, 8), 3
     with pytest.raises(ValueError, match=r"^model.out_channels=3: .* needs 6 output channels$"):

@@ -1,4 +1,4 @@
-"""Weightings against the papers' formulas."""
+"""Checks weightings against the papers' formulas."""
 
 import numpy as np
 import pytest
@@ -33,21 +33,21 @@ def test_weights_on_the_error_of_x0(weighting, expected):
     np.testing.assert_allclose(weighting(LEVEL, c_out), expected, rtol=1e-12)
 
 
-def test_edm_weighs_its_own_targets_alike():
+def test_edm_weighs_edm_targets_equally():
     for schedule in (Sigma(), VE(), Linear()):
         level = schedule(schedule.time_at(torch.rand(9, dtype=torch.float64)))
         c_out = EDM(0.5).coefficients(level)[2]
         torch.testing.assert_close(EDMWeighting(0.5)(level, c_out) * c_out**2, torch.ones_like(c_out))
 
 
-def test_snr_weighs_eps_alike():
+def test_snr_weighs_eps_equally():
     level = Linear()(torch.tensor([1.0, 500.0, 1000.0], dtype=torch.float64))
     c_out = Eps().coefficients(level)[2]
     torch.testing.assert_close(SNR()(level, c_out) * c_out**2, torch.ones_like(c_out))
 
 
-def test_uncertainty_is_nothing_at_first_and_learns_the_expected_loss():
-    # the minimum of loss/exp(u) + u is at u = ln E[loss] (Karras et al. 2024, eq. 22), here a loss of sigma
+def test_uncertainty_starts_at_zero_and_learns_the_expected_loss():
+    # E[loss]/exp(u) + u is minimal at u = ln E[loss] (Karras et al. 2024, eq. 22); here the loss depends on sigma
     torch.manual_seed(0)
     schedule, weighting = Sigma(), LearnedUncertainty(EDMWeighting())
     level = schedule(schedule.time_at(torch.linspace(0, 0.999, 64, dtype=torch.float64)))
@@ -63,7 +63,7 @@ def test_uncertainty_is_nothing_at_first_and_learns_the_expected_loss():
     assert (balanced - 1 - loss.log()).abs().max() < 0.01
 
 
-def test_uncertainty_is_of_training_only():
+def test_uncertainty_is_applied_only_in_training():
     weighting = LearnedUncertainty(SNR())
     torch.nn.init.normal_(weighting.uncertainty.weight)
     losses = torch.tensor([0.1, 1.0, 3.0])
@@ -71,7 +71,7 @@ def test_uncertainty_is_of_training_only():
     assert torch.equal(weighting.eval().balance(losses, LEVEL), losses)
 
 
-def test_uncertainty_has_the_losses_precision():
+def test_uncertainty_is_computed_in_the_precision_of_the_losses():
     # u = sum_i w_i sqrt(2) cos(f_i ln(sigma/alpha)/4 + phase_i), EDM2's magnitude-preserving features
     weighting = LearnedUncertainty(SNR())
     torch.nn.init.normal_(weighting.uncertainty.weight, std=0.1)
@@ -100,6 +100,6 @@ def test_uncertainty_is_finite_for_pure_noise():
         (lambda: LearnedUncertainty(SNR(), 0), "features"),
     ],
 )
-def test_impossible_numbers_are_refused(make, name):
+def test_invalid_arguments_are_refused(make, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make()

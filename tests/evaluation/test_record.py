@@ -23,7 +23,7 @@ def protocol(*scores) -> dict:
     return json.loads(json.dumps(together.protocol(RECIPE, "rounded to bytes")))
 
 
-def test_the_protocol_of_one_score_has_all_that_it_depends_on():
+def test_protocol_of_one_score_is_complete():
     found = protocol(score_of(KernelDistance, subsets=3, subset_size=20))
     versions = found.pop("versions")
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -54,7 +54,7 @@ def test_the_protocol_of_several_scores_has_an_entry_for_each():
         Record({}, {}),
     ],
 )
-def test_what_is_read_is_what_was_written(tmp_path, record):
+def test_record_survives_a_round_trip(tmp_path, record):
     path = tmp_path / "folder" / "scores.json"
     record.write(path)
     assert Record.read(path) == record

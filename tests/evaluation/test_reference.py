@@ -15,7 +15,7 @@ KINDS = [(FrechetDistance, {}), (KernelDistance, {"subset_size": 20})]
 
 
 class Unreadable(Source):
-    """A source whose images must not be read, because they are cached."""
+    """A source whose images must not be read because the reference is cached."""
 
     def split(self, name):
         images = super().split(name)
@@ -40,7 +40,7 @@ def test_a_cached_reference_gives_the_same_score_without_reading_images(tmp_path
     assert score(tmp_path, Unreadable(train=REAL), kind, **settings) == expected
 
 
-def test_only_what_is_missing_is_computed(tmp_path):
+def test_only_missing_references_are_computed(tmp_path):
     score(tmp_path)
     fd, kd = score_of(), score_of(KernelDistance, subset_size=20)
     scores = ScoreSet([fd, kd])
@@ -71,7 +71,7 @@ def test_other_data_weights_splits_and_states_miss_the_cache(tmp_path):
 
 
 def test_names_and_keys_are_those_of_earlier_versions(tmp_path):
-    # as 53b46a5 wrote them: caches stay in place
+    # the format of commit 53b46a5: existing caches stay valid
     score(tmp_path)
     (path,) = tmp_path.iterdir()
     key = {
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_reported_and_computed_again(tmp_path, caplog, kind):
     path.write_bytes(damaged)
     assert score(tmp_path) == expected
     assert [record.levelname for record in caplog.records if str(path) in record.getMessage()] == ["WARNING"]
-    assert score(tmp_path, Unreadable(train=REAL)) == expected, "an intact file was written"
+    assert score(tmp_path, Unreadable(train=REAL)) == expected, "no intact file was written"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
@@ -133,7 +133,7 @@ def both() -> ScoreSet:
     return ScoreSet([score_of(), score_of(KernelDistance, subset_size=20)])
 
 
-def test_a_folder_that_cannot_be_made_is_reported_once_and_the_score_continues(tmp_path, caplog):
+def test_folder_that_cannot_be_created_is_reported_once_and_the_score_is_computed(tmp_path, caplog):
     (tmp_path / "file").touch()
     scores = both()
     scores.set_references(Source(train=REAL), cache=tmp_path / "file" / "cache")
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_made_is_reported_once_and_the_score_continues(t
     assert f"cache={tmp_path}/file/cache cannot be written (Not a directory)" in message
 
 
-def test_a_full_disk_leaves_no_file_and_the_score_continues(tmp_path, caplog, monkeypatch):
+def test_full_disk_leaves_no_file_and_the_score_is_computed(tmp_path, caplog, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_file_and_the_score_continues(tmp_path, caplog, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_states_survive_a_round_trip(tmp_path):
     one = score_of()
     one.update(REAL)
     states = one.states("the reference")

@@ -14,7 +14,7 @@ KD = {"subset_size": 20, "subsets": 5}
 
 
 def both() -> ScoreSet:
-    """Two scores of one feature space, each with a network of its own."""
+    """Two scores in one feature space, each with a separate feature network."""
     return ScoreSet([score_of(), score_of(KernelDistance, **KD)])
 
 
@@ -25,7 +25,7 @@ def scored(scores: ScoreSet, *batches: torch.Tensor) -> dict[str, float]:
     return scores.compute()
 
 
-def test_scores_together_equal_each_alone_bit_for_bit(tmp_path):
+def test_scores_computed_together_equal_separate_scores_bit_for_bit(tmp_path):
     together = both()
     together.set_references(Source(train=REAL))
     found = scored(together, *FAKE.split(7))
@@ -53,14 +53,14 @@ def test_each_feature_space_is_computed_once_per_batch():
     assert (first.features.calls, other.calls) == (5, 5)
 
 
-def test_two_scores_of_one_name_and_no_score_are_refused():
+def test_duplicate_names_and_empty_sets_are_refused():
     with pytest.raises(ValueError, match="metrics must have different names, got fd_pixels, fd_pixels"):
         ScoreSet([score_of(), score_of()])
     with pytest.raises(ValueError, match="metrics must have at least one"):
         ScoreSet([])
 
 
-def test_the_reference_is_the_split_of_each_score():
+def test_each_score_uses_its_own_reference_split():
     train, test = score_of(), score_of(KernelDistance, **KD, reference_split="test")
     scores = ScoreSet([train, test])
     assert scores.needs_reference
@@ -91,7 +91,7 @@ def test_setting_the_reference_drops_generated_images():
     assert scores.compute() == clean
 
 
-def test_too_few_images_are_known_before_any_is_generated():
+def test_too_few_images_are_reported_before_generation():
     scores = both()
     scores.check_counts(20, Source(train=REAL))
     with pytest.raises(UserError, match=r"20 images \(subset_size=20\), but the generated set has 19"):
@@ -120,7 +120,7 @@ def scores_of_rank(rank: int, world_size: int, cache: Path) -> dict[str, float]:
     scores.set_references(Source(train=REAL), rank, world_size, cache)
     found = scored(scores, *share_of(Images(FAKE), 7, rank, world_size))
     assert all(score.num_images == len(FAKE) for score in scores.scores)
-    # one rank has nothing to score
+    # rank 1 has no images
     alone = scored(scores, *([FAKE] if rank == 0 else []))
     return found | {f"rank 0 only, {name}": value for name, value in alone.items()}
 
@@ -131,7 +131,7 @@ def one_process(rank: int, world_size: int, folder: Path) -> None:
     )
     found = [scores_of_rank(rank, world_size, folder / "cache") for _ in range(2)]
     try:
-        both().set_references(Source(train=REAL))  # both ranks read all of it
+        both().set_references(Source(train=REAL))  # a mistake: both ranks read the whole set
         message = ""
     except ValueError as error:
         message = str(error)
@@ -149,7 +149,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     torch.multiprocessing.spawn(one_process, args=(2, tmp_path), nprocs=2)
     expected = scores_of_rank(0, 1, tmp_path / "alone")
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert results[0] == results[1], "bit for bit the same on all ranks"
+    assert results[0] == results[1], "the ranks differ"
     fresh, cached, message = results[0]
     assert fresh == pytest.approx(expected, rel=1e-12)
     assert cached == fresh

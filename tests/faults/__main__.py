@@ -1,4 +1,4 @@
-"""All faults, many times, with a table of the results: python -m tests.faults --help."""
+"""Injects all faults many times and prints a table of the results: python -m tests.faults --help."""
 
 import argparse
 import itertools
@@ -34,7 +34,7 @@ PLACES = {
     "a preview": ("src.generation.recipe:Recipe.trajectory", 1),
     "a save": ("src.training.checkpoint:_Hashing.write", 200),
 }
-# where a training is killed, and how often that place is reached at least
+# place of a kill -> the function and a lower bound on its number of calls
 KILLED = {
     "a step": (STEP, STEPS),
     "validation": ("src.training.module:DiffusionModule.validation_step", 20),
@@ -44,7 +44,7 @@ KILLED = {
 
 
 class Table:
-    """Counts by fault: how many were injected, how many ended as required, and the problems of the others."""
+    """Counts per fault: how many were injected, how many ended as required, and the problems of the others."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict] = {}
@@ -66,7 +66,7 @@ class Table:
 
 
 def non_finite(folder: Path) -> list[str]:
-    """Kept checkpoints below a folder with a number in their weights that is not finite."""
+    """Names of the checkpoints below a folder whose weights are not all finite."""
     found = []
     for path in folder.glob("**/*.ckpt"):
         weights = torch.load(path, weights_only=True)["state_dict"].values()
@@ -75,12 +75,12 @@ def non_finite(folder: Path) -> list[str]:
 
 
 def ended(place: Path) -> bool:
-    """Whether the last checkpoint is there: a training killed after that is compared as it is."""
+    """Whether the last checkpoint exists; a training killed after it is compared without resuming."""
     return bool(list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")))
 
 
 def kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """Trainings that are killed in a place, then at two random instants, then finished and compared."""
+    """Kills trainings at a given place, then at up to two random instants, then finishes and compares them."""
     baselines, seconds = {}, {}
     for variant, overrides in VARIANTS.items():
         began = time.monotonic()
@@ -89,7 +89,7 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
         assert command.status == 0, command.output
         baselines[variant] = training_state(run_folder(command.folder), STEPS)
     done = 0
-    # 3 variants and 4 places: all pairs in turn
+    # 3 variants and 4 places: the cycles give all pairs
     for i, variant, (where, (function, calls)) in zip(
         itertools.count(), itertools.cycle(VARIANTS), itertools.cycle(KILLED.items())
     ):
@@ -129,7 +129,7 @@ def kills(folder: Path, chance: random.Random, number: int, table: Table) -> Non
 
 
 def sampling_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """Drawings that are killed and finished have the bytes of an uninterrupted one."""
+    """Kills and finishes sampling runs, and compares the images with those of an uninterrupted run."""
     trained = run_folder(folder / "baseline" / "no_workers")
     base = ("sample", f"run={trained}", "n=48", "batch_size=4", "sampler=ddpm", "sampler.steps=10")
     whole = folder / "drawn"
@@ -155,7 +155,7 @@ def sampling_kills(folder: Path, chance: random.Random, number: int, table: Tabl
 
 
 def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """SIGKILL to one of two ranks."""
+    """Sends SIGKILL to one of two ranks."""
     baseline = folder / "ddp_baseline"
     assert processes.start_command(baseline, *DDP).wait(300) == 0, (baseline / "output.txt").read_text()
     expected = training_state(run_folder(baseline), STEPS)
@@ -186,14 +186,14 @@ def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) ->
             problem = (place / "output.txt").read_text()[-300:]
         elif problem is None and (wrong := differences(expected, training_state(run_folder(place), STEPS))):
             problem = f"{len(wrong)} leaves differ"
-        if alive:  # it had not ended before the kill
+        if alive:  # the training had not ended before the kill
             done += 1
             table.count("SIGKILL of one of two processes (gloo)", problem)
         shutil.rmtree(place)
 
 
 def save_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
-    """SIGKILL in the middle of saves, half of them with TMPDIR on another filesystem."""
+    """Sends SIGKILL during saves, half of them with TMPDIR on another filesystem."""
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(folder)
     for i in range(number):
         temporary = elsewhere if i % 2 else str(folder)
@@ -212,7 +212,7 @@ def signal_cases() -> Iterator[tuple[str, Fault]]:
 
 
 def signals(folder: Path, table: Table, ddp: bool) -> None:
-    """One process: 14 cases, resumed and compared; two processes: 6."""
+    """Sends signals to one process (14 cases, resumed and compared) and to two processes (6 cases)."""
     expected = training_state(run_folder(folder / "baseline" / "no_workers"), STEPS)
     for i, (name, fault) in enumerate(signal_cases()):
         place = folder / f"signal_{i}"
@@ -257,7 +257,7 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
         table.count("signals to a training of two processes (gloo)", problem)
 
 
-# rows of the table that are counts of tests
+# rows of the table that count tests
 TESTED = {
     "tests of malformed image files": "tests/data/test_image_folder.py",
     "bad configurations": "tests/cli/test_bad_input.py::test_train_refuses_in_one_line",
@@ -280,12 +280,12 @@ def tested(table: Table) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=80, help="of trainings of one process")
-    parser.add_argument("--ddp", type=int, default=20, help="of one of two processes")
-    parser.add_argument("--saves", type=int, default=200, help="during a save")
-    parser.add_argument("--drawings", type=int, default=10, help="of a sampler")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument("--out", type=Path, help="file for the counts, JSON")
+    parser.add_argument("--kills", type=int, default=80, help="number of kills of trainings of one process")
+    parser.add_argument("--ddp", type=int, default=20, help="number of kills of one of two processes")
+    parser.add_argument("--saves", type=int, default=200, help="number of kills during a save")
+    parser.add_argument("--drawings", type=int, default=10, help="number of kills of sampling runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random instants")
+    parser.add_argument("--out", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
     table, chance = Table(), random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="faults_") as name:

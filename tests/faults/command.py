@@ -1,4 +1,4 @@
-"""A command of the product with faults injected, which Lightning can start again for each rank.
+"""Runs a command of src with injected faults, in a form that Lightning can start again for each rank.
 
 FAULTS='<base64 of pickled faults>' python -m tests.faults.command train trainer=ddp ...
 """
@@ -13,7 +13,7 @@ import sys
 def main() -> None:
     for fault in pickle.loads(base64.b64decode(os.environ["FAULTS"])):
         fault.install()
-    # Lightning starts the other ranks with the overrides alone
+    # Lightning starts the other ranks with only the overrides
     name = os.environ.setdefault("COMMAND", sys.argv[1])
     if "LOCAL_RANK" not in os.environ:
         del sys.argv[1]

@@ -8,7 +8,7 @@ from tests.faults.states import training_state
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The final state of the tiny training without faults."""
+    """The final state of the small training without faults."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     command = train(folder)
     assert command.status == 0, command.output

@@ -1,4 +1,4 @@
-"""A server that answers wandb's service as far as a run needs it: python -m tests.faults.fake_wandb <port>."""
+"""A minimal wandb server, sufficient for one run: python -m tests.faults.fake_wandb <port>."""
 
 import json
 import sys

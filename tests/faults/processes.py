@@ -1,7 +1,7 @@
-"""Real processes of the commands, really killed or signalled.
+"""Runs commands in separate processes, which tests kill or signal.
 
-A fork server imports the framework once; each command then runs in a fresh process forked from it, with its own
-session: starting one takes a tenth of a second, and a kill ends nothing else.
+A fork server imports the framework once. Each command runs in a process forked from it, in a separate session, so
+that starting takes a tenth of a second and a kill affects no other process.
 """
 
 import base64
@@ -35,7 +35,7 @@ SERVER.set_forkserver_preload(
     ]
 )
 
-# A training of a second or two with everything: checkpoints, validation, previews, scores, dropout, the average.
+# A training of one or two seconds with checkpoints, validation, previews, scores, dropout and weight averages.
 STEPS = 12
 TINY = (
     "data=digits",
@@ -59,13 +59,13 @@ TINY = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Sends a signal to the process itself when it reaches a place for the n-th time.
+    """Sends a signal to its own process when a function is called for the n-th time.
 
     Attributes:
-        place: "module:attribute.path" of a function of the product or of a library; it is called after the signal.
-        call: which call of it, from 1.
+        place: the function, "module:attribute.path", in src or a library. It is called after the signal.
+        call: number n of the call, from 1.
         signum: the signal.
-        again: number of times that the signal is sent.
+        again: how many times the signal is sent.
     """
 
     place: str
@@ -90,12 +90,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Replaces a function: replacement(original, number of the call, *arguments) is called instead.
+    """Replaces a function by replacement(original, number of the call, *arguments).
 
     Attributes:
         place: as for `Fault`.
-        replacement: what is called instead; a function of a module.
-        rank: the only rank where it is replaced; None for all.
+        replacement: a module-level function, which can be pickled.
+        rank: the only rank with the replacement; None for all ranks.
     """
 
     place: str
@@ -117,7 +117,7 @@ class Replacement:
 
 
 def resolve(place: str) -> tuple[Any, str, Any]:
-    """The object that has the attribute, the attribute's name and its value."""
+    """The object that owns the attribute, the name of the attribute and its value."""
     module, _, path = place.partition(":")
     *parents, name = path.split(".")
     owner = importlib.import_module(module)
@@ -128,13 +128,13 @@ def resolve(place: str) -> tuple[Any, str, Any]:
 
 @dataclass
 class Command:
-    """A command of the product in a separate process.
+    """A command of src in a separate process.
 
     Attributes:
         folder: its working directory; runs go to folder/runs.
         arguments: the name of the command and its overrides.
-        faults: installed in it before it starts.
-        environment: variables added to the inherited ones.
+        faults: installed in the process before the command starts.
+        environment: variables added to the inherited environment.
     """
 
     folder: Path
@@ -152,7 +152,7 @@ class Command:
         return self
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit status as in a shell; raises TimeoutError, having killed the process, if it hangs."""
+        """Returns the exit status as a shell does. If the process hangs, kills it and raises TimeoutError."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.kill()
@@ -163,7 +163,7 @@ class Command:
         os.kill(self.process.pid, signum)
 
     def kill(self) -> None:
-        """SIGKILL to the process and all that it has started."""
+        """Sends SIGKILL to the process and all its child processes."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
@@ -197,7 +197,7 @@ def _main(
 def run(
     folder: Path, *arguments: str, faults: Sequence[Fault | Replacement] = (), **environment: str
 ) -> Command:
-    """Runs a command to its end; its exit status is `command.status`."""
+    """Runs a command until it exits; the exit status is `command.status`."""
     command = Command(folder, arguments, faults, environment).start()
     command.status = command.wait()
     return command
@@ -206,26 +206,26 @@ def run(
 def train(
     folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = (), **environment: str
 ) -> Command:
-    """Trains the tiny experiment to its end."""
+    """Runs the training of `TINY` until it exits."""
     return run(folder, "train", *TINY, *overrides, faults=faults, **environment)
 
 
 def resume(folder: Path, *overrides: str, faults: Sequence[Fault | Replacement] = ()) -> Command:
-    """Continues the newest run, or starts it if it was killed before its first checkpoint."""
+    """Resumes the newest run, or starts a run if there is no checkpoint."""
     if list(folder.glob("runs/*/checkpoints/step_*.ckpt")):
         return run(folder, "train", "ckpt=last", *overrides, faults=faults)
     return train(folder, *overrides, faults=faults)
 
 
 def run_folder(folder: Path) -> Path:
-    """The run folder that holds the newest checkpoint."""
+    """The run folder with the newest checkpoint."""
     return max(folder.glob("runs/*/checkpoints/step_*.ckpt")).parent.parent
 
 
 def start_command(
     folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = (), **environment: str
 ) -> subprocess.Popen:
-    """src.train as a command, e.g. on two gloo processes; in its own session, output in folder/output.txt."""
+    """Starts src.train as a command, e.g. on two gloo processes, in a new session; output goes to folder/output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.faults.command", "train", f"runs={folder / 'runs'}", *arguments]
     environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
@@ -246,7 +246,7 @@ DDP = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.precision=32-true", "
 
 
 def ranks(leader: subprocess.Popen) -> list[int]:
-    """Process numbers of rank 0 and, once it has been started, rank 1."""
+    """Process IDs of rank 0 and, once it has started, rank 1."""
     children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children").read_text().split()
     own = [
         int(child)
@@ -257,10 +257,10 @@ def ranks(leader: subprocess.Popen) -> list[int]:
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session, which has the number of its first process."""
+    """Process IDs of the running processes of a session, whose ID is that of its first process."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+        with suppress(ProcessLookupError, FileNotFoundError):  # the process has ended
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             if os.getsid(int(entry.name)) == session and state != "Z":
                 found.append(int(entry.name))
@@ -274,11 +274,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise TimeoutError("the condition has not become true")
+    raise TimeoutError("the condition did not become true")
 
 
 def leave_nothing(leader: subprocess.Popen) -> None:
-    """Kills all processes that remain of a session."""
+    """Kills all remaining processes of a session."""
     with suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGKILL)
     leader.wait()

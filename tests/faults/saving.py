@@ -1,4 +1,4 @@
-"""A process that only saves, to be killed during a save."""
+"""A process that saves checkpoints in a loop, to be killed during a save."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from tests.faults.processes import SERVER
 
 
 def content(step: int, megabytes: int) -> dict[str, Any]:
-    """A checkpoint's skeleton with this many MB of weights."""
+    """A minimal checkpoint with this many MB of weights."""
     return {
         "global_step": step,
         "ImageDataModule": {"samples": step},
@@ -25,7 +25,7 @@ def content(step: int, megabytes: int) -> dict[str, Any]:
 
 
 def save_for_ever(folder: Path, megabytes: int, temporary: str) -> None:
-    """Saves over the same two names again and again: each save could damage a good file."""
+    """Saves to the same two names in a loop, so that every save replaces an intact file."""
     os.environ["TMPDIR"] = temporary
     io, step = AtomicCheckpointIO(), 0
     while True:
@@ -34,7 +34,7 @@ def save_for_ever(folder: Path, megabytes: int, temporary: str) -> None:
 
 
 def kill_while_saving(folder: Path, chance: random.Random, megabytes: int, temporary: str) -> list[str]:
-    """One kill at a random instant; what is then wrong with the files, empty if nothing is."""
+    """Kills the process at a random instant; returns the problems of the files, empty if there are none."""
     folder.mkdir(parents=True, exist_ok=True)
     process = SERVER.Process(target=save_for_ever, args=(folder, megabytes, temporary))
     process.start()

@@ -1,4 +1,4 @@
-"""What must be equal after a fault, compared at zero tolerance."""
+"""The state that must be equal after a fault, compared with zero tolerance."""
 
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,6 @@ def training_state(run: Path, step: int) -> dict[str, Any]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """The leaves in which two states differ in any bit."""
+    """Paths of the leaves that differ between two states."""
     alike = [k for k in a if k in b and (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
     return sorted((a.keys() | b.keys()) - set(alike))

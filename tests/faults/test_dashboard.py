@@ -1,4 +1,4 @@
-"""wandb: a server that is absent, mute, or gone in mid-run; a service that is killed. The training continues."""
+"""Training continues if the wandb server is missing, silent or lost during the run, or if wandb's process is killed."""
 
 import csv
 import os
@@ -38,7 +38,7 @@ def kill_service_at_5(original, call, *arguments):
                 os.kill(int(process.name), signal.SIGKILL)
                 break
         else:
-            raise AssertionError("there is no service to kill")
+            raise AssertionError("wandb-core is not running")
     return original(*arguments)
 
 
@@ -51,7 +51,7 @@ def port():
 
 @pytest.fixture
 def server(port):
-    """The number of a process that answers at the port."""
+    """Process ID of a fake server at the port."""
     process = subprocess.Popen([sys.executable, "-m", "tests.faults.fake_wandb", str(port)], cwd=ROOT)
 
     def answers():
@@ -65,7 +65,7 @@ def server(port):
 
 
 def seconds_of_training(tmp_path, uninterrupted, logger, faults=(), **environment):
-    """Trains to the end and compares weights and CSV files with those of a training without faults."""
+    """Trains to the end, compares the state with that of a training without faults; returns (seconds, output)."""
     began = time.monotonic()
     process = processes.start_command(
         tmp_path,
@@ -98,8 +98,8 @@ def online(port):
     return {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online"}
 
 
-@pytest.mark.slow  # it waits for a server; the next test covers the same code
-def test_server_that_is_not_there(tmp_path, uninterrupted, usual, port):
+@pytest.mark.slow  # waits for the server; the next test covers the same code
+def test_server_is_missing(tmp_path, uninterrupted, usual, port):
     seconds, output = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", **online(port))
     assert seconds < usual + PATIENCE
     assert "wandb       offline" in output
@@ -108,15 +108,15 @@ def test_server_that_is_not_there(tmp_path, uninterrupted, usual, port):
     assert b"train/loss" in kept.read_bytes()
 
 
-def test_server_that_does_not_answer(tmp_path, uninterrupted, usual, port):
+def test_server_does_not_answer(tmp_path, uninterrupted, usual, port):
     with socket.create_server(("127.0.0.1", port)):
         seconds, output = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", **online(port))
     assert seconds < usual + PATIENCE
     assert "wandb       offline" in output
 
 
-def test_server_that_goes_away(tmp_path, uninterrupted, usual, port, server):
-    """In mid-run: the training only waits for it at the end, and not longer than the limit."""
+def test_server_is_lost_during_the_run(tmp_path, uninterrupted, usual, port, server):
+    """Training waits for the server only at the end, and not longer than the limit."""
     fault = Replacement(STEP, partial(kill_at_5, server))
     seconds, _ = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", [fault], **online(port))
     assert seconds < usual + PATIENCE
@@ -124,7 +124,7 @@ def test_server_that_goes_away(tmp_path, uninterrupted, usual, port, server):
     assert b"train/loss" in kept.read_bytes()
 
 
-def test_service_that_is_killed(tmp_path, uninterrupted, usual):
+def test_wandb_process_is_killed(tmp_path, uninterrupted, usual):
     fault = Replacement(STEP, kill_service_at_5)
     seconds, output = seconds_of_training(
         tmp_path, uninterrupted, "logger=wandb", [fault], WANDB_MODE="offline"

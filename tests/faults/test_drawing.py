@@ -1,4 +1,4 @@
-"""A drawing that is killed half-way is finished with the bytes that it would have had."""
+"""A killed sampling run, started again, gives the same bytes as an uninterrupted one."""
 
 import signal
 
@@ -21,7 +21,7 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
 
 
-def test_finished_with_the_same_bytes(tmp_path, trained):
+def test_resumed_sampling_gives_the_same_bytes(tmp_path, trained):
     draw = (
         "sample",
         f"run={trained}",
@@ -45,17 +45,17 @@ def test_finished_with_the_same_bytes(tmp_path, trained):
     assert {
         name: content for name, content in bytes_of(tmp_path / "parts").items() if name[0] != "."
     } == whole
-    assert first.stat().st_mtime_ns == times[first], "the finished batch is not drawn again"
+    assert first.stat().st_mtime_ns == times[first], "the finished batch was sampled again"
     assert last.stat().st_mtime_ns != times[last]
 
 
 def drawing(trained, out):
-    """The command of a drawing of two batches."""
+    """A sampling command with two batches."""
     numbers = ("n=8", "batch_size=4", "sampler.steps=4", "device=cpu")
     return ("sample", f"run={trained}", *numbers, f"out={out}")
 
 
-def test_a_broken_image_is_drawn_again(tmp_path, trained):
+def test_damaged_image_is_sampled_again(tmp_path, trained):
     draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     whole = bytes_of(tmp_path / "out")
@@ -65,7 +65,7 @@ def test_a_broken_image_is_drawn_again(tmp_path, trained):
     assert bytes_of(tmp_path / "out") == whole
 
 
-def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
+def test_images_of_another_recipe_are_replaced(tmp_path, trained):
     draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     before = bytes_of(tmp_path / "out")
@@ -77,8 +77,8 @@ def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, trained):
     Image.open(tmp_path / "out" / "grid.png").verify()
 
 
-def test_nor_are_those_of_a_recipe_before_the_last(tmp_path, trained):
-    """A short drawing of another seed in between leaves nothing of the first one's images either."""
+def test_images_of_an_older_recipe_are_replaced(tmp_path, trained):
+    """A shorter sampling run with another seed in between also removes the images of the first run."""
     draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw, "n=12").status == 0
     first = bytes_of(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Untrusted checkpoints: nothing in them is executed, and one line says why they are refused."""
+"""Untrusted checkpoints: no code in them is executed, and a one-line error gives the reason."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from src.app.overrides import OVERRIDES_FILE
 from src.runs.files import sidecar_path
 from tests.faults.processes import ROOT, run, run_folder, train
 
-# What a stored configuration might name; each would leave a file named "marker" in the working directory.
+# Targets in a stored configuration. Each would create a file "marker" in the working directory.
 TARGETS = {
     "os.system": {"command": "touch marker"},
     "subprocess.run": {"args": ["touch", "marker"]},
@@ -67,7 +67,7 @@ def test_target_in_a_stored_configuration(tmp_path, trained, target):
 
 @pytest.mark.parametrize("slot", ["channel_multipliers", "dropout"])
 def test_target_where_no_object_is_allowed(tmp_path, trained, slot):
-    """Of an allowed class: it is built only where an object of its kind is expected."""
+    """Also an allowed class is built only where an object of its kind is expected."""
     content = torch.load(trained, weights_only=True)
     content["config"]["model"][slot] = {"_target_": "lightning.pytorch.Trainer", "default_root_dir": "marker"}
     assert f"model.{slot}._target_=lightning.pytorch.Trainer" in refused(tmp_path, content)
@@ -91,7 +91,7 @@ def test_object_in_a_checkpoint(tmp_path, trained, entry):
     assert "untrusted.ckpt" in refused(tmp_path, content)
 
 
-def test_resuming_executes_nothing_either(tmp_path, trained):
+def test_resuming_executes_no_code(tmp_path, trained):
     place = tmp_path / "runs" / "untrusted"
     shutil.copytree(trained.parent.parent, place)
     checkpoint = place / "checkpoints" / trained.name
@@ -103,20 +103,20 @@ def test_resuming_executes_nothing_either(tmp_path, trained):
     assert not (tmp_path / "marker").exists()
 
 
-# Lines of a stored command line through which Hydra would leave the file "marker", or read files outside the run.
+# Stored overrides with which Hydra would create the file "marker" or read files outside the run.
 LINES = {
     "a callback": "+hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
-    "a callback, by force": "++hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
+    "a forced callback": "++hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
     "a log file": "hydra.job_logging.handlers.file.filename=marker",
     "a log handler": "+hydra.job_logging.handlers.evil={class: logging.FileHandler, filename: marker}",
     "a deletion": "~hydra.callbacks",
     "a group of Hydra's": "hydra/job_logging=none",
-    "a group put there": "+optimizer@hydra.callbacks.evil=adam",
-    "a group put there from the top": "+optimizer@_global_.hydra.callbacks.evil=adam",
+    "a group moved into hydra": "+optimizer@hydra.callbacks.evil=adam",
+    "a group moved into hydra via _global_": "+optimizer@_global_.hydra.callbacks.evil=adam",
     "a file outside conf/": "experiment={folder}/evil",
     "the same, quoted": "experiment='{folder}/evil'",
     "a flag": "--config-dir={folder}",
-    "no text": 5,
+    "not a string": 5,
 }
 EVIL = "# @package _global_\nhydra:\n  callbacks:\n    evil: {_target_: os.makedirs, name: marker}\n"
 

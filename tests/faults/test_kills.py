@@ -1,4 +1,4 @@
-"""SIGKILL at the worst instants: the resumed run ends with the weights of the uninterrupted one, bit by bit."""
+"""SIGKILL at critical instants: the resumed run ends with weights bit-identical to those of an uninterrupted run."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from tests.faults import processes
 from tests.faults.processes import DDP, STEPS, Fault, resume, run_folder, train
 from tests.faults.states import differences, training_state
 
-# place in the code, and the number of the call
+# name -> the function and the number of its call
 KILLS = {
     "before the first step": Fault("src.training.module:DiffusionModule.training_step", 1),
     "in the backward pass": Fault("torch:Tensor.backward", 8),
@@ -29,10 +29,10 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     done = resume(tmp_path)
     assert done.status == 0, done.output
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
-    assert not list(tmp_path.glob("runs/*/checkpoints/.*")), "the files of the killed process are removed"
+    assert not list(tmp_path.glob("runs/*/checkpoints/.*")), "temporary files of the killed process remain"
 
 
-def test_killed_again_and_again_with_workers(tmp_path, uninterrupted):
+def test_killed_repeatedly_with_workers(tmp_path, uninterrupted):
     for step in (5, 4):
         fault = Fault("src.training.module:DiffusionModule.training_step", step)
         killed = resume(tmp_path, "workers=2", faults=[fault])
@@ -42,8 +42,8 @@ def test_killed_again_and_again_with_workers(tmp_path, uninterrupted):
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
-def test_another_seed_is_another_training(tmp_path, uninterrupted):
-    """The comparison can fail."""
+def test_other_seed_differs(tmp_path, uninterrupted):
+    """Shows that the comparison can fail."""
     assert train(tmp_path, "seed=1").status == 0
     assert differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
@@ -64,7 +64,7 @@ def test_one_of_two_processes_killed(tmp_path, uninterrupted_ddp, rank):
         os.kill(processes.ranks(leader)[rank], signal.SIGKILL)
         began = time.monotonic()
         assert leader.wait(30) != 0
-        assert time.monotonic() - began < 25, "the other process does not wait for the dead one"
+        assert time.monotonic() - began < 25, "the other process waited for the killed one"
     finally:
         processes.leave_nothing(leader)
     assert processes.start_command(tmp_path, "ckpt=last").wait(120) == 0, (

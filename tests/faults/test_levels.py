@@ -1,4 +1,4 @@
-"""A resumed run reports how exact it is; another experiment is refused unless it is allowed."""
+"""A resumed run reports how exactly it continues; a changed experiment is refused unless allowed."""
 
 import re
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_effects_of_options_are_an_argument():
     assert found.experiment == ["logger.csv.x: 1 -> 4", "optimizer.lr: 0.1 -> 3"]
     assert found.rounding == ["seed"]
     assert effect_of("optimizer.lr") == "tuning"
-    assert effect_of("optimizers") == "experiment", "only whole names count"
+    assert effect_of("optimizers") == "experiment", "a prefix of a name must not match"
 
 
 OURS = {"callbacks.x._target_": "src.training.callbacks.SampleImages", "callbacks.x.n": 4}
@@ -80,14 +80,14 @@ PRUNING = {"callbacks.x._target_": "lightning.pytorch.callbacks.ModelPruning", "
         ({}, {"callbacks.x._target_": "mypackage.EarlyStopping"}, "approximate", True),
     ],
 )
-def test_callbacks_that_may_change_the_numbers(before, after, expected, refused):
+def test_callbacks_that_may_change_the_training(before, after, expected, refused):
     then, now = ({**ORIGIN, "config": {**ORIGIN["config"], **each}} for each in (before, after))
     found = compare(then, now, effect_of)
     assert (found.level, bool(found.experiment)) == (expected, refused)
 
 
 def _edit(folder: Path, change) -> None:
-    """Changes the stored origin of the newest checkpoint, and saves it as a program of another state would."""
+    """Changes the newest checkpoint, as if it had been saved by other code."""
     path = max((run_folder(folder) / "checkpoints").glob("step_*.ckpt"))
     content = torch.load(path, weights_only=True)
     change(content)
@@ -143,18 +143,18 @@ REFUSED = {
     "another experiment": ["ckpt=last", "optimizer.lr=0.5", "trainer.max_steps=6"],
     "other weights": ["ckpt=last", "model.base_channels=16", "allow_changes=true", "trainer.max_steps=6"],
     "nothing left": ["ckpt=last", "seed=1", "trainer.max_steps=2"],
-    "no such option": ["ckpt=last", "optimizer.rate=1"],
+    "unknown option": ["ckpt=last", "optimizer.rate=1"],
     "a mistake": ["ckpt=last", "seed=-1", "trainer.max_steps=6"],
 }
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Of all files but the lock, by path."""
+    """The content of all files except the lock, by path."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_refusal_changes_nothing_in_the_folder(tmp_path):
+def test_refusal_does_not_change_the_folder(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
     folder = run_folder(tmp_path)
     before = content(folder)
@@ -194,7 +194,7 @@ def print_rate(original, call, self, *arguments, **named):
 
 
 RATES = Replacement("torch.optim.adam:Adam.step", print_rate)
-# overrides of the first three steps, of the rest -> the rate of step k from then on, and further numbers
+# overrides of the first three steps, overrides of the rest, learning rate of step k in the rest, other values
 RETUNED = {
     "rate": (["lr_schedule.warmup_steps=10"], ["optimizer.lr=0.5"], lambda k: 0.5 * min(1, (k + 1) / 10), {}),
     "warm-up": ([], ["lr_schedule.warmup_steps=10"], lambda k: 0.001 * min(1, (k + 1) / 10), {}),
@@ -227,12 +227,12 @@ def test_a_changed_optimiser_is_applied(tmp_path, case):
     )
     assert done.status == 0, done.output
     used = [float(rate) for rate in re.findall(r"rate=(\S+)", done.output)]
-    assert used == pytest.approx([rate(3), rate(4)]), "the first step has it"
+    assert used == pytest.approx([rate(3), rate(4)]), "the change must apply from the first step"
     content = torch.load(run_folder(tmp_path) / "checkpoints" / "step_00000005.ckpt", weights_only=True)
     (group,) = content["optimizer_states"][0]["param_groups"]
     assert group["lr"] == pytest.approx(rate(5))
     assert {name: tuple(group[name]) for name in numbers} == numbers
-    assert content["optimizer_states"][0]["state"][0]["step"] == 5, "the moments continue"
+    assert content["optimizer_states"][0]["state"][0]["step"] == 5, "the moments were not resumed"
 
 
 def test_other_images_are_refused(tmp_path):
@@ -255,7 +255,7 @@ def test_other_images_are_refused(tmp_path):
     assert "training images: fingerprint" in refused.output.splitlines()[-1]
 
 
-def test_another_batch_size_neither_repeats_nor_misses_an_image(tmp_path):
+def test_another_batch_size_neither_repeats_nor_skips_images(tmp_path):
     assert train(tmp_path, "trainer.max_steps=3").status == 0
     done = run(tmp_path, "train", "ckpt=last", "batch_size=32", "trainer.max_steps=5")
     assert done.status == 0, done.output

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the step is skipped by all, counted, and never saved."""
+"""Non-finite losses and gradients: all ranks skip the step, it is counted, and it never reaches a checkpoint."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ def nan_at_5(original, call, *arguments):
 
 
 def infinite_constant_at_5(original, call, *arguments):
-    """The gradient of such a loss is finite: only the loss shows it."""
+    """The gradient of this loss is finite; only the loss itself is not."""
     losses = original(*arguments)
     return losses + float("inf") if call == 5 else losses
 
@@ -53,7 +53,7 @@ def test_one_step_is_skipped(tmp_path):
             if leaf.startswith(("/state_dict", "/optimizer", "/ema/w"))
         }
         assert not {leaf for leaf in changed if "param_groups" not in leaf}, (
-            "weights, moments and averages are untouched"
+            "weights, moments or averages changed"
         )
         assert differences(after, training_state(folder, 6))
         assert all(
@@ -62,7 +62,7 @@ def test_one_step_is_skipped(tmp_path):
         assert skipped_steps(folder) == ["1"]
 
 
-def test_accumulated_step_is_skipped_whole(tmp_path):
+def test_accumulated_step_is_skipped_completely(tmp_path):
     command = train(tmp_path, *EACH_STEP, "max_device_batch=8", faults=[Replacement(LOSS, nan_at_5)])
     assert command.status == 0, command.output
     folder = run_folder(tmp_path)  # the fifth micro-batch belongs to step 3
@@ -71,7 +71,7 @@ def test_accumulated_step_is_skipped_whole(tmp_path):
     assert skipped_steps(folder) == ["1"]
 
 
-def test_stops_after_some_in_a_row(tmp_path):
+def test_stops_after_consecutive_failures(tmp_path):
     command = train(tmp_path, "callbacks.skip_nonfinite.stop_after=3", faults=[Replacement(LOSS, nan_from_5)])
     assert command.status == 2, command.output
     assert "not finite 3 times in a row" in command.output.splitlines()[-1]
@@ -84,7 +84,7 @@ def test_stops_after_some_in_a_row(tmp_path):
         assert all(weight.isfinite().all() for weight in weights)
 
 
-def test_one_rank_alone_makes_both_skip(tmp_path):
+def test_failure_on_one_rank_skips_the_step_on_both(tmp_path):
     poison = Replacement(LOSS, nan_at_5, rank=1)
     leader = processes.start_command(tmp_path, *DDP, *EACH_STEP, "trainer.max_steps=6", faults=[poison])
     try:
@@ -102,7 +102,7 @@ def nan_score(original, call, *arguments):
     return {name: float("nan") for name in scores} if call == 2 else scores
 
 
-def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+def test_nan_score_is_never_the_best(tmp_path):
     fault = Replacement("src.metrics.fidelity:FidelityScore.compute", nan_score)
     command = run(
         tmp_path, "train", *TINY, "callbacks.track_fidelity.every=4", "trainer.max_steps=8", faults=[fault]

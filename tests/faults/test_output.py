@@ -1,4 +1,4 @@
-"""Output that is lost, previews without memory, callbacks of Lightning: the training continues."""
+"""Training continues if output is lost or memory for previews is missing, and with Lightning's callbacks."""
 
 import csv
 import os
@@ -44,7 +44,7 @@ TRAJECTORY = "src.generation.recipe:Recipe.trajectory"
 QUIET = ("metrics=none", "callbacks.sample_images.every=3")
 
 
-def test_a_preview_without_memory_is_left_out(tmp_path, uninterrupted):
+def test_preview_is_skipped_without_memory(tmp_path, uninterrupted):
     done = train(tmp_path, *QUIET, faults=[Replacement(TRAJECTORY, no_memory_for_three)])
     assert done.status == 0, done.output
     assert done.output.count("preview: no memory for 4 images at once") == 1
@@ -53,7 +53,7 @@ def test_a_preview_without_memory_is_left_out(tmp_path, uninterrupted):
     assert not [leaf for leaf in differences(uninterrupted, state) if leaf.startswith("/state_dict")]
 
 
-def test_a_preview_in_batches_fits_and_is_the_same(tmp_path):
+def test_preview_in_batches_is_identical(tmp_path):
     whole = train(tmp_path / "whole", *QUIET)
     batches = "+callbacks.sample_images.batch_size=2"
     parts = train(tmp_path / "parts", *QUIET, batches, faults=[Replacement(TRAJECTORY, no_memory_for_three)])
@@ -72,8 +72,8 @@ def test_other_failures_of_a_preview_are_not_hidden(tmp_path):
     assert train(tmp_path, *QUIET, faults=[Replacement(TRAJECTORY, other_failure)]).status == 1
 
 
-def test_early_stopping_can_be_saved(tmp_path):
-    """Its best score is infinite at first."""
+def test_state_of_early_stopping_is_saved(tmp_path):
+    """The initial best score of the callback is infinite, which must not prevent saving."""
     stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
     done = train(tmp_path, stop, "metrics=none")
     assert done.status == 0, done.output
@@ -81,7 +81,7 @@ def test_early_stopping_can_be_saved(tmp_path):
 
 
 def test_tasks_of_one_allocation_are_independent(tmp_path):
-    """srun -n 2 with a training of one process in each: the second writes all that the first does."""
+    """srun -n 2 with a single-process training in each task: the second task also writes all files."""
     slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1"}
     process = processes.start_command(
         tmp_path, *TINY, "trainer.max_steps=4", "metrics=none", "callbacks.curves.every=1", **slurm

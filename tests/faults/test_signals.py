@@ -1,4 +1,4 @@
-"""Signals: saved at the next step boundary, exit status 128 + signal, nothing hangs."""
+"""Signals: training saves at the next step boundary and exits with status 128 + signal, without hanging."""
 
 import csv
 import ctypes
@@ -33,7 +33,7 @@ STEP = "src.training.module:DiffusionModule.training_step"
 VALIDATION = "src.training.module:DiffusionModule.validation_step"
 WRITING = "src.training.checkpoint:_Hashing.write"
 
-# the fault, and the step at whose end it must be saved
+# name -> the fault and the step of the checkpoint that must be saved
 SIGNALS = {
     "SIGTERM in a step": (Fault(STEP, 5, signal.SIGTERM), 5),
     "SIGUSR1 in a step": (Fault(STEP, 5, signal.SIGUSR1), 5),
@@ -44,7 +44,7 @@ SIGNALS = {
 
 
 @pytest.mark.parametrize("case", SIGNALS)
-def test_saved_and_ended(tmp_path, uninterrupted, case):
+def test_saves_and_exits(tmp_path, uninterrupted, case):
     fault, step = SIGNALS[case]
     stopped = train(tmp_path, faults=[fault])
     assert stopped.status == 128 + fault.signum, stopped.output
@@ -64,11 +64,11 @@ def test_saved_and_ended(tmp_path, uninterrupted, case):
         "src.data.digits:Digits._load",
     ],
 )
-def test_interrupted_before_the_training_has_begun(tmp_path, place):
-    """While parts are joined, a run that is continued is compared, images are read."""
+def test_interrupt_before_the_training_starts(tmp_path, place):
+    """Interrupts the assembly, the check of a resumed run and the loading of images."""
     stopped = train(tmp_path, faults=[Fault(place, 1, signal.SIGINT)])
     assert stopped.status == 128 + signal.SIGINT, stopped.output
-    # at most the summary of a training, and one line
+    # the output is at most the summary and one line
     assert "Traceback" not in stopped.output
     assert "Interrupt" not in stopped.output
     assert "error" not in stopped.output
@@ -77,7 +77,7 @@ def test_interrupted_before_the_training_has_begun(tmp_path, place):
 def test_second_interrupt_ends_at_once(tmp_path):
     stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGINT, again=2)])
     assert stopped.status == 128 + signal.SIGINT
-    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt", "step 5 was not waited for"
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt", "step 5 was saved"
 
 
 def ignore_hangups(original, call, *arguments):
@@ -98,7 +98,7 @@ def one_second(original, call, *arguments):
 
 
 def hang(original, call, *arguments):
-    """As a queue whose other end is gone: handlers run, and waiting starts again."""
+    """Hangs like a queue without a writer: signal handlers run, then waiting continues."""
     if call == 5:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
@@ -106,11 +106,11 @@ def hang(original, call, *arguments):
 
 
 def block(original, call, *arguments):
-    """As a collective whose other rank is gone: the main thread is in C and runs no handlers."""
+    """Hangs like a collective without the other rank: the main thread is in C and runs no signal handlers."""
     if call == 5:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
-        for _ in range(2):  # the second waits for the first
+        for _ in range(2):  # the second call blocks
             library.pthread_mutex_lock(mutex)
     return original(*arguments)
 
@@ -118,7 +118,7 @@ def block(original, call, *arguments):
 @pytest.mark.parametrize(
     ("place", "how"), [(STEP, hang), (STEP, block), ("src.data.datamodule:_already_a_batch", hang)]
 )
-def test_a_hang_is_ended(tmp_path, place, how):
+def test_hang_is_ended(tmp_path, place, how):
     patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
     ended = train(tmp_path, faults=[patience, Replacement(place, how)])
     assert ended.status == 128 + signal.SIGTERM, ended.output
@@ -132,12 +132,14 @@ def slow_preview(original, call, *arguments):
     return original(*arguments)
 
 
-def test_a_long_preview_is_no_hang(tmp_path):
+def test_long_preview_is_not_a_hang(tmp_path):
     patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
     preview = Replacement("src.training.callbacks.sample_images:SampleImages.act", slow_preview)
     stopped = train(tmp_path, faults=[patience, preview])
     assert stopped.status == 128 + signal.SIGTERM
-    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000004.ckpt", "it was saved after that"
+    assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000004.ckpt", (
+        "saved before the preview ended"
+    )
 
 
 def test_slurm_job_is_requeued_and_continues(tmp_path, uninterrupted):
@@ -149,15 +151,15 @@ def test_slurm_job_is_requeued_and_continues(tmp_path, uninterrupted):
     stopped = train(tmp_path, faults=[Fault(STEP, 5, signal.SIGUSR1)], **slurm)
     assert stopped.status == 128 + signal.SIGUSR1, stopped.output
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
-    # SLURM starts the same command line once more
+    # SLURM starts the same command line again
     again = train(tmp_path, SLURM_RESTART_COUNT="1", **slurm)
     assert again.status == 0, again.output
-    assert len(list((tmp_path / "runs").iterdir())) == 1, "it continues in its folder"
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "the requeued job must continue in the same folder"
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 
 def validations(folder):
-    """The steps at which val/loss was logged, over all starts of the run."""
+    """The steps with a logged val/loss, over all starts of the run."""
     rows = [
         row for file in run_folder(folder).glob("csv/*/metrics.csv") for row in csv.DictReader(file.open())
     ]
@@ -166,7 +168,7 @@ def validations(folder):
 
 @pytest.mark.parametrize("place", [STEP, VALIDATION])
 def test_no_validation_is_lost_to_a_signal(tmp_path, uninterrupted, place):
-    # in step 5, after which a validation is due, or in that validation: it is finished, once
+    # the signal arrives in step 5, after which a validation is due, or in that validation, which runs exactly once
     stopped = train(tmp_path, faults=[Fault(place, 5, signal.SIGTERM)])
     assert stopped.status == 128 + signal.SIGTERM, stopped.output
     assert "saving at step 5 " in stopped.output
@@ -177,7 +179,7 @@ def test_no_validation_is_lost_to_a_signal(tmp_path, uninterrupted, place):
 
 
 def test_requeued_job_of_two_trainings_continues_the_right_one(tmp_path):
-    """Each with the run of the same options, wherever its folder is."""
+    """Each command continues the run with the same options, in any folder."""
     slurm = {"SLURM_JOB_ID": "4711"}
     swept = tmp_path / "runs" / "sweeps" / "today" / "0_seed-1"
     assert train(tmp_path, "trainer.max_steps=2", "seed=1", f"hydra.run.dir={swept}", **slurm).status == 0
@@ -195,7 +197,7 @@ def test_requeued_job_of_two_trainings_continues_the_right_one(tmp_path):
 
 
 def test_sigterm_to_one_of_two_processes(tmp_path):
-    """To rank 1 alone: rank 0 learns of it, both save the same step and end."""
+    """SIGTERM to rank 1 only: rank 0 is informed, and both save at the same step and exit."""
     leader = processes.start_command(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
@@ -215,7 +217,7 @@ def test_sigterm_to_one_of_two_processes(tmp_path):
     assert f"saving at step {record['step']}" in (tmp_path / "output.txt").read_text()
 
 
-def test_second_job_in_a_run_folder_refuses(tmp_path):
+def test_second_job_in_a_run_folder_is_refused(tmp_path):
     first = Command(tmp_path, ["train", *TINY, "trainer.max_steps=100000"]).start()
     try:
         processes.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_*.ckpt")))
@@ -229,4 +231,4 @@ def test_second_job_in_a_run_folder_refuses(tmp_path):
         first.kill()
     step = int(max(path.stem for path in folder.glob("checkpoints/step_*.ckpt")).removeprefix("step_"))
     again = run(tmp_path, "train", f"ckpt={folder}", f"trainer.max_steps={step + 2}")
-    assert again.status == 0, f"the lock died with it: {again.output}"
+    assert again.status == 0, f"the lock outlived its process: {again.output}"

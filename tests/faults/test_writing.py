@@ -1,4 +1,4 @@
-"""Writing checkpoints: kills in mid-save, damaged files, full disks, numbers that are not finite."""
+"""Writing checkpoints: kills during a save, damaged files, full disks, non-finite values."""
 
 import errno
 import logging
@@ -20,8 +20,8 @@ from tests.faults.states import differences, training_state
 
 
 @pytest.mark.parametrize("temporary", ["same", "/dev/shm"])
-def test_kills_in_the_middle_of_saves(tmp_path, temporary):
-    """Lightning's own writer leaves the good file truncated where $TMPDIR is another filesystem."""
+def test_kills_during_saves(tmp_path, temporary):
+    """Lightning's writer would truncate the intact file if $TMPDIR is on another filesystem."""
     chance = random.Random(temporary)
     for i in range(4):
         place = str(tmp_path) if temporary == "same" else temporary
@@ -56,7 +56,7 @@ def truncate_without_record(path):
 
 
 @pytest.mark.parametrize("harm", [truncate, flip_a_bit, truncate_without_record])
-def test_the_newest_valid_one_is_the_last(written, caplog, harm):
+def test_last_is_the_newest_valid_checkpoint(written, caplog, harm):
     assert find_run(written).checkpoint.name == "step_00000003.ckpt"
     newest = written / "checkpoints" / "step_00000003.ckpt"
     harm(newest)
@@ -76,7 +76,7 @@ def test_a_checkpoint_without_a_record_is_checked_by_loading_it(written):
     assert damage(path) is None
 
 
-def test_resumed_from_the_one_before_a_damaged_one(tmp_path, uninterrupted):
+def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, uninterrupted):
     assert train(tmp_path, "trainer.max_steps=9").status == 0
     flip_a_bit(run_folder(tmp_path) / "checkpoints" / "step_00000009.ckpt")
     done = resume(tmp_path, f"trainer.max_steps={STEPS}")
@@ -87,7 +87,7 @@ def test_resumed_from_the_one_before_a_damaged_one(tmp_path, uninterrupted):
 
 
 def test_the_best_of_a_later_step_is_set_aside(tmp_path):
-    # step 8 is scored and so is the end, step 9: whichever is the better, it is later than step 6
+    # scores at step 8 and at the end, step 9: the best of them is later than step 6
     assert train(tmp_path, "callbacks.track_fidelity.every=8", "trainer.max_steps=9").status == 0
     folder = run_folder(tmp_path) / "checkpoints"
     assert {path.name for path in folder.glob("best*")} == {"best.ckpt", "best.ckpt.json", "best.json"}
@@ -95,10 +95,10 @@ def test_the_best_of_a_later_step_is_set_aside(tmp_path):
     assert back.status == 0, back.output
     assert {path.name for path in folder.glob("best*")} == {"best.ckpt.set_aside", "best.json.set_aside"}
     assert resume(tmp_path, "trainer.max_steps=8", "metrics=fd_digits").status == 0
-    assert (folder / "best.ckpt").is_file(), "a new best, whatever the earlier was"
+    assert (folder / "best.ckpt").is_file(), "a new best must be saved, regardless of the earlier one"
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path, caplog):
+def test_nonfinite_weights_are_never_written(tmp_path, caplog):
     io, path = AtomicCheckpointIO(), tmp_path / "step_00000001.ckpt"
     io.save_checkpoint(content(1, 1), path)
     before = path.read_bytes()
@@ -110,13 +110,13 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, caplog):
     assert io.failures == 1
 
 
-def test_fewer_than_two_are_not_kept():
+def test_keep_must_be_at_least_two():
     with pytest.raises(ValueError, match="keep must be at least 2"):
         Checkpoints("nowhere", {}, keep=1)
 
 
 def limit_file_size(original, call, *arguments):
-    """From here on the kernel refuses files above 100 kB, as it refuses all growth on a full disk."""
+    """Limits files to 100 kB; larger writes fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     return original(*arguments)
 
@@ -134,7 +134,7 @@ def test_full_disk_stops_after_three_failures(tmp_path):
     assert command.output.count("disk full, 0.") >= 3
     assert "MB needed" in command.output
     assert "3 checkpoints in a row could not be written" in command.output.splitlines()[-1]
-    assert not list(tmp_path.glob("runs/*/checkpoints/*")), "no partial file is left"
+    assert not list(tmp_path.glob("runs/*/checkpoints/*")), "a partial file remains"
 
 
 def full_from_the_last_step_on(original, call, checkpoint, path):
@@ -153,11 +153,11 @@ WRITE = "src.training.checkpoint:_write"
 
 
 def nine_steps(folder, writing):
-    """max_steps is a multiple of `every`: the last step's save is tried, and tried again at the end."""
+    """max_steps is a multiple of `every`, so that saving the last step is tried twice: at the step and at the end."""
     return train(folder, "metrics=none", "trainer.max_steps=9", faults=[Replacement(WRITE, writing)])
 
 
-def test_a_training_whose_end_is_not_saved_fails(tmp_path):
+def test_training_fails_if_the_last_step_is_not_saved(tmp_path):
     command = nine_steps(tmp_path, full_from_the_last_step_on)
     assert command.status == 2, command.output
     assert "Done." not in command.output
@@ -167,14 +167,14 @@ def test_a_training_whose_end_is_not_saved_fails(tmp_path):
     assert "step_00000006.ckpt" in last
 
 
-def test_the_last_save_is_tried_again(tmp_path):
+def test_last_save_is_retried(tmp_path):
     command = nine_steps(tmp_path, full_at_the_last_step_once)
     assert command.status == 0, command.output
     assert "disk full" in command.output
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000009.ckpt"
 
 
-def test_a_stopped_training_says_that_it_is_not_saved(tmp_path):
+def test_stopped_training_reports_a_failed_save(tmp_path):
     stop = Fault("src.training.module:DiffusionModule.training_step", 9, signal.SIGTERM)
     command = train(tmp_path, "metrics=none", faults=[Replacement(WRITE, full_from_the_last_step_on), stop])
     assert command.status == 128 + signal.SIGTERM, command.output
@@ -215,7 +215,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert not leftover.exists()
 
 
-def test_a_name_is_no_path(tmp_path):
+def test_name_must_not_be_a_path(tmp_path):
     for name in ("../elsewhere", "a/b", ".hidden"):
         command = run(tmp_path, "train", f"name='{name}'")
         assert command.status == 2
@@ -224,7 +224,7 @@ def test_a_name_is_no_path(tmp_path):
 
 
 def test_warnings_are_shown_before_logging_is_set_up(written, capsys):
-    """Falling back happens while the command line is read."""
+    """The fallback to an older checkpoint happens before logging is configured."""
     truncate(written / "checkpoints" / "step_00000003.ckpt")
     handlers, logging.root.handlers = logging.root.handlers, []
     try:

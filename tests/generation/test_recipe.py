@@ -1,4 +1,4 @@
-"""The images of a recipe do not depend on how they are shared out."""
+"""The images of a recipe do not depend on the number of ranks or the batch size."""
 
 from functools import partial
 
@@ -23,13 +23,13 @@ N = 30
 def denoiser():
     torch.manual_seed(0)
     network = UNet(image_size=8, channels=3, base_channels=8, channel_multipliers=[1, 2], groups=4).eval()
-    for weight in network.parameters():  # as after a training: the last layer begins with zeros
+    for weight in network.parameters():  # as in a trained network: the last layer is initialised to zero
         torch.nn.init.normal_(weight, std=0.1)
     return Denoiser(network, Cosine(), Eps())
 
 
 def drawn(sampler, denoiser, share, batch_size):
-    """The bytes of a share of the images, by number."""
+    """The images with the indices in `share`, uint8, by index."""
     recipe = recipe_of(sampler, StaticClipping)
     made = list(recipe.images(denoiser, share, batch_size))
     assert all(batch.evaluations == 20 for batch in made)
@@ -46,16 +46,16 @@ def recipe_of(sampler, *wrappers, steps=20):
 def test_images_do_not_depend_on_ranks_and_batches(denoiser, sampler, ranks, batch_size):
     whole = drawn(sampler, denoiser, range(N), N)
     parts = {}
-    for rank in range(ranks):  # as `TrackFidelity` shares them out
+    for rank in range(ranks):  # the split that `TrackFidelity` uses
         parts |= drawn(sampler, denoiser, range(rank, N, ranks), batch_size)
     assert parts.keys() == whole.keys()
     equal = torch.stack([parts[i] == whole[i] for i in whole]).double().mean().item()
     assert equal >= 0.9999
-    assert torch.stack(list(whole.values())).double().std() > 10, "there is something to see"
+    assert torch.stack(list(whole.values())).double().std() > 10, "the images are almost constant"
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_noise_is_equal_bit_by_bit(denoiser, batch_size):
+def test_noise_is_bit_identical(denoiser, batch_size):
     recipe = recipe_of(DDPM())
     whole, _, noise = recipe.start(denoiser, range(N))
     later = noise(whole)
@@ -67,7 +67,7 @@ def test_noise_is_equal_bit_by_bit(denoiser, batch_size):
 
 
 class Doubled(WrappedDenoiser):
-    """Calls the network twice, as guidance does, and says so by its x0."""
+    """Calls the network twice, as guidance does, and scales the mean x0 by `factor`."""
 
     def __init__(self, inner, factor):
         super().__init__(inner)
@@ -94,7 +94,7 @@ def test_wrappers_act_in_order_and_their_evaluations_are_counted(denoiser):
     assert made.evaluations == 20
 
 
-def test_a_wrapper_s_schedule_and_variance_are_the_inner_one_s(denoiser):
+def test_wrapper_has_the_schedule_and_variance_of_the_inner_denoiser(denoiser):
     outer = Doubled(Doubled(denoiser, 1.0), 1.0)
     before = denoiser.variance
     try:
@@ -105,7 +105,7 @@ def test_a_wrapper_s_schedule_and_variance_are_the_inner_one_s(denoiser):
         denoiser.variance = before
 
 
-def test_a_recipe_reads_in_words(denoiser):
+def test_record_describes_the_recipe(denoiser):
     record = recipe_of(DDIM(0.5), partial(Doubled, factor=2.0), StaticClipping).record(Large(), 40)
     assert record == {
         "sampler": "DDIM(eta=0.5)",
@@ -121,7 +121,7 @@ def test_a_recipe_reads_in_words(denoiser):
 
 
 class Upright(Codec):
-    """Images of 2 x 2 pixels as four channels of one: another shape than the image."""
+    """Encodes images of 2 x 2 pixels as four channels of 1 x 1, so that `shape` differs from `image_shape`."""
 
     image_shape, shape = (1, 2, 2), (4, 1, 1)
 
@@ -135,7 +135,7 @@ class Upright(Codec):
         return "four pixels as channels"
 
 
-def test_sampling_has_the_codec_s_shape_and_images_the_data_s():
+def test_sampling_uses_the_codec_shape_and_returns_the_image_shape():
     class Mild(torch.nn.Module):
         def __init__(self):
             super().__init__()

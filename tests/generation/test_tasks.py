@@ -1,4 +1,4 @@
-"""Tasks of `src.sample`: which noise they use."""
+"""The noise that the tasks of `src.sample` use."""
 
 import torch
 
@@ -15,7 +15,7 @@ from tests.diffusion.sampler.networks import Wavy
 
 
 def loaded(sampler, steps=4):
-    """A run whose images have 1 x 4 x 4 pixels, on a network without training."""
+    """A run with images of 1 x 4 x 4 pixels and an untrained network."""
     network = Wavy()
     network.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
     denoiser = Denoiser(network, Linear(), Eps()).requires_grad_(False)
@@ -24,7 +24,7 @@ def loaded(sampler, steps=4):
 
 
 class Recording(DDPM):
-    """DDPM that keeps its starts, the noise of its steps and its images."""
+    """DDPM that records its starts x_T, the noise of its steps and its images."""
 
     def trajectory(self, denoiser, x_T, times, condition=None, noise=None):
         self.starts, self.noise = x_T, []
@@ -38,7 +38,7 @@ class Recording(DDPM):
             yield state
 
 
-def test_an_interpolation_draws_no_noise_twice_and_ends_in_drawn_images(tmp_path):
+def test_interpolation_reuses_no_noise_and_its_ends_are_drawn_images(tmp_path):
     sampler = Recording()
     run = loaded(sampler)
     list(run.recipe.trajectory(run.denoiser, range(4)))

@@ -1,4 +1,4 @@
-"""Our U-Net against diffusers' `UNet2DModel`, an independent implementation of the same network."""
+"""Checks the U-Net against diffusers' `UNet2DModel`, an independent implementation of the same network."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def _class_conditional():
 def pair(request):
     torch.manual_seed(0)
     theirs, ours = request.param()
-    # Every norm's scale and every bias away from one and zero, so that a swapped weight shows.
+    # Move norm scales away from 1 and biases away from 0, so that swapped weights change the output.
     with torch.no_grad():
         for weight in theirs.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
@@ -123,6 +123,6 @@ def test_early_names_of_the_attention_layers_are_read(pair):
 
 
 @pytest.mark.parametrize("convert", [unet_from_diffusers, unet_to_diffusers])
-def test_a_foreign_weight_is_named(convert):
+def test_unknown_weight_is_named_in_the_error(convert):
     with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight is no weight of a DDPM U-Net"):
         convert({"add_embedding.linear_1.weight": torch.zeros(1)})

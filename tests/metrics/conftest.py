@@ -8,7 +8,7 @@ from src.metrics.inception import empty_network
 
 @pytest.fixture(scope="session")
 def random_weights() -> dict[str, Tensor]:
-    """He-initialised convolutions, and batch norms that are not the identity."""
+    """Random InceptionV3 weights: He-initialised convolutions, non-trivial batch norms."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in empty_network("2048").state_dict().items():
@@ -26,7 +26,7 @@ def random_weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def state_dict_file(random_weights, tmp_path_factory):
-    """As torch-fidelity's own weights come: a PyTorch state dict with the head."""
+    """A file in the format of torch-fidelity: a PyTorch state dict with the head."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(random_weights, path)
     return path
@@ -34,7 +34,7 @@ def state_dict_file(random_weights, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pool3_file(random_weights, tmp_path_factory):
-    """As `make inception` writes them: safetensors, without the head."""
+    """A file in the format of `make inception`: safetensors without the head."""
     path = tmp_path_factory.mktemp("weights") / "pool3.safetensors"
     save_file({n: t for n, t in random_weights.items() if "fc." not in n and "num_batches" not in n}, path)
     return path

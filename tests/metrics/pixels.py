@@ -1,4 +1,4 @@
-"""Images whose features are their own pixels: known moments of images are known moments of features."""
+"""Features that are the pixels of the images, so that the moments of the features are known."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Images:
 
 
 class Source:
-    """A data source whose splits are given; counts how many images were read."""
+    """A data source with the given splits."""
 
     name = "noise"
 
@@ -63,7 +63,7 @@ def score_of(kind=FrechetDistance, pixels: int = 6, **settings):
 
 
 def give_reference(score, *batches: Tensor) -> None:
-    """Set the reference of one score in one process."""
+    """Sets the reference of one score in one process."""
     score.reset()
     for batch in batches:
         score.update(batch)

@@ -14,15 +14,13 @@ WITH_A_TARGET = [name for name, config in FILES.items() if "_target_" in config]
 SCORES = [name for name in WITH_A_TARGET if issubclass(get_class(FILES[name]._target_), FidelityScore)]
 
 
-def test_each_kind_of_score_is_among_the_choices():
+def test_each_kind_of_score_has_a_choice():
     assert {"fid", "kid", "fd_digits", "precision_recall", "inception_score"} <= set(SCORES)
 
 
 @pytest.mark.parametrize("choice", SCORES)
-def test_choice_instantiates_is_named_for_its_space_and_moves_as_a_whole(
-    choice, state_dict_file, monkeypatch
-):
-    # random weights for those that need InceptionV3
+def test_choice_builds_a_score_with_its_name_that_moves_to_a_device(choice, state_dict_file, monkeypatch):
+    # random weights for InceptionV3
     monkeypatch.setattr("src.metrics.features.find_weights", lambda weights, layer: state_dict_file)
     score = instantiate(FILES[choice])
     assert score.name == ("precision_inception" if choice == "precision_recall" else choice)
@@ -33,7 +31,7 @@ def test_choice_instantiates_is_named_for_its_space_and_moves_as_a_whole(
 
 
 @pytest.mark.parametrize("choice", WITH_A_TARGET)
-def test_numbers_are_the_defaults_of_the_constructor(choice):
+def test_values_equal_the_defaults_of_the_constructor(choice):
     config = FILES[choice]
     parameters = inspect.signature(get_class(config._target_)).parameters
     for name, value in config.items():

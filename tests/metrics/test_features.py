@@ -24,7 +24,7 @@ SHIPPED = [("digits", (1, 8, 8), 64, 200_000), ("fashion_mnist", (1, 28, 28), 12
 
 
 @pytest.mark.parametrize(("name", "shape", "num_features", "bytes_at_most"), SHIPPED)
-def test_shipped_weights_are_small_and_tell_their_origin(name, shape, num_features, bytes_at_most):
+def test_shipped_weights_are_small_and_record_their_origin(name, shape, num_features, bytes_at_most):
     features = ClassifierFeatures(name)
     assert (WEIGHTS_FOLDER / f"{name}.safetensors").stat().st_size <= bytes_at_most
     assert features.name == name
@@ -36,7 +36,7 @@ def test_shipped_weights_are_small_and_tell_their_origin(name, shape, num_featur
     assert found.dtype == torch.float32
 
 
-def test_shipped_digits_classifier_has_the_accuracy_it_claims():
+def test_shipped_digits_classifier_has_the_recorded_accuracy():
     from src.data.digits import Digits
     from src.tools.train_classifier import accuracy
 
@@ -60,7 +60,7 @@ def test_features_do_not_depend_on_the_batch_or_on_training_mode_or_autocast():
     assert not together.requires_grad
 
 
-def test_loading_leaves_the_random_state_alone():
+def test_loading_does_not_change_the_random_state():
     before = torch.random.get_rng_state()
     ClassifierFeatures("digits")
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -76,13 +76,13 @@ def test_loading_leaves_the_random_state_alone():
     ],
     ids=["float", "no batch", "colour", "not square"],
 )
-def test_wrong_images_are_refused_in_one_line(images):
+def test_invalid_images_are_refused_in_one_line(images):
     with pytest.raises(ValueError, match="digits") as raised:
         ClassifierFeatures("digits")(images)
     assert "\n" not in str(raised.value)
 
 
-def test_hash_is_of_the_weights_and_not_of_the_file(tmp_path):
+def test_hash_depends_on_the_weights_and_not_on_the_file(tmp_path):
     classifier = small_classifier(tmp_path / "a.safetensors")
     save_classifier(classifier, tmp_path / "b.safetensors", {"data": "something else"})
     first = ClassifierFeatures(str(tmp_path / "a.safetensors"))
@@ -93,13 +93,13 @@ def test_hash_is_of_the_weights_and_not_of_the_file(tmp_path):
     assert first.sha256 != ClassifierFeatures(str(tmp_path / "b.safetensors")).sha256
 
 
-def test_hash_by_hand():
+def test_hash_equals_its_definition():
     weights = {"b": torch.tensor([1, 2], dtype=torch.uint8), "a": torch.zeros(1, 1)}
     text = b"a torch.float32 (1, 1)\n" + bytes(4) + b"b torch.uint8 (2,)\n" + bytes([1, 2])
     assert hash_tensors(weights) == hashlib.sha256(text).hexdigest()
 
 
-def test_features_are_what_the_head_sees(tmp_path):
+def test_features_are_the_input_of_the_head(tmp_path):
     classifier = small_classifier(tmp_path / "c.safetensors").eval()
     images = random_images(4, (1, 6, 6))
     features = ClassifierFeatures(str(tmp_path / "c.safetensors"))(images)
@@ -107,13 +107,13 @@ def test_features_are_what_the_head_sees(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "empty", "truncated", "other", "shape"])
-def test_a_file_that_is_not_what_it_says_is_a_user_error(tmp_path, content):
+def test_invalid_file_is_a_user_error(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     classifier = small_classifier(path)
     if content == "missing":
         path.unlink()
     elif content == "text":
-        path.write_text("these are no weights")
+        path.write_text("not weights")
     elif content == "empty":
         path.write_bytes(b"")
     elif content == "truncated":
@@ -128,16 +128,16 @@ def test_a_file_that_is_not_what_it_says_is_a_user_error(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
-def test_too_many_poolings_are_refused():
+def test_too_many_pooling_layers_are_refused():
     with pytest.raises(ValueError, match="widths: 3 poolings reduce 4 pixels to none"):
         SmallClassifier(1, 4, [2, 2, 2], 4, 2)
 
 
-def test_full_precision_holds_inside_only_and_bears_either_interface():
+def test_full_precision_is_limited_to_the_context_and_supports_both_interfaces():
     backends, conv = torch.backends, torch.backends.cudnn.conv
     before = backends.fp32_precision, conv.fp32_precision
     try:
-        # through the interface of torch 2.9, after which reading cudnn.allow_tf32 raises
+        # the interface of torch 2.9; after its use, reading cudnn.allow_tf32 raises
         backends.fp32_precision, conv.fp32_precision = "tf32", "tf32"
         with full_precision():
             assert conv.fp32_precision == "ieee"
@@ -152,12 +152,12 @@ def test_full_precision_holds_inside_only_and_bears_either_interface():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_features_on_the_gpu_are_those_on_the_cpu_even_when_training_allows_tf32(monkeypatch):
+def test_features_on_gpu_and_cpu_agree_if_training_allows_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     features = ClassifierFeatures("digits")
     images = random_images(64, (1, 8, 8))
     expected = features(images)
     found = features.cuda()(images.cuda()).cpu()
-    # TF32 convolutions are off by about 1e-3
+    # TF32 convolutions have errors of about 1e-3
     assert (found - expected).norm() < 1e-5 * expected.norm()

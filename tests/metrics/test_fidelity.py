@@ -16,7 +16,7 @@ from src.metrics.fidelity import (
 from src.metrics.frechet import Moments, frechet_distance
 from tests.metrics.pixels import FAKE, REAL, PixelFeatures, give_reference, score_of
 
-# --- the distance itself
+# --- the Frechet distance
 
 
 def test_distance_in_one_dimension():
@@ -46,7 +46,7 @@ def test_distance_of_covariances_that_do_not_commute():
     assert frechet_distance(Moments(mean, a), Moments(mean, b)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_singular_covariances_are_no_special_case():
+def test_distance_of_singular_covariances():
     # s uu^T and t vv^T of rank one: the cross term is sqrt(st) |u.v|
     u, v = torch.tensor([3.0, 4.0]).double() / 5, torch.tensor([1.0, 0.0]).double()
     mean = torch.zeros(2, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_moments_are_those_of_the_images():
     torch.testing.assert_close(gaussian.covariance, torch.cov(features.T))
 
 
-# --- scores as the callback and the command use them
+# --- scores
 
 
 def fd(images: list[Tensor], score: FrechetDistance) -> float:
@@ -71,7 +71,7 @@ def fd(images: list[Tensor], score: FrechetDistance) -> float:
     return score.compute()["fd_pixels"]
 
 
-def test_identical_sets_are_at_distance_zero_and_others_as_torchmetrics_says():
+def test_distance_is_zero_for_identical_sets_and_agrees_with_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     score = score_of()
@@ -85,14 +85,14 @@ def test_identical_sets_are_at_distance_zero_and_others_as_torchmetrics_says():
     assert score.num_images == 40
 
 
-def test_neither_batches_nor_their_order_matter():
+def test_distance_does_not_depend_on_batches_or_order():
     score = score_of()
     give_reference(score, *REAL.split(7))
     whole = fd([FAKE], score)
     assert fd(list(FAKE.flip(0).split(9)), score) == pytest.approx(whole, rel=1e-12)
 
 
-def test_reset_forgets_the_generated_images_and_keeps_the_reference():
+def test_reset_drops_the_generated_images_and_keeps_the_reference():
     score = score_of()
     give_reference(score, REAL)
     first = fd([FAKE], score)
@@ -100,7 +100,7 @@ def test_reset_forgets_the_generated_images_and_keeps_the_reference():
     assert fd([FAKE], score) == first
 
 
-def test_a_larger_difference_scores_worse_in_digits():
+def test_score_in_digits_space_increases_with_the_difference():
     from src.data.digits import Digits
 
     score = FrechetDistance(ClassifierFeatures("digits"))
@@ -118,7 +118,7 @@ def test_a_larger_difference_scores_worse_in_digits():
     assert values[3] > 20 * values[1]
 
 
-def test_names_say_the_space():
+def test_names_contain_the_feature_space():
     inception, logits = PixelFeatures(6), PixelFeatures(6)
     inception.name, logits.name = "inception", "inception_logits_unbiased"
     assert FrechetDistance(inception).name == "fid"
@@ -132,8 +132,8 @@ def test_names_say_the_space():
         InceptionScore(inception)
 
 
-def test_kernel_distance_by_hand():
-    # subsets as large as the sets: the unbiased estimate of Gretton et al. 2012, eq. 3, no draw left
+def test_kernel_distance_equals_its_formula():
+    # with subsets as large as the sets, the estimate is the unbiased one of Gretton et al. 2012, eq. 3
     fake = FAKE[:30]
     real = REAL[:30]
     score = score_of(KernelDistance, subsets=2, subset_size=30)
@@ -166,8 +166,8 @@ def test_kernel_distance_does_not_depend_on_the_order_of_the_images_or_the_globa
     assert values[0]["kd_pixels_std"] > 0
 
 
-def test_precision_and_recall_of_sets_that_overlap_in_part():
-    # on a line: reference 0, 10, ..., 90; generated 0..40 lie on it, the rest is far away
+def test_precision_and_recall_of_partly_overlapping_sets():
+    # on a line: reference 0, 10, ..., 90; generated 0, ..., 40 coincide with it, the rest is far away
     real = (torch.arange(10) * 10).byte().reshape(-1, 1, 1, 1)
     fake = torch.tensor([0, 10, 20, 30, 40, 200, 210, 220, 230, 240]).byte().reshape(-1, 1, 1, 1)
     score = PrecisionRecall(PixelFeatures(1), neighbours=1)
@@ -175,11 +175,11 @@ def test_precision_and_recall_of_sets_that_overlap_in_part():
     score.update(fake)
     scores = score.compute()
     assert scores["precision_pixels"] == pytest.approx(0.5)
-    # each generated image reaches 10 far: 0..40 and, from 40, 50
+    # each generated image has radius 10, which covers 0, ..., 40 and, from 40, 50
     assert scores["recall_pixels"] == pytest.approx(0.6)
 
 
-def test_inception_score_of_certain_and_of_uncertain_predictions():
+def test_inception_score_of_certain_and_uniform_predictions():
     def score(logits: Tensor) -> float:
         features = PixelFeatures(4, scale=1.0)
         features.name = "inception_logits_unbiased"
@@ -187,15 +187,15 @@ def test_inception_score_of_certain_and_of_uncertain_predictions():
         metric.update(logits.byte().reshape(-1, 1, 2, 2))
         return metric.compute()["inception_score"]
 
-    # four classes, each predicted with certainty and equally often: exp(log 4); one for all: exp(0)
+    # four classes predicted with certainty and equally often: exp(log 4); equal predictions for all images: exp(0)
     assert score(200 * torch.eye(4).repeat(5, 1)) == pytest.approx(4, rel=1e-6)
     assert score(torch.zeros(20, 4)) == pytest.approx(1, rel=1e-6)
 
 
-# --- what can go wrong
+# --- errors
 
 
-def test_no_reference_and_too_few_images_are_told():
+def test_missing_reference_and_too_few_images_are_user_errors():
     score = score_of()
     score.update(FAKE)
     with pytest.raises(UserError, match="fd_pixels: no reference"):
@@ -219,7 +219,7 @@ def test_no_reference_and_too_few_images_are_told():
         (PrecisionRecall, {"neighbours": 4}, 5),
     ],
 )
-def test_the_smallest_sets_that_a_score_accepts_can_be_computed(kind, settings, smallest):
+def test_scores_of_the_smallest_accepted_sets_are_finite(kind, settings, smallest):
     score = score_of(kind, **settings)
     give_reference(score, REAL[:smallest])
     score.update(FAKE[:smallest])
@@ -237,14 +237,14 @@ def test_the_smallest_sets_that_a_score_accepts_can_be_computed(kind, settings, 
         (PrecisionRecall, {"neighbours": 0}),
     ],
 )
-def test_numbers_out_of_range_are_refused_by_name(kind, settings):
+def test_invalid_arguments_are_refused(kind, settings):
     with pytest.raises(ValueError, match=f"^{list(settings)[-1]} must be at least"):
         score_of(kind, **settings)
 
 
 @pytest.mark.parametrize(("kind", "settings"), [(FrechetDistance, {}), (KernelDistance, {"subset_size": 20})])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_features_that_are_not_finite_are_an_error_that_names_them(kind, settings, bad):
+def test_error_names_features_that_are_not_finite(kind, settings, bad):
     score = score_of(kind, **settings)
     give_reference(score, REAL)
     score.features.scale = bad

@@ -1,4 +1,4 @@
-"""InceptionV3 against torch-fidelity and torchmetrics: on random weights, and on the real ones if present."""
+"""Checks InceptionV3 against torch-fidelity and torchmetrics, with random weights and, if present, the real ones."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ real_weights = pytest.mark.skipif(
 )
 
 
-def test_features_are_torch_fidelitys(state_dict_file, pool3_file):
+def test_features_agree_with_torch_fidelity(state_dict_file, pool3_file):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     images = random_images(6, (3, 32, 32))
@@ -36,12 +36,12 @@ def test_features_are_torch_fidelitys(state_dict_file, pool3_file):
         assert (found - expected).norm() < 2e-6 * expected.norm()
     short = InceptionFeatures(str(pool3_file))
     assert (short(images) - theirs[1]).norm() < 2e-6 * theirs[1].norm()
-    # without its head the same network: one feature space, one cache
+    # without the head it is the same feature space, with the same cache
     assert short.sha256 == InceptionFeatures(str(state_dict_file)).sha256
     assert short.name == "inception"
 
 
-def test_grey_images_are_repeated_into_colour_and_other_channels_refused(pool3_file):
+def test_grey_images_are_converted_to_rgb_and_other_channels_refused(pool3_file):
     features = InceptionFeatures(str(pool3_file), "64")
     grey = random_images(2, (1, 16, 16))
     assert torch.equal(features(grey), features(grey.repeat(1, 3, 1, 1)))
@@ -52,7 +52,7 @@ def test_grey_images_are_repeated_into_colour_and_other_channels_refused(pool3_f
 def test_images_of_any_height_and_width_are_resized(pool3_file):
     features = InceptionFeatures(str(pool3_file), "64")
     assert features(random_images(2, (3, 20, 48))).shape == (2, 64)
-    # the two axes are not exchanged: rows and columns of a picture that is constant along one of them
+    # the axes are not exchanged: the image is constant along rows
     stripes = torch.arange(20, dtype=torch.uint8).mul(12).reshape(1, 1, 20, 1)
     wide, tall = stripes.expand(1, 1, 20, 48), stripes.expand(1, 1, 20, 30)
     torch.testing.assert_close(features(wide), features(tall))
@@ -98,7 +98,7 @@ def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file, layer,
     )["frechet_inception_distance"]
     assert found == pytest.approx(theirs, rel=1e-5)
 
-    # antialiasing off: on, its default, torchmetrics resizes otherwise than FID's reference implementation
+    # with antialias=True, its default, torchmetrics resizes differently from the reference implementation of FID
     metric = FrechetInceptionDistance(
         int(layer), antialias=False, feature_extractor_weights_path=str(state_dict_file)
     )
@@ -110,7 +110,7 @@ def test_fid_agrees_with_torch_fidelity_and_torchmetrics(state_dict_file, layer,
 # --- finding and reading weights
 
 
-def test_order_of_the_places_that_weights_come_from(tmp_path, monkeypatch):
+def test_order_of_the_locations_of_weights(tmp_path, monkeypatch):
     pool3, hub = tmp_path / "pool3.safetensors", tmp_path / "hub"
     monkeypatch.setattr("src.metrics.inception.POOL3_FILE", pool3)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
@@ -131,14 +131,14 @@ def test_order_of_the_places_that_weights_come_from(tmp_path, monkeypatch):
     pool3.write_bytes(b"")
     assert find_weights(None, "2048") == pool3
     assert find_weights(None, "logits_unbiased") == downloaded
-    asked = tmp_path / "mine.pth"
-    asked.write_bytes(b"")
-    assert find_weights(str(asked), "2048") == asked
+    given = tmp_path / "mine.pth"
+    given.write_bytes(b"")
+    assert find_weights(str(given), "2048") == given
     with pytest.raises(UserError, match=r"other\.pth: no such file"):
         find_weights(str(tmp_path / "other.pth"), "2048")
 
 
-def test_an_unknown_home_folder_and_one_that_cannot_be_written_are_user_errors(tmp_path, monkeypatch):
+def test_unknown_home_folder_and_unwritable_cache_are_user_errors(tmp_path, monkeypatch):
     def unknown(path):
         raise RuntimeError("Could not determine home directory.")
 
@@ -160,9 +160,7 @@ class Trap:
 
 @pytest.mark.parametrize("content", ["text", "empty", "pickle", "tensor", "classifier", "shape", "nan"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_is_not_what_it_says_is_a_user_error(
-    random_weights, tmp_path, monkeypatch, content, suffix
-):
+def test_invalid_file_is_a_user_error(random_weights, tmp_path, monkeypatch, content, suffix):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"weights{suffix}"
     weights = None
@@ -195,13 +193,13 @@ def test_logits_need_a_file_with_the_head(pool3_file):
         InceptionFeatures(str(pool3_file), "1024")
 
 
-def test_loading_leaves_the_random_state_alone(pool3_file):
+def test_loading_does_not_change_the_random_state(pool3_file):
     before = torch.random.get_rng_state()
     InceptionFeatures(str(pool3_file))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# --- making weights from the package
+# --- converting the weights of the package
 
 
 def nvidia_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,7 +212,7 @@ def nvidia_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_conversion_puts_every_tensor_in_its_place(random_weights):
+def test_conversion_maps_every_tensor(random_weights):
     converted = fetch_inception.convert(nvidia_layout(random_weights))
     expected = {n for n in random_weights if "fc." not in n and "num_batches" not in n}
     assert set(converted) == expected
@@ -260,8 +258,8 @@ def test_an_output_that_cannot_be_written_is_refused_in_one_line(
 
 
 @real_weights
-def test_real_weights_are_the_ones_that_scores_were_recorded_with():
-    # measured on the file that gave all of the documented examples below
+def test_real_weights_have_the_recorded_hash():
+    # the hash of the file that reproduces all documented examples below
     assert InceptionFeatures().sha256 == "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab74918"
 
 
@@ -274,7 +272,7 @@ def test_real_weights_give_the_documented_fid_of_64_features():
     file = io.BytesIO()
     torch.save(build_network(read_weights(POOL3_FILE.expanduser()), "64", "").state_dict(), file)
     file.seek(0)
-    # the documented images were drawn after a network's initial weights, from the same generator
+    # the documented example initialises a network before it draws the images from the same generator
     torch.manual_seed(42)
     FeatureExtractorInceptionV3("initialised", ["64"], feature_extractor_weights_path=file)
     real = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)

@@ -22,7 +22,7 @@ def test_shift_moves_channels_together():
     assert torch.equal(moved[:, 0], moved[:, 2])
 
 
-def test_command_trains_a_classifier_and_the_seed_decides_it(tmp_path, monkeypatch):
+def test_command_trains_a_classifier_determined_by_the_seed(tmp_path, monkeypatch):
     monkeypatch.setitem(train_classifier.EPOCHS, "digits", 4)
     files = []
     for name in ("a.safetensors", "b.safetensors"):

@@ -1,4 +1,4 @@
-"""What a network promises: shapes, conditions, a second time; networks of other packages behind the same interface."""
+"""The network interface: shapes, conditions, a second time, and adapters for networks of other packages."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from src.model import ForeignNetwork, UNet, adapted
 
 
 def small(trained=True, **arguments):
-    """A UNet of 8x8 images; its last layers, zero at first, are as after a training."""
+    """A UNet for 8x8 images; with `trained`, all weights but those of the second time are random."""
     torch.manual_seed(0)
     sizes = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1, "groups": 4}
     network = UNet(**{"image_size": 8, "channels": 1, **sizes, **arguments}).eval()
@@ -25,7 +25,7 @@ def test_images_need_not_be_square():
     assert network.image_shape == (1, 8, 12)
     x, label = torch.randn(2, 1, 8, 12), torch.tensor([3.0, 5.0])
     assert network(x, label).shape == x.shape
-    # the same function as on the parts that a convolution sees alike: transposed weights transpose the image
+    # with transposed kernels, the transposed image gives the transposed output
     turned = small(image_size=[12, 8])
     turned.load_state_dict(
         {k: w.transpose(2, 3) if w.dim() == 4 else w for k, w in network.state_dict().items()}
@@ -36,13 +36,13 @@ def test_images_need_not_be_square():
 
 
 @pytest.mark.parametrize("size", [0, [8], [8, 0], [8, 8, 8]])
-def test_an_impossible_size_is_named(size):
+def test_invalid_image_size_is_refused(size):
     with pytest.raises(ValueError, match=r"^image_size must be"):
         small(image_size=size)
 
 
 @torch.no_grad()
-def test_no_class_is_the_row_after_the_last():
+def test_dropped_labels_equal_no_condition():
     network = small(num_classes=3)
     x, label = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 5.0])
     dropped = Condition(labels=torch.tensor([0, 2])).dropped()
@@ -52,7 +52,7 @@ def test_no_class_is_the_row_after_the_last():
 
 
 @torch.no_grad()
-def test_a_second_time_begins_without_effect_and_is_learned():
+def test_second_time_has_no_effect_at_initialisation_but_can_be_learned():
     plain, network = small(trained=False), small(trained=False, second_time=True)
     x, label, other = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])
     shared = {k: w for k, w in network.state_dict().items() if not k.startswith("second_time")}
@@ -67,7 +67,7 @@ def test_a_second_time_begins_without_effect_and_is_learned():
 
 
 class Theirs(nn.Module):
-    """A network as other packages have them: its own words, an object as output."""
+    """A network like those of other packages: other argument names, and an object as output."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def test_a_foreign_network_is_adapted():
     )
 
 
-def test_our_networks_are_left_as_they_are():
+def test_networks_of_the_package_are_not_wrapped():
     network = small()
     assert adapted(network, (1, 8, 8)) is network
 

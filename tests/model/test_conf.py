@@ -1,4 +1,4 @@
-"""The presets of the group `model`, joined with the sizes of the data as the doors join them."""
+"""The presets of the group `model`, built with the image size and channels of the data."""
 
 from pathlib import Path
 
@@ -53,16 +53,16 @@ def test_ddpm_preset_is_the_published_network():
     assert network.encoder[0][0].dropout.p == 0.1
 
 
-def test_ddpm_preset_says_what_to_do_at_28_pixels():
+def test_ddpm_preset_suggests_a_fix_at_28_pixels():
     with pytest.raises(Exception, match="pad the images to 32 pixels, or give at most 3 channel_multipliers"):
         build("unet_ddpm", 28, 1)
 
 
-def test_sizes_in_the_comments():
+def test_parameter_counts_match_the_comments():
     assert size(build("unet_small", 28, 1)) == pytest.approx(1.6e6, rel=0.05)
     assert size(build("unet_tiny", 8, 1)) == pytest.approx(0.28e6, rel=0.05)
 
 
 @pytest.mark.parametrize("path", sorted(GROUP.glob("*.yaml")), ids=lambda path: path.stem)
-def test_first_line_says_what_it_is(path):
+def test_first_line_is_a_comment(path):
     assert path.read_text().startswith("# ")

@@ -19,7 +19,7 @@ def test_equals_the_formula_in_float64(dim, dtype):
 
     embedding = sinusoidal_embedding(label, dim)
     assert embedding.dtype == torch.float32
-    # float32 carries an angle of 999 to 6e-5
+    # float32 represents an angle of 999 with a spacing of 6e-5
     np.testing.assert_allclose(embedding.numpy(), expected, rtol=0, atol=2e-4)
     np.testing.assert_allclose(embedding[:2].numpy(), expected[:2], rtol=0, atol=1e-6)
 

@@ -21,7 +21,7 @@ def tiny(**changes) -> UNet:
 
 
 def perturbed(network: UNet) -> UNet:
-    """Away from the zero initial weights, which hide everything below them."""
+    """Adds noise to all weights: the layers initialised to zero would mask the layers before them."""
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in network.parameters():
@@ -54,7 +54,7 @@ def test_untrained_blocks_add_nothing():
 
 
 def test_initial_weights_have_the_variance_of_the_ddpm_code():
-    # Uniform in +-sqrt(6 / (fan_in + fan_out)); query, key and value are three layers.
+    # Uniform in +-sqrt(6 / (fan_in + fan_out)); query, key and value count as three layers.
     limit = math.sqrt(6 / (64 * 9 + 128 * 9))
     weight = xavier(nn.Conv2d(64, 128, 3)).weight
     assert limit * 0.99 < weight.abs().max() <= limit
@@ -114,7 +114,7 @@ def test_time_changes_the_output():
     assert (network(x, label) - network(x, label + 0.5)).abs().max() > 1e-3
 
 
-def test_integer_and_float_labels_are_one_time():
+def test_integer_and_float_labels_give_the_same_output():
     network = perturbed(tiny())
     x, _ = batch()
     label = torch.tensor([0, 3, 500, 999])
@@ -129,7 +129,7 @@ def test_images_of_a_batch_do_not_mix():
     torch.testing.assert_close(network(x, label, condition), torch.cat(one_by_one))
 
 
-def test_class_changes_the_output_and_the_null_class_is_none():
+def test_class_changes_the_output_and_the_null_class_equals_no_condition():
     network = perturbed(tiny(num_classes=3))
     x, label = batch()
     first, second, null = (network(x, label, torch.full((4,), i)) for i in (0, 1, 3))
@@ -146,7 +146,7 @@ def test_unconditional_network_refuses_classes():
         network(x, label, torch.zeros(4, dtype=torch.long))
 
 
-def test_dropout_is_drawn_in_training_only():
+def test_dropout_is_active_only_in_training():
     network = perturbed(tiny(dropout=0.5))
     x, label = batch()
     assert not torch.equal(network(x, label), network(x, label))
@@ -166,7 +166,7 @@ def test_bf16_autocast_is_close_to_float32_with_gradients():
     with torch.autocast("cpu", torch.bfloat16):
         output = network(x, label)
     assert output.dtype == torch.bfloat16
-    # bfloat16 has 8 bits of precision; some twenty roundings follow one another.
+    # bfloat16 has 8 bits of precision, and about twenty roundings accumulate.
     assert (output - expected).norm() < 0.05 * expected.norm()
     output.float().square().sum().backward()
     assert all(weight.grad.dtype == torch.float32 for weight in network.parameters())
@@ -191,7 +191,7 @@ def test_float64_network_runs_in_float64():
 
 
 def test_graph_has_no_breaks():
-    # The "eager" backend traces without generating code: seconds instead of a minute.
+    # The "eager" backend traces without generating code, which takes seconds instead of a minute.
     network = perturbed(tiny(num_classes=3))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     x, label = batch()
@@ -230,7 +230,7 @@ def test_compiled_network_is_the_same_function():
         ({"dropout": 1.5}, "[Dd]ropout"),
     ],
 )
-def test_impossible_arguments_are_named_with_their_cure(changes, message):
+def test_error_names_the_invalid_argument_and_a_fix(changes, message):
     arguments = {
         "image_size": 8,
         "channels": 1,

@@ -1,4 +1,4 @@
-"""Averages of weights against their definitions, written out in numpy."""
+"""Checks averages of weights against their definitions in numpy."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from src.training.ema import EMA, HalfLifeEMA, PowerEMA
 
 
 def _run(ema, path, folder=None, accumulate=1, start=0):
-    """Trains a network of one parameter along a path of weights, by the callback's hooks alone."""
+    """Moves a one-parameter network along a path of weights and calls the hooks of the callback."""
     network = nn.Linear(1, 1, bias=False).double()
     module = SimpleNamespace(denoiser=SimpleNamespace(network=network), gradient_norm=torch.zeros(()))
     trainer = SimpleNamespace(
@@ -54,8 +54,8 @@ def test_constant_decay(warmup, accumulate):
     assert ema.updates == 200
 
 
-def test_share_of_the_start_without_warmup():
-    # 0.9999^5000 = 61 %: why the default forgets the start
+def test_weight_of_the_initial_value_without_warmup():
+    # 0.9999^5000 = 61 %, which is why the default uses warmup
     path = np.concatenate([[1.0], np.zeros(5000)])
     ema = EMA(0.9999, warmup=False)
     _run(ema, path)
@@ -63,7 +63,7 @@ def test_share_of_the_start_without_warmup():
 
 
 def test_half_life_of_edm():
-    # 2^(-batch/h) with h = min(half_life, ramp * images seen); the start is forgotten
+    # decay = 2^(-batch/h) with h = min(half_life, ramp * images seen); the initial value has weight 0
     path = _path(300)
     ema = HalfLifeEMA(half_life=1000, ramp=0.05, batch_size=128)
     _run(ema, path)
@@ -77,7 +77,7 @@ def test_half_life_of_edm():
 
 
 def test_exponents_of_edm2():
-    # as published: sigma_rel = 0.05 and 0.10 have gamma = 16.97 and 6.94
+    # published: gamma = 16.97 for sigma_rel = 0.05 and 6.94 for 0.10
     assert post_hoc.exponent(0.05) == pytest.approx(16.97, abs=0.005)
     assert post_hoc.exponent(0.10) == pytest.approx(6.94, abs=0.005)
     assert post_hoc.exponent(12**-0.5) == pytest.approx(0, abs=1e-6)
@@ -94,7 +94,7 @@ def test_power_function_weighs_steps_by_their_power():
     for average, std in zip(_averages(ema), stds, strict=True):
         gamma = post_hoc.exponent(std)
         profile = t**gamma / (t**gamma).sum()
-        # the recursion's profile is t^gamma up to gamma/n
+        # the profile of the recursion equals t^gamma up to a relative error of gamma/n
         assert average == pytest.approx((profile * path[1:]).sum(), rel=0.02)
         relative = np.sqrt((profile * t**2).sum() - (profile * t).sum() ** 2) / 2000
         assert relative == pytest.approx(std, rel=0.01)
@@ -102,7 +102,7 @@ def test_power_function_weighs_steps_by_their_power():
 
 
 @pytest.mark.parametrize("std", [0.05, 0.07, 0.1, 0.13, 0.2])
-def test_any_length_is_made_from_snapshots(std, tmp_path):
+def test_average_of_any_length_is_synthesised_from_snapshots(std, tmp_path):
     path = _path(4000)
     stored = PowerEMA((0.05, 0.10), snapshot_every=500)
     _run(stored, path, tmp_path)
@@ -110,18 +110,18 @@ def test_any_length_is_made_from_snapshots(std, tmp_path):
     wanted = PowerEMA((std,), snapshot_every=0)
     _run(wanted, path)
     made = post_hoc.synthesise(tmp_path / "ema", std, 4000)["weight"].item()
-    # the path's own spread is 2; lengths within the stored range are met to a thousandth of it
+    # the standard deviation of the path is 3; the tolerance is smaller for lengths near the stored ones
     assert made == pytest.approx(_averages(wanted)[0], abs=0.02 if std <= 0.13 else 0.1)
     assert abs(_averages(stored)[0] - _averages(stored)[1]) > 0.05
 
 
-def test_stored_profiles_are_their_own_best_combination():
+def test_stored_profile_is_reproduced_exactly():
     stored = [(1000, 6.94), (2000, 6.94), (2000, 16.97)]
     np.testing.assert_allclose(post_hoc.coefficients(stored, (2000, 16.97)), [0, 0, 1], atol=1e-8)
 
 
 def test_inner_product_is_the_integral_of_the_profiles():
-    t = (np.arange(200_000) + 0.5) / 200_000 * 900  # the midpoints up to the earlier end
+    t = (np.arange(200_000) + 0.5) / 200_000 * 900  # midpoint rule up to the earlier end
     for (a, ga), (b, gb) in [((900, 3.0), (1500, 8.0)), ((1500, 2.0), (900, 5.0))]:
         integrand = (ga + 1) * t**ga / a ** (ga + 1) * (gb + 1) * t**gb / b ** (gb + 1)
         ours = post_hoc._inner_product(a, ga, b, gb)
@@ -129,7 +129,7 @@ def test_inner_product_is_the_integral_of_the_profiles():
 
 
 def test_snapshots_of_later_steps_are_set_aside(tmp_path):
-    """Resumed at step 50: those of 60 to 100 are of another history."""
+    """After resuming at step 50, the snapshots of steps 60 to 100 belong to another history."""
     path = _path(100)
     first = PowerEMA((0.05, 0.10), snapshot_every=10)
     _run(first, path[:51], tmp_path)
@@ -145,8 +145,8 @@ def test_snapshots_of_later_steps_are_set_aside(tmp_path):
     assert len(list((tmp_path / "ema").glob("*.set_aside"))) == 5
 
 
-def test_averages_of_a_bfloat16_network_follow(tmp_path):
-    """Increments of 1/1000 are below bfloat16's resolution: an average kept in it would stay where it is."""
+def test_averages_of_a_bfloat16_network_are_kept_in_float32(tmp_path):
+    """Increments of 1/1000 are below the resolution of bfloat16: a bfloat16 average would not change."""
     network = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.constant_(network.weight, 0)
     averages = [
@@ -161,7 +161,7 @@ def test_averages_of_a_bfloat16_network_follow(tmp_path):
         for ema in averages:
             ema.update(network, torch.tensor(True))
             ema.updates = step + 1
-    # 1 - 0.999^1000; the second has the same decay but forgets the start at once, and so does the third
+    # the first is 1 - 0.999^1000; the second, with the same decay, and the third give the initial value weight 0
     assert averages[0].weights["weight"].item() == pytest.approx(1 - 0.999**1000, rel=1e-4)
     assert averages[1].weights["weight"].item() == averages[2].weights["weight"].item() == 1
     nn.init.constant_(network.weight, 2)
@@ -177,7 +177,7 @@ def test_averages_of_a_bfloat16_network_follow(tmp_path):
     assert post_hoc.synthesise(tmp_path, 0.05, 1)["weight"].dtype == torch.float32
 
 
-def test_averages_stored_in_bfloat16_are_widened():
+def test_averages_stored_in_bfloat16_are_converted_to_float32():
     network = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     ema = EMA(0.999)
     ema.load_state_dict({"weights": {"weight": torch.ones(1, 1).bfloat16()}, "others": [], "updates": 7})
@@ -202,7 +202,7 @@ def test_a_missing_snapshot_is_named(tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda: EMA(0.9), lambda: HalfLifeEMA(batch_size=8), lambda: PowerEMA((0.05, 0.1), 0)]
 )
-def test_a_resumed_average_is_that_of_one_run(make):
+def test_resumed_average_equals_that_of_an_uninterrupted_run(make):
     path = _path(100)
     once, first, second = make(), make(), make()
     _run(once, path)
@@ -241,6 +241,6 @@ def test_applied_restores_the_weights():
         (lambda: PowerEMA(snapshot_every=-1), "snapshot_every"),
     ],
 )
-def test_impossible_numbers_are_refused(make, name):
+def test_invalid_arguments_are_refused(make, name):
     with pytest.raises(ValueError, match=f"^{name} must"):
         make()

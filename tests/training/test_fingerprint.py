@@ -1,4 +1,4 @@
-"""Which code a training depends on, and what of it counts."""
+"""Code fingerprints: which modules a training depends on, and which changes count."""
 
 import importlib
 import sys
@@ -25,8 +25,8 @@ from src.training.lr_schedule import WarmUp
 from src.training.module import DiffusionModule
 
 
-def test_the_code_of_a_training():
-    """All that its steps run through; nothing of sampling, scoring, logging and saving."""
+def test_modules_of_a_training():
+    """Contains all modules that a training step uses, and none of sampling, scoring, logging and saving."""
     network = UNet(channels=1, image_size=8, base_channels=32)
     loss = DenoisingLoss(Denoiser(network, Cosine(8), V()), SNR(), Uniform())
     warmup = partial(WarmUp, warmup_steps=3)
@@ -72,7 +72,7 @@ FILES = {
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A user's package with a network; gives a function that edits a file and returns the fingerprints."""
+    """A user's package with a network. Yields a function that edits files and returns the fingerprints."""
     folder = tmp_path / "mynetworks"
     folder.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -105,7 +105,7 @@ def test_imports_are_followed_to_the_defining_modules(package):
         ({"late": "x = 2\n"}, {"mynetworks.late"}),
     ],
 )
-def test_only_what_runs_counts(package, edits, changed):
+def test_only_executed_code_counts(package, edits, changed):
     before, after = package(), package(**edits)
     assert {name for name in before if before[name] != after[name]} == changed
     assert before.keys() == after.keys()

@@ -1,4 +1,4 @@
-"""What a training step minimises and a validation step measures."""
+"""The losses of training and validation steps."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ T = 8
 
 
 class TimeItself(TimedLoss):
-    """A loss that is the time, whatever the image."""
+    """A loss that equals the time and ignores the image."""
 
     def forward(self, x0, draws, eps, condition=None):
         return draws.to(x0)
@@ -38,7 +38,7 @@ class Scale(nn.Module):
 
 
 def batch_of(n, **condition):
-    """n grey images of 1 x 2 x 2 pixels, at the first places of the stream."""
+    """n grey images of 1 x 2 x 2 pixels, at the first positions of the stream."""
     return Batch(torch.full((n, 1, 2, 2), 128, dtype=torch.uint8), Condition(**condition), torch.arange(n))
 
 
@@ -48,8 +48,8 @@ def module_of(loss, batch_size, **arguments):
     )
 
 
-def test_the_preference_for_some_times_is_undone():
-    # p_t ~ L_t is the estimate of least variance, none, of the mean loss over uniform times (T + 1)/2
+def test_importance_sampling_does_not_change_the_expected_loss():
+    # p_t ~ L_t gives an estimate of zero variance for the mean loss over uniform times, (T + 1)/2
     importance = Importance(bins=T, history=1, uniform=1e-6)
     times = torch.arange(1, T + 1, dtype=torch.float64)
     importance.update(times, times, Cosine(T))
@@ -73,7 +73,7 @@ def test_validation_losses_are_not_balanced():
 
 
 class TwoTimes(Loss):
-    """A loss that draws t and an earlier s, and gives the network both."""
+    """A loss that draws t and an earlier time s and passes both to the network."""
 
     def __init__(self, denoiser):
         super().__init__(denoiser)
@@ -92,7 +92,7 @@ class TwoTimes(Loss):
 
 
 class Between(nn.Module):
-    """Reads both times."""
+    """A network that records both labels."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_loss_may_draw_two_times():
 
 
 class Reading(nn.Module):
-    """Keeps the labels that it is given."""
+    """A network that records the class labels."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class Reading(nn.Module):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_condition_is_dropped_by_place_in_the_stream(dropout):
+def test_condition_dropout_depends_on_the_position_in_the_stream(dropout):
     network = Reading()
     loss = DenoisingLoss(Denoiser(network, Cosine(T), V()), SNR(), Uniform())
     module = module_of(loss, batch_size=400, conditioning=ByClass(10, dropout))
@@ -148,7 +148,7 @@ def test_the_condition_is_dropped_by_place_in_the_stream(dropout):
     quarter = Batch(quarter.images[100:200], quarter.condition.index(slice(100, 200)), torch.arange(100, 200))
     module.training_step(quarter, 0)
     assert torch.equal(network.labels[-1], whole[100:200])
-    # in validation nothing is dropped
+    # validation drops no condition
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     loader = DataLoader([batch_of(400, labels=labels)], batch_size=None)
     trainer.validate(module, loader, verbose=False)

@@ -1,4 +1,4 @@
-"""Steps that are not finite, decided on the host and on the device; and that the host never waits for the device."""
+"""Non-finite steps are skipped, on the host or on the device; on the device, the host never synchronises."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ AVERAGES = [
 
 @pytest.fixture
 def device_path(monkeypatch):
-    """The CPU as if it were an accelerator, whose numbers are not read."""
+    """Treats the CPU as an accelerator, whose values the host does not read."""
     for module in ("nonfinite", "ema"):
         monkeypatch.setattr(f"src.training.{module}.is_free_to_read", lambda number: False)
 
@@ -40,7 +40,7 @@ def _steps(number, make_optimizer, ema, scaler=None, poison=NAN_AT):
         loss = network(torch.randn(16, 4)).square().mean() * (float("nan") if step == poison else 1.0)
         (loss if scaler is None else scaler.scale(loss)).backward()
         if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)  # as Lightning does, for these only
+            scaler.unscale_(optimizer)  # Lightning unscales gradients only for these optimisers
         norm = clip_or_skip(optimizer, network.parameters(), 0.1, scaler)
         if scaler is None:
             optimizer.step()
@@ -78,7 +78,7 @@ WAITING = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 @pytest.mark.parametrize("make_ema", AVERAGES)
 @pytest.mark.parametrize("name", FUSED)
-def test_a_step_that_is_not_finite_updates_nothing_on_the_device(device_path, name, make_ema):
+def test_nonfinite_step_updates_nothing_on_the_device(device_path, name, make_ema):
     states, norms = _steps(6, FUSED[name], make_ema())
     assert not torch.tensor(norms[NAN_AT]).isfinite()
     assert _equal(states[NAN_AT], states[NAN_AT - 1])
@@ -88,28 +88,28 @@ def test_a_step_that_is_not_finite_updates_nothing_on_the_device(device_path, na
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_other_optimizers_wait_for_the_device(device_path, name):
+def test_other_optimizers_synchronise(device_path, name):
     states, _ = _steps(6, WAITING[name], EMA(0.9))
     assert _equal(states[NAN_AT], states[NAN_AT - 1])
     assert not _equal(states[NAN_AT + 1], states[NAN_AT])
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_the_device_decides_as_the_host(monkeypatch, name):
+def test_device_and_host_skip_the_same_steps(monkeypatch, name):
     plain, norms = _steps(6, FUSED[name], EMA(0.9))
     for module in ("nonfinite", "ema"):
         monkeypatch.setattr(f"src.training.{module}.is_free_to_read", lambda number: False)
     ours, device_norms = _steps(6, FUSED[name], EMA(0.9))
     for host, device in zip(plain, ours, strict=True):
-        assert _equal(host[:2], device[:2]), "weights and moments have the same bits"
+        assert _equal(host[:2], device[:2]), "weights or moments differ"
         torch.testing.assert_close(device[2], host[2], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(device_norms, norms, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("make", [FUSED["adam"], WAITING["adam"]])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_scaled_gradients_are_clipped_at_their_own_size(monkeypatch, make, on_device):
-    """precision=16-mixed: fused optimisers unscale in their step, after the clipping."""
+def test_gradients_are_clipped_by_their_unscaled_norm(monkeypatch, make, on_device):
+    """precision=16-mixed: fused optimisers unscale gradients in their step, after clipping."""
     plain, norms = _steps(3, make, EMA(0.9), poison=None)
     if on_device:
         for module in ("nonfinite", "ema"):
@@ -152,13 +152,13 @@ def test_skipped_steps_are_counted(tmp_path):
         _count(callback, trainer, [NAN])
 
 
-def test_the_device_is_read_every_few_steps(tmp_path, device_path):
+def test_device_is_read_every_few_steps(tmp_path, device_path):
     trainer, logged = _trainer(tmp_path)
     callback = SkipNonFinite(stop_after=3)
     callback.on_train_start(trainer, None)
     _count(callback, trainer, [1.0, NAN])
     assert (logged, callback.skipped) == ([], 0)
-    assert callback.state_dict() == {"skipped": 1, "in_a_row": 1}, "a checkpoint has the count"
+    assert callback.state_dict() == {"skipped": 1, "in_a_row": 1}, "state_dict must include the unread steps"
     _count(callback, trainer, [NAN, 1.0, 1.0])
     assert logged == [(5, {"train/skipped_steps": 2})]
     _count(callback, trainer, [NAN, NAN])
@@ -170,7 +170,7 @@ def test_the_device_is_read_every_few_steps(tmp_path, device_path):
     assert callback._unread == []
 
 
-def test_one_recovery_between_two_reads_does_not_hide_the_row(tmp_path, device_path):
+def test_finite_step_between_two_reads_does_not_hide_the_failures(tmp_path, device_path):
     trainer, _ = _trainer(tmp_path)
     callback = SkipNonFinite(stop_after=3)
     callback.on_train_start(trainer, None)
@@ -180,7 +180,7 @@ def test_one_recovery_between_two_reads_does_not_hide_the_row(tmp_path, device_p
 
 
 class TestWithoutWaiting:
-    """Tensors that only claim to be on a GPU: reading one on the host raises."""
+    """Runs on fake CUDA tensors: reading a value on the host raises."""
 
     @pytest.fixture(autouse=True)
     def fake(self):
@@ -214,7 +214,7 @@ class TestWithoutWaiting:
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
         norm = clip_or_skip(optimizer, network.parameters(), 1.0)
         assert norm.device.type == optimizer.found_inf.device.type == "cuda"
-        with pytest.raises(DataDependentOutputException):  # not fused: it waits
+        with pytest.raises(DataDependentOutputException):  # the optimiser without fused=True synchronises
             clip_or_skip(torch.optim.SGD(network.parameters(), fused=False), network.parameters(), 1.0)
 
     def test_counting(self, tmp_path):

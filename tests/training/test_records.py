@@ -1,4 +1,4 @@
-"""What checkpoints, loggers and processes do where something is missing."""
+"""Checkpoint records, loggers and processes if something is missing."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def test_only_weights_averages_and_moments_must_be_finite(tmp_path):
         assert not path.exists()
 
 
-def test_data_without_a_source_have_no_fingerprint():
+def test_data_without_a_source_has_no_fingerprint():
     trainer = SimpleNamespace(
         datamodule=SimpleNamespace(),
         world_size=1,
@@ -58,7 +58,7 @@ def test_data_without_a_source_have_no_fingerprint():
     assert checkpoint["origin"]["data"] is None
 
 
-def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
+def test_missing_wandb_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^logger=wandb: .*install it, or choose logger=csv$") as caught:
         wandb_settings(tmp_path, None)
@@ -70,7 +70,7 @@ def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
         raise ModuleNotFoundError("Neither `tensorboard` nor\n`tensorboardX` is available")
 
 
-def test_settings_write_nothing(tmp_path, monkeypatch):
+def test_wandb_settings_write_no_files(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = wandb_settings(tmp_path / "run", None)
     assert not (tmp_path / "run").exists()
@@ -84,15 +84,15 @@ def test_the_first_process(monkeypatch, name):
     assert is_first_process()
     monkeypatch.setenv(name, "1")
     assert not is_first_process()
-    assert is_first_process(several=False), "a training of one process, whatever else is in its allocation"
+    assert is_first_process(several=False), "one process is the first, whatever the rank of its allocation"
 
 
-def test_the_trainer_decides_on_the_rank(monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID
+def test_rank_is_not_read_from_the_allocation(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # the rank that Lightning reads from SLURM_PROCID
     launch_by_command_line()
     assert rank_zero_only.rank == 0
 
 
-def test_lightning_has_the_agreement_that_is_replaced():
-    """`StopOnSignal` agrees on signals itself; Lightning's way waits for the device at every step."""
+def test_lightning_has_the_function_that_is_replaced():
+    """`StopOnSignal` synchronises signals between ranks; Lightning's function waits for the device at every step."""
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)

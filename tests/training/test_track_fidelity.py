@@ -22,7 +22,7 @@ from tests.metrics.pixels import REAL, Source, score_of
 
 
 class Module(LightningModule):
-    """A training of one number."""
+    """A module with one parameter."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Module(LightningModule):
 
 
 class Shifted:
-    """A recipe that makes the reference images, moved by as many grey levels as `errors` says for each scoring."""
+    """A recipe that returns the reference images plus `errors[i]` grey levels in scoring i, or raises `errors[i]`."""
 
     steps = 3
     codec = Pixels((1, 2, 2))
@@ -113,7 +113,7 @@ def test_the_first_of_several_scores_decides_which_checkpoint_is_the_best(fit, t
     assert callback.latest.protocol["recipe"]["training_steps"] == 4
 
 
-def test_batches_are_no_larger_than_fit_on_the_device_unless_a_size_is_given(fit):
+def test_batch_size_is_that_of_the_device_unless_given(fit):
     assert fit(1, max_steps=1).recipe.batches == [20, 20, 10]
     assert fit(1, max_steps=1, batch_size=40).recipe.batches == [40, 10]
 
@@ -123,7 +123,7 @@ def test_batches_are_no_larger_than_fit_on_the_device_unless_a_size_is_given(fit
 )
 def test_the_score_after_the_last_step_can_be_left_out(fit, every, at_end, steps):
     callback = fit(*range(len(steps)), every=every, at_end=at_end)
-    assert callback.recipe.errors == [], "as many scorings as expected, neither more nor fewer"
+    assert callback.recipe.errors == [], "wrong number of scorings"
     assert (callback.latest is None) == (not steps)
 
 
@@ -159,7 +159,7 @@ def test_a_score_that_is_not_finite_is_reported_and_training_continues(fit, tmp_
     assert callback.latest.protocol["recipe"]["training_steps"] == 3
 
 
-def test_memory_that_runs_out_is_reported_and_training_continues(fit, tmp_path, caplog):
+def test_lack_of_memory_is_reported_and_training_continues(fit, tmp_path, caplog):
     full = RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
     )
@@ -189,18 +189,18 @@ def test_the_best_value_so_far_is_resumed_for_the_same_score_only(fit, tmp_path)
     assert (tmp_path / "best.ckpt").read_bytes() == b"of before"
     assert fit(9, max_steps=1, resume={**state, "score": "kd_pixels"}).best_value > state["best_value"]
     assert best_step(tmp_path) == 1
-    # a file that was set aside leaves no best
+    # without best.ckpt there is no best value
     (tmp_path / "best.ckpt").unlink()
     assert fit(9, max_steps=1, resume=state).best_value > state["best_value"]
 
 
 @pytest.mark.parametrize("settings", [{"n": 1}, {"batch_size": 0}, {"every": 0}])
-def test_numbers_out_of_range_are_refused_by_name(fit, settings):
+def test_invalid_arguments_are_refused(fit, settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be at least 1|^n must be at least 2"):
         fit(**settings)
 
 
-def test_numbers_of_the_yaml_are_the_defaults_of_the_constructor():
+def test_values_of_the_yaml_equal_the_defaults_of_the_constructor():
     numbers = dict(OmegaConf.load(ROOT / "conf/callbacks/track_fidelity.yaml").track_fidelity)
     assert numbers.pop("_target_").endswith("TrackFidelity")
     parameters = inspect.signature(TrackFidelity).parameters

@@ -1,9 +1,9 @@
-"""Writes k_diffusion_reference.json: trajectories' ends by k-diffusion 0.1.1 on the mixture of `mixture.three_modes`.
+"""Writes k_diffusion_reference.json: final images of k-diffusion 0.1.1 on the mixture of `mixture.three_modes`.
 
     python -m tests.diffusion.sampler.make_k_diffusion_reference
 
 Needs `k-diffusion` (with torchsde and torchdiffeq) in a separate environment: it requires numpy 1, this project 2.
-Only `k_diffusion.sampling` is used, in float64; its noise is replaced by `recorded_noise`, as the tests replay it.
+Uses only `k_diffusion.sampling`, in float64, with its noise replaced by `recorded_noise`, which the tests replay.
 """
 
 import importlib
@@ -52,7 +52,7 @@ class Level:
 
 
 def main() -> None:
-    # the package imports all of its parts, training included
+    # bypass the __init__ of the package, which imports all modules, including training
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(find_spec("k_diffusion").submodule_search_locations)
     sys.modules["k_diffusion"] = package
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def x_T() -> torch.Tensor:
-    """Where all start, shape (IMAGES, 1, 1, 2)."""
+    """The initial noise of all samplers, shape (IMAGES, 1, 1, 2)."""
     return SIGMA_MAX * recorded_noise(seed=0)(torch.empty(IMAGES, 1, 1, 2, dtype=torch.float64))
 
 

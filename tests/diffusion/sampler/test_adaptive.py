@@ -1,4 +1,4 @@
-"""The adaptive solver against torchdiffeq and against its tolerance."""
+"""Checks the adaptive solver against torchdiffeq and against its tolerance."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_error_follows_the_tolerance(schedule):
     assert evaluations == sorted(evaluations)
 
 
-def test_the_stretches_do_not_matter():
+def test_result_does_not_depend_on_the_intermediate_times():
     schedule = Cosine()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     one = Dopri5(1e-9)(denoiser, _start(), [1000.0, 0.0])
@@ -60,7 +60,7 @@ def test_the_stretches_do_not_matter():
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
 
 
-def test_each_state_has_the_prediction_at_the_start_of_its_stretch():
+def test_each_state_has_the_prediction_at_the_start_of_its_interval():
     denoiser = MixtureDenoiser(three_modes(), Cosine())
     times = [1000.0, 700.0, 300.0, 0.0]
     before, *states, _ = Dopri5(1e-5).trajectory(denoiser, _start(), times)
@@ -70,7 +70,7 @@ def test_each_state_has_the_prediction_at_the_start_of_its_stretch():
         before = state
 
 
-def test_nan_is_named_with_its_time_and_not_as_a_missed_tolerance():
+def test_nan_is_reported_with_its_time_and_not_as_a_missed_tolerance():
     class Diverged(MixtureDenoiser):
         def forward(self, x_t, level, condition=None):
             return super().forward(x_t * (math.nan if level.label < 400 else 1.0), level)
@@ -82,7 +82,7 @@ def test_nan_is_named_with_its_time_and_not_as_a_missed_tolerance():
         Dopri5(1e-5)(denoiser, _start(), [300.0, 0.0])
 
 
-def test_a_tolerance_out_of_reach_is_an_error():
+def test_unreachable_tolerance_is_an_error():
     schedule = EDM()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     with pytest.raises(UserError, match=r"^sampler.tolerance=1e-30 is not reached"):

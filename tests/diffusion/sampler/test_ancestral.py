@@ -1,4 +1,4 @@
-"""DDPM and DDIM against ground truth, each other and diffusers."""
+"""Checks DDPM and DDIM against exact results, each other and diffusers."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ def _noise(n, seed=0, shape=(1, 1, 1)):
 
 
 class Recording:
-    """A source of noise that keeps what it gave."""
+    """A source of noise that records its draws."""
 
     def __init__(self, seed=1):
         self.generator, self.drawn = torch.Generator().manual_seed(seed), []
@@ -32,7 +32,7 @@ class Recording:
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 @pytest.mark.parametrize("sampler", [DDIM(), DDIM(0.5), DDIM(1.0), DDPM()], ids=lambda s: str(vars(s)))
-def test_gaussian_data_are_reached(schedule, sampler):
+def test_samples_have_the_moments_of_gaussian_data(schedule, sampler):
     # 1,000 steps with the exact denoiser: discretisation shrinks the deviation by 0.3 % at most (measured
     # on the noise-free affine map below); the rest is the statistical error of 10,000 images
     n, mean, std = 10_000, 0.3, 0.5
@@ -43,9 +43,9 @@ def test_gaussian_data_are_reached(schedule, sampler):
 
 
 def _standard_deviation(sampler, times, schedule, std):
-    """Of the images that a sampler makes of Gaussian data, without drawing any.
+    """Standard deviation of the images of a sampler on Gaussian data, computed without sampling.
 
-    Every step is affine in x_t and z, so that x = 0 and x = 1 with z = 0 or 1 give its coefficients.
+    Every step is affine in x_t and z, so x = 0 and x = 1 with z = 0 or 1 determine its coefficients.
     """
     denoiser = MixtureDenoiser(gaussian(0.0, std), schedule)
     variance = schedule(times[:1]).sigma.item() ** 2
@@ -60,8 +60,8 @@ def _standard_deviation(sampler, times, schedule, std):
 
 @pytest.mark.parametrize(("steps", "loss"), [(10, 0.25), (100, 0.028)])
 def test_ddim_shrinks_gaussian_data_by_the_known_amount(steps, loss):
-    # product over the steps of (alpha_s alpha_t v + sigma_s sigma_t) / (alpha_t^2 v + sigma_t^2), the exact
-    # affine map of DDIM for data N(0, v), here written out from the table
+    # DDIM for data N(0, v) multiplies x by (alpha_s alpha_t v + sigma_s sigma_t) / (alpha_t^2 v + sigma_t^2) in
+    # each step; the expected value is the product of these factors from the table
     schedule, v = Linear(), 0.25
     times = Leading()(schedule, steps)
     level = schedule(times)
@@ -84,7 +84,7 @@ def test_eta_one_is_ddpm_with_the_small_variance_step_by_step():
     )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.x, theirs.x, rtol=1e-10, atol=1e-10)
-    assert len(ancestral.drawn) == len(implicit.drawn) == 36  # none at the step to clean data
+    assert len(ancestral.drawn) == len(implicit.drawn) == 36  # no noise in the step to clean data
 
 
 def test_no_noise_is_drawn_without_eta():
@@ -105,7 +105,7 @@ def test_recorded_noise_is_replayed(sampler):
 
 
 @pytest.mark.parametrize("sampler", [DDPM(), DDIM(0.7)])
-def test_an_image_depends_on_its_own_number_only(sampler):
+def test_image_depends_only_on_its_index(sampler):
     schedule = Linear()
     denoiser = MixtureDenoiser(gaussian(0.3, 0.5, (1, 2, 2)), schedule)
     times = Trailing()(schedule, 12)
@@ -122,7 +122,7 @@ def test_an_image_depends_on_its_own_number_only(sampler):
 
 
 class Network(torch.nn.Module):
-    """A smooth network of x and label, so that a wrong time shows."""
+    """A smooth function of x and label: a wrong time changes the output."""
 
     def forward(self, x, label, condition=None):
         return torch.tanh(x * (0.5 + label.view(-1, 1, 1, 1) / 1000)) + 0.1 * x.flip(-1)
@@ -170,7 +170,7 @@ def test_ddim_agrees_with_diffusers(eta, clip, monkeypatch):
     monkeypatch.setattr(scheduling_ddim, "randn_tensor", lambda shape, **_: next(replay))
     x_T = _noise(4, 3, (1, 4, 4)).float()
     scheduler = DDIMScheduler(1000, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
-    # eps follows the clipped x0 only on request there
+    # diffusers recomputes eps from the clipped x0 only with this option
     expected = _diffusers_images(scheduler, steps, x_T, noise, eta=eta, use_clipped_model_output=clip)
 
     schedule = Linear()

@@ -1,4 +1,4 @@
-"""The sampling loop: evaluations, refusals, and inputs that must not change."""
+"""The sampling loop: number of evaluations, errors, and unchanged inputs."""
 
 import math
 
@@ -30,7 +30,7 @@ from src.errors import UserError
 from tests.diffusion.mixture import MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import Wavy, recorded_noise, standard_normal
 
-# evaluations of S steps that end at clean data
+# number of evaluations for S steps that end at clean data
 EVALUATIONS = {
     DDIM(): lambda S: S,
     DDPM(): lambda S: S,
@@ -71,19 +71,19 @@ def test_evaluations_are_counted(sampler, count):
 
 @pytest.mark.parametrize("sampler", EVALUATIONS, ids=_name)
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), ZeroTerminalSNR(Linear()), VP()], ids=_name)
-def test_every_sampler_serves_every_schedule_from_pure_noise(sampler, schedule):
-    # few steps: the images are near the data's modes, though not exact
+def test_every_sampler_works_on_every_schedule_from_pure_noise(sampler, schedule):
+    # with few steps the images are close to the modes of the data but not exact
     denoiser = MixtureDenoiser(three_modes(), schedule)
     x_T = recorded_noise(0)(torch.empty(200, 1, 1, 2))
     images = sampler(denoiser, x_T, Trailing()(schedule, 50), noise=recorded_noise())
     assert images.dtype == torch.float64
     distance = (images - three_modes().means.unsqueeze(1)).flatten(2).norm(dim=2).min(dim=0).values
-    assert distance.median() < 0.35  # half of the data lie within 0.19, of noise within 0.9
+    assert distance.median() < 0.35  # the median distance of data is 0.19, of noise 0.9
     assert (images.mean(dim=0) - three_modes().mean).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("sampler", EVALUATIONS, ids=_name)
-def test_float64_in_float64_out_and_float32_follows(sampler):
+def test_output_has_the_dtype_of_the_input_and_float32_agrees_with_float64(sampler):
     denoiser = Denoiser(Wavy(), VP(), V())
     times = UniformTime()(VP(), 20)
     noise = [standard_normal((3, 1, 4, 4), i) for i in range(100)]
@@ -96,7 +96,7 @@ def test_float64_in_float64_out_and_float32_follows(sampler):
 
 
 @pytest.mark.parametrize("sampler", EVALUATIONS, ids=_name)
-def test_inputs_are_left_alone(sampler):
+def test_inputs_are_not_modified(sampler):
     denoiser = Denoiser(Wavy(), VP(), V())
     times, x_T = UniformTime()(VP(), 8), standard_normal((3, 1, 4, 4))
     kept, kept_times = x_T.clone(), times.clone()
@@ -106,12 +106,12 @@ def test_inputs_are_left_alone(sampler):
     assert torch.equal(times, kept_times)
     again = list(sampler.trajectory(denoiser, x_T, times, noise=recorded_noise()))
     for state, copy, repeated in zip(states, copies, again, strict=True):
-        assert torch.equal(state.x, copy)  # later steps wrote into no earlier state
-        assert torch.equal(state.x, repeated.x)  # no state is left in the sampler
+        assert torch.equal(state.x, copy)  # later steps do not modify earlier states
+        assert torch.equal(state.x, repeated.x)  # the sampler keeps no state
 
 
-def test_a_sampler_reads_as_it_is_made():
-    # protocols store it: no addresses, no derived numbers
+def test_repr_is_the_constructor_call():
+    # protocols store the repr, so it has no addresses and no derived values
     assert repr(DDIM(0.5)) == "DDIM(eta=0.5)"
     assert repr(LMS(3)) == "LMS(order=3)"
     assert (
@@ -121,7 +121,7 @@ def test_a_sampler_reads_as_it_is_made():
 
 
 class Failing(torch.nn.Module):
-    """NaN or infinity in one pixel at its n-th call."""
+    """Returns `value` (NaN or infinity) in one pixel at the given call."""
 
     def __init__(self, call, value):
         super().__init__()
@@ -144,7 +144,7 @@ def test_images_that_are_not_finite_are_an_error(sampler, call, value):
 
 
 @pytest.mark.parametrize("times", [[1.0], [1.0, 2.0], [5.0, 5.0, 0.0], [[3.0, 0.0]]])
-def test_times_must_fall(times):
+def test_times_must_decrease(times):
     with pytest.raises(ValueError, match=r"^times must be at least two falling values"):
         DDIM()(Denoiser(Wavy(), Linear(), Eps()), standard_normal((1, 1, 2, 2)), times)
 
@@ -192,7 +192,7 @@ def test_condition_reaches_the_network():
         (lambda: Restart(Heun(), repeats=0), "repeats must be at least 1"),
     ],
 )
-def test_numbers_are_checked(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
 
@@ -209,7 +209,7 @@ def test_order_is_lowered_at_the_end_of_short_trajectories(steps, same_as):
     assert not torch.equal(end(15), end(not same_as))
 
 
-def test_a_trajectory_may_leave_inference_mode():
+def test_trajectory_continues_outside_inference_mode():
     denoiser = Denoiser(Wavy(), Linear(), Eps())
     states = DDIM().trajectory(denoiser, standard_normal((1, 1, 2, 2)), Trailing()(Linear(), 3))
     with torch.inference_mode():

@@ -27,7 +27,7 @@ def _files(group):
 
 
 @pytest.mark.parametrize("group", ["sampler", "spacing", "clipping"])
-def test_every_file_opens_with_what_it_is(group):
+def test_first_line_is_a_comment(group):
     for path in _files(group):
         lines = path.read_text().splitlines()
         assert lines[0].startswith("# "), path
@@ -43,7 +43,7 @@ def test_samplers(path):
     assert isinstance(steps, int)
     sampler = instantiate(numbers)
     assert isinstance(sampler, Sampler)
-    # it makes images
+    # the sampler generates images
     denoiser = Denoiser(Wavy(), Linear(), V())
     times = Trailing()(Linear(), 50)
     images = sampler(
@@ -54,7 +54,7 @@ def test_samplers(path):
 
 
 @pytest.mark.parametrize("name", sorted({OmegaConf.load(p)["_target_"] for p in _files("sampler")}))
-def test_a_class_s_defaults_are_those_of_one_of_its_files(name):
+def test_defaults_of_each_class_equal_those_of_one_of_its_files(name):
     parameters = inspect.signature(get_class(name)).parameters
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     files = [OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in _files("sampler")]
@@ -82,7 +82,7 @@ def test_spacings(path):
 
 
 def _documented(heading):
-    """(choice and overrides, Python expression) of each row of the table under this heading of docs/samplers.md."""
+    """Yields (choice and overrides, Python expression) of each row of the table with this heading, docs/samplers.md."""
     lines = (CONF.parent / "docs" / "samplers.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if heading in line) + 2
     for line in lines[start:]:
@@ -96,7 +96,7 @@ def _documented(heading):
 @pytest.mark.parametrize(
     ("group", "module"), [("sampler", samplers), ("spacing", spacings)], ids=["sampler", "spacing"]
 )
-def test_the_documentation_s_classes_are_those_of_the_files(group, module):
+def test_documented_classes_equal_those_of_the_files(group, module):
     rows = list(_documented(f"class in `src.diffusion.{group}`"))
     assert {choice.split()[0] for choice, _ in rows} >= {path.stem for path in _files(group)}
     for choice, expression in rows:
@@ -138,7 +138,7 @@ ROOT = "preset" if "- preset:" in (CONF / "train.yaml").read_text() else "+prese
 def test_presets(path):
     lines = path.read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    assert lines[1].startswith("# ")  # where it is from
+    assert lines[1].startswith("# ")  # the origin of the preset
     schedule = "edm" if "schedule=edm" in lines[1] else "linear"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"{ROOT}={path.stem}", f"schedule={schedule}"])
@@ -147,11 +147,11 @@ def test_presets(path):
     steps = numbers.pop("steps")
     assert isinstance(instantiate(numbers), Sampler)
     times = spacing(instantiate(config.schedule), steps)
-    assert len(times) in (steps + 1, steps)  # quadratic spacing visits 49 of 50
+    assert len(times) in (steps + 1, steps)  # quadratic spacing has 49 distinct times for 50 steps
     assert times[-1] == 0
 
 
-# preset -> what its origin has, besides the sampler's own defaults
+# preset -> published sampler, spacing, clipping and variance
 PUBLISHED = {
     # ermongroup/ddim, functions/denoising.py: generalized_steps does not clip, ddpm_steps does
     "ddim_paper_cifar10": ("DDIM", "Quadratic", None, None),
@@ -169,7 +169,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_are_what_was_published(name):
+def test_presets_equal_the_published_settings(name):
     def kind(node):
         return node._target_.split(".")[-1] if node else None
 
@@ -194,14 +194,14 @@ def test_presets_for_vp_end_at_a_thousandth_unless_another_spacing_is_chosen(nam
     assert times[-2].item() == pytest.approx(end or 1 / steps, rel=1e-9)
 
 
-def test_the_unipc_preset_has_the_paper_s_orders():
+def test_unipc_preset_has_the_order_of_the_paper():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"{ROOT}=unipc_paper", "schedule=vp"])
     chosen = config.sampler.order, config.sampler.bh, config.sampler.count_clean_step
     assert chosen == (3, 1, False)
 
 
-def test_edm_preset_is_the_paper_s():
+def test_edm_preset_has_the_times_of_the_paper():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"{ROOT}=edm_paper", "schedule=edm"])
     times = instantiate(config.spacing)(instantiate(config.schedule), config.sampler.steps)

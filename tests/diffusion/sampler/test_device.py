@@ -1,7 +1,7 @@
-"""No step of a sampler waits for the device, and none mixes devices: shown on torch's meta device.
+"""Sampler steps neither synchronise with the device nor mix devices, tested on the meta device.
 
-A meta tensor has no values, like one that a GPU has yet to compute: asking for one (item, tolist, bool, nonzero)
-raises here and would wait there. CPU tensors remain what they are, and do not mix with it.
+Meta tensors have no values: reading one (item, tolist, bool, nonzero) raises here and would synchronise on a GPU.
+Operations that mix CPU and meta tensors raise too.
 """
 
 from itertools import islice
@@ -34,7 +34,7 @@ PROCESSES = {
 
 
 def last_state(sampler, denoiser, steps=20):
-    """The state after all steps, without the look at the images that comes after the last."""
+    """The state after all steps, without the check for finite images that follows the last step."""
     x_T = torch.empty(2, 1, 4, 4, device="meta")
     spacing = Karras() if isinstance(denoiser.schedule, Sigma) else Trailing()
     times = spacing(denoiser.schedule, steps)
@@ -45,13 +45,13 @@ def last_state(sampler, denoiser, steps=20):
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
-def test_no_step_waits(path, process):
+def test_steps_do_not_synchronise(path, process):
     config = OmegaConf.merge({"schedule": {"T": 1000}}, {"sampler": OmegaConf.load(path)})
     numbers = OmegaConf.to_container(config, resolve=True)["sampler"]
     numbers.pop("steps")
     sampler, denoiser = instantiate(numbers), Denoiser(Wavy(), *PROCESSES[process])
     if isinstance(sampler, Dopri5):
-        with pytest.raises(RuntimeError, match="meta"):  # it chooses its steps by the errors that it sees
+        with pytest.raises(RuntimeError, match="meta"):  # the adaptive solver reads its error estimates
             last_state(sampler, denoiser)
         return
     state = last_state(sampler, denoiser)
@@ -61,11 +61,11 @@ def test_no_step_waits(path, process):
 
 @pytest.mark.parametrize("clipping", [StaticClipping, DynamicThresholding])
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=["ddim", "ddpm"])
-def test_clipping_does_not_wait(sampler, clipping):
+def test_clipping_does_not_synchronise(sampler, clipping):
     assert last_state(sampler, clipping(Denoiser(Wavy(), Linear(), Eps()))).x.is_meta
 
 
-def test_a_learned_variance_does_not_wait():
+def test_learned_variance_does_not_synchronise():
     class Doubled(torch.nn.Module):
         def forward(self, x, label, condition=None):
             return torch.cat([x, torch.tanh(x)], dim=1)
@@ -73,7 +73,7 @@ def test_a_learned_variance_does_not_wait():
     assert last_state(DDPM(), Denoiser(Doubled(), Linear(), Eps(), LearnedRange())).x.is_meta
 
 
-def test_a_step_that_waits_is_seen():
+def test_synchronising_step_is_detected():
     class Waiting(DDIM):
         def step(self, denoiser, x_t, t, s, noise, path):
             state = super().step(denoiser, x_t, t, s, noise, path)

@@ -1,4 +1,4 @@
-"""Our samplers against diffusers' schedulers: same network, same times, same noise."""
+"""Checks samplers against diffusers' schedulers with the same network, times and noise."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from src.diffusion.sampler import (
 from src.diffusion.schedule import Linear, RectifiedFlow
 from tests.diffusion.sampler.networks import Wavy, standard_normal
 
-# diffusers' own calls of numpy
+# warnings from diffusers' use of numpy
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 SHAPE = (4, 1, 4, 4)
@@ -35,12 +35,12 @@ def _scheduler(name, **config):
     import diffusers
 
     if "Flow" not in name:
-        config |= {"beta_start": 1e-4, "beta_end": 0.02}  # some default to others
+        config |= {"beta_start": 1e-4, "beta_end": 0.02}  # some schedulers have other defaults
     return getattr(diffusers, name)(num_train_timesteps=1000, **config)
 
 
 def _theirs(scheduler, steps, x):
-    """Their images; x in our coordinates, to which unscaled ones are brought."""
+    """Images of a diffusers scheduler. x is in our coordinates; it is rescaled for schedulers with unscaled x."""
     scheduler.set_timesteps(steps)
     if scheduler.init_noise_sigma != 1:
         x = x / Linear()([float(scheduler.timesteps[0]) + 1]).alpha.float()
@@ -58,8 +58,8 @@ def _ours(sampler, times, x, noise=()):
 
 
 def _times(scheduler, end):
-    """Ours for their time steps: row i + 1, and the end."""
-    kept = dict.fromkeys(scheduler.timesteps.tolist())  # two-evaluation schedulers list each of them twice
+    """Our times for the scheduler's time steps: row i + 1, then `end`."""
+    kept = dict.fromkeys(scheduler.timesteps.tolist())  # some schedulers list time steps twice
     return [t + 1.0 for t in kept] + [end]
 
 
@@ -72,7 +72,7 @@ def test_dpm_solver_plus_plus_multistep(order, midpoint, steps):
     )
     x = standard_normal(SHAPE)
     expected = _theirs(scheduler, steps, x)
-    # theirs halves D2 (see the orders of convergence)
+    # diffusers halves D2 (see the orders of convergence)
     ours = MultistepDPMSolver(order, midpoint=midpoint, half_curvature=True)
     assert_agree(_ours(ours, _times(scheduler, 0.0), x), expected)
 
@@ -108,7 +108,7 @@ def test_sde_dpm_solver_plus_plus_2m(monkeypatch):
 @pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(
-    # theirs gives NaN at the step to clean data with bh1
+    # diffusers gives NaN in the step to clean data with bh1
     ("bh", "end", "name"),
     [(1, 1.0, "sigma_min"), (2, 1.0, "sigma_min"), (2, 0.0, "zero")],
 )
@@ -155,7 +155,7 @@ def test_solvers_in_unscaled_coordinates(name, sampler):
     x = standard_normal(SHAPE)
     expected = _theirs(scheduler, 20, x)
     times = [1000.0 - 50 * i - 49 for i in range(20)] + [0.0]
-    # DPM2 has levels between two time steps, where their float32 tables cost an order
+    # DPM2 evaluates between time steps, where the float32 tables of diffusers are ten times less accurate
     tolerance = 1e-5 if name != "KDPM2DiscreteScheduler" else 1e-4
     ours = _ours(sampler, times, x)
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
@@ -203,9 +203,9 @@ def test_flow_matching(name):
     assert_agree(ours, expected)
 
 
-def test_linspace_ddim_goes_to_the_next_of_its_own_times():
-    # Here diffusers 0.42 is wrong: it steps from t to t - T//S whatever the list of times is, which under linspace
-    # spacing is not the next time. Ours is checked against the paper's formula.
+def test_linspace_ddim_steps_to_the_next_time():
+    # diffusers 0.42 is wrong here: it always steps from t to t - T//S, which is not the next time with linspace
+    # spacing. So the sampler is checked against the formula of the paper.
     steps, x = 10, standard_normal(SHAPE).double()
     indices = np.linspace(0, 999, steps).round()[::-1]
     alphabar = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])

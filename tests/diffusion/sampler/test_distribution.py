@@ -1,4 +1,4 @@
-"""Stochastic samplers reach the mixture: mean, covariance and mode weights within statistical error."""
+"""Samples of a mixture have its mean, covariance and mode weights within statistical error."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tests.diffusion.mixture import Mixture, MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import recorded_noise
 
 N = 4000
-# with steps at which the method's own error is below the statistical one
+# the number of steps makes the discretisation error smaller than the statistical error
 CASES = {
     "DDPM, small": (DDPM(), VP(t_min=1e-3), UniformLogSNR(), 300),
     "DDPM, large": (DDPM(), VP(t_min=1e-3), UniformLogSNR(), 600),
@@ -48,13 +48,13 @@ CASES = {
 }
 
 
-# Langevin steps are as long as an image's norms say, which only concentrate where there are many pixels
+# the size of a Langevin step depends on the norms of an image, which concentrate only for many pixels
 PIXELS = {"predictor-corrector": 48}
 VARIANCES = {"DDPM, large": Large()}
 
 
 def _mixture(pixels):
-    """The three modes in the plane of the first two pixels."""
+    """The mixture of `three_modes` in the first two pixels; the other pixels have mean 0."""
     plane = three_modes()
     means = torch.zeros(3, 1, 1, pixels, dtype=torch.float64)
     means[..., :2] = plane.means
@@ -64,7 +64,7 @@ def _mixture(pixels):
 def _images(case, mixture, noise):
     sampler, schedule, spacing, steps = CASES[case]
     times = spacing(schedule, steps)
-    # from the exact marginal, so that what is tested is the sampler and not the schedule's end
+    # start from the exact marginal, which excludes the error at the end of the schedule
     start = schedule(times[:1]).scalars()[0]
     data, _ = mixture.sample(N, torch.Generator().manual_seed(7))
     x = start.alpha * data + start.sigma * recorded_noise(0)(data)
@@ -73,7 +73,7 @@ def _images(case, mixture, noise):
 
 
 def assert_distributed(images, mixture):
-    # four standard errors, and 0.01 for the method: 2 % of the data's standard deviation
+    # four standard errors, plus 0.01 for the discretisation: 2 % of the standard deviation of the data
     flat, covariance, means = (
         images.flatten(1)[:, :2],
         mixture.covariance[:2, :2],
@@ -83,12 +83,12 @@ def assert_distributed(images, mixture):
     assert ((flat.mean(dim=0) - mixture.mean.flatten()[:2]).abs() < variance.sqrt() * 4 / N**0.5 + 0.01).all()
     covariance_error = (covariance**2 + variance[:, None] * variance).sqrt() * 4 / N**0.5
     assert ((flat.T.cov() - covariance).abs() < covariance_error + 0.01).all()
-    # each image goes to the nearest mode; of the modes' images fewer than 1 in 1,000 are nearer to another
+    # assign each image to the nearest mode; fewer than 1 in 1,000 images of a mode are closer to another mode
     nearest = (flat[:, None] - means).norm(dim=2).argmin(dim=1)
     share = torch.bincount(nearest, minlength=3) / N
     weight_error = (mixture.weights * (1 - mixture.weights) / N).sqrt() * 4
     assert ((share - mixture.weights).abs() < weight_error + 0.01).all()
-    # and within each mode the spread is the mode's
+    # the variance within each mode
     for mode in range(3):
         spread = (flat[nearest == mode] - means[mode]).square().mean().item()
         count = 2 * (nearest == mode).sum().item()
@@ -101,7 +101,7 @@ def test_mean_covariance_and_weights(case):
     assert_distributed(_images(case, mixture, recorded_noise()), mixture)
 
 
-def test_the_test_sees_noise_of_nine_tenths():
+def test_noise_scaled_by_nine_tenths_is_detected():
     mixture, noise = _mixture(2), recorded_noise()
     images = _images("DDPM, small", mixture, lambda x: 0.9 * noise(x))
     with pytest.raises(AssertionError):

@@ -24,7 +24,7 @@ def _round_trip(schedule, times, **options):
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=lambda s: type(s).__name__)
-def test_round_trip_errs_little_and_at_order_one(schedule):
+def test_round_trip_error_is_small_and_of_order_one(schedule):
     errors = [_round_trip(schedule, Linspace()(schedule, steps))[0] for steps in (125, 250, 500, 1000)]
     assert errors[-1] < 1e-2
     slope = math.log2(errors[0] / errors[-1]) / 3
@@ -47,7 +47,7 @@ def test_round_trip_to_fixed_points_returns_the_image(schedule, spacing):
 
 
 def test_latents_are_standard_normal():
-    # a mixture's image and its latent are tied by the ODE, so that the latents of data are N(0, sigma_T^2)
+    # the ODE maps data to latents distributed as N(0, sigma_T^2)
     denoiser = MixtureDenoiser(three_modes(), Cosine())
     images, _ = three_modes().sample(4000, torch.Generator().manual_seed(3))
     *_, state = encode(denoiser, images, Linspace()(Cosine(), 200))
@@ -56,7 +56,7 @@ def test_latents_are_standard_normal():
     assert torch.allclose(latents.T.cov(), torch.eye(2).double(), atol=4 * (2 / 4000) ** 0.5 + 0.03)
 
 
-def test_a_tolerance_out_of_reach_is_an_error():
+def test_unreachable_tolerance_is_an_error():
     with pytest.raises(ValueError, match=r"^tolerance=1e-30 is not reached in 1,000 iterations"):
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=1e-30)
     with pytest.raises(ValueError, match=r"^tolerance must be positive"):
@@ -75,10 +75,10 @@ def test_latents_that_are_not_finite_are_an_error(tolerance):
     times = [1000.0, 800.0, 600.0, 400.0, 200.0, 0.0]
     with pytest.raises(UserError, match=r"^encoding: the latents are not finite"):
         list(encode(denoiser, IMAGES, times, tolerance=tolerance))
-    assert denoiser.calls < 1000  # NaN ends a fixed-point iteration
+    assert denoiser.calls < 1000  # NaN stops the fixed-point iteration
 
 
-def test_each_step_takes_eps_at_the_level_where_it_starts():
+def test_each_step_uses_eps_at_its_first_level():
     schedule = Cosine()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     times = [900.0, 500.0, 100.0]
@@ -114,7 +114,7 @@ def test_slerp_follows_the_great_circle():
         )
 
 
-def test_slerp_keeps_ends_parallels_and_weights_per_image():
+def test_slerp_of_end_points_parallel_vectors_and_weights_per_image():
     a, b = _latents()
     torch.testing.assert_close(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
@@ -135,7 +135,7 @@ def test_renoise_is_the_forward_process_at_the_remaining_times():
     level = schedule(remaining[:1])
     torch.testing.assert_close(x, level.alpha * IMAGES + level.sigma * recorded_noise(5)(IMAGES))
     assert renoise(denoiser, IMAGES, times, 1.0)[1].tolist() == times.tolist()
-    # little noise is taken away again: the images come back, nearer the less noise there was
+    # the less noise is added, the closer the denoised images are to the originals
     distances = []
     for strength in (0.1, 0.5, 1.0):
         images = DDIM()(denoiser, *renoise(denoiser, IMAGES, times, strength, recorded_noise(5)))

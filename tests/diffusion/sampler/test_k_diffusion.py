@@ -1,4 +1,4 @@
-"""Our samplers against k-diffusion's, by the trajectories' ends that `make_k_diffusion_reference` recorded."""
+"""Checks samplers against the final images of k-diffusion that `make_k_diffusion_reference` recorded."""
 
 import json
 import math
@@ -48,7 +48,7 @@ SAMPLERS = {
 
 
 def _replayed(sampler):
-    """The noise as k-diffusion drew it: with churn also for the steps that take none."""
+    """The noise of k-diffusion, which draws at every step, without the draws for steps that add no noise."""
     noise = recorded_noise()
     drawn = [noise(x_T()) for _ in range(STEPS)]
     low, high = getattr(sampler, "s_min", 0.0), getattr(sampler, "s_max", math.inf)
@@ -60,27 +60,27 @@ def test_every_case_is_compared():
     assert {*REFERENCE} - {"sigmas"} == {*SAMPLERS}
 
 
-def test_karras_spacing_is_theirs():
+def test_karras_spacing_agrees_with_k_diffusion():
     times = Karras()(EDM(SIGMA_MIN, SIGMA_MAX), STEPS)
-    # they compute it in float32
+    # k-diffusion computes the spacing in float32
     torch.testing.assert_close(
         times, torch.tensor(REFERENCE["sigmas"], dtype=torch.float64), rtol=2e-6, atol=0
     )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_same_noise_leads_to_the_same_images(name):
+def test_images_agree_for_the_same_noise(name):
     denoiser = MixtureDenoiser(three_modes(), EDM(SIGMA_MIN, SIGMA_MAX * 1.00001))
     ours = SAMPLERS[name](denoiser, x_T(), REFERENCE["sigmas"], noise=_replayed(SAMPLERS[name]))
-    # they keep a few coefficients in float32
+    # k-diffusion computes some coefficients in float32
     torch.testing.assert_close(
         ours.flatten(1), torch.tensor(REFERENCE[name], dtype=torch.float64), rtol=1e-6, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_schedule_s_coordinates_do_not_matter(name):
-    # x/alpha at equal sigma/alpha is the same on a variance-preserving schedule
+def test_images_agree_on_a_variance_preserving_schedule(name):
+    # x/alpha depends only on sigma/alpha, not on the schedule
     schedule = VP(t_min=1e-6)
     sigmas = torch.tensor(REFERENCE["sigmas"][:-1], dtype=torch.float64)
     times = torch.cat([schedule.time_of_log_snr(-sigmas.log()), torch.zeros(1)])

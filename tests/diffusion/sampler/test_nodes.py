@@ -1,4 +1,4 @@
-"""Single-step DPM-Solvers with the inner levels of the authors' code, against plain numpy."""
+"""Checks single-step DPM-Solvers, with the inner levels of the authors' code, against numpy."""
 
 import math
 
@@ -78,7 +78,7 @@ GRIDS = {"time": UniformTime(1e-3), "sqrt_time": QuadraticTime(1e-3), "log_snr":
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("nodes", GRIDS)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_inner_levels_are_even_in_the_chosen_variable(grid, nodes, order, plus_plus):
+def test_inner_levels_are_uniform_in_the_chosen_variable(grid, nodes, order, plus_plus):
     times = GRIDS[grid](VP(), 7)[:-1]
     x = standard_normal((2, 1, 3, 4)).double()
     sampler = SinglestepDPMSolver(order, plus_plus, nodes=nodes)
@@ -91,7 +91,7 @@ def test_inner_levels_are_even_in_the_chosen_variable(grid, nodes, order, plus_p
 
 @pytest.mark.parametrize("nodes", ["time", "sqrt_time"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_variable_matters(order, nodes):
+def test_chosen_variable_changes_the_images(order, nodes):
     x, times = standard_normal((2, 1, 3, 4)).double(), GRIDS["time"](VP(), 7)[:-1]
     denoiser = Denoiser(Wavy(), VP(), Eps())
     ours, even = (

@@ -12,8 +12,8 @@ from tests.diffusion.sampler.networks import recorded_noise, standard_normal
 SHAPE = (2, 1, 1, 2)
 
 
-def test_a_recording_with_a_draw_at_every_step_is_replayed_by_skipping_the_unused():
-    # EDM's code draws at every step, and uses the draw for sigma in [s_min, s_max] only
+def test_skip_leaves_out_unused_draws_of_a_recording():
+    # EDM's code draws at every step but uses the draw only for sigma in [s_min, s_max]
     denoiser, sampler = MixtureDenoiser(three_modes(), EDM()), Heun(s_churn=40.0, s_min=0.05, s_max=50.0)
     times = Karras()(EDM(), 12)
     noise = recorded_noise()
@@ -25,11 +25,11 @@ def test_a_recording_with_a_draw_at_every_step_is_replayed_by_skipping_the_unuse
     expected = sampler(denoiser, x_T, times, noise=lambda x: next(used))
     replayed = sampler(denoiser, x_T, times, noise=ReplayedNoise(recording, skip=unused))
     assert torch.equal(replayed, expected)
-    # without them the recording is shifted
+    # without `skip`, the recording is shifted
     assert not torch.equal(sampler(denoiser, x_T, times, noise=ReplayedNoise(recording)), expected)
 
 
-def test_replayed_noise_has_the_images_dtype_and_refuses_what_does_not_fit():
+def test_replayed_noise_has_the_dtype_of_the_images_and_refuses_other_shapes():
     noise = ReplayedNoise(iter([standard_normal(SHAPE), standard_normal((3, 1, 1, 2))]))
     assert torch.equal(noise(torch.empty(SHAPE, dtype=torch.float64)), standard_normal(SHAPE).double())
     with pytest.raises(
@@ -47,7 +47,7 @@ def test_noise_is_drawn_on_the_cpu_by_default():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_noise_drawn_on_a_gpu_depends_on_the_image_s_number_alone():
+def test_noise_drawn_on_a_gpu_depends_only_on_the_image_index():
     x = torch.empty(4, 3, 8, 8, device="cuda")
     noise, alone = PerImageNoise(3, range(4), device="cuda"), PerImageNoise(3, [2], device="cuda")
     for _ in range(2):

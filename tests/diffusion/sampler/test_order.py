@@ -1,4 +1,4 @@
-"""Orders of convergence on Gaussian-mixture data with the exact denoiser, against a fine reference solution."""
+"""Orders of convergence for a Gaussian mixture with the exact denoiser, against an accurate reference solution."""
 
 import math
 from itertools import pairwise
@@ -19,7 +19,7 @@ def problems():
     return {name: Problem(schedule) for name, schedule in SCHEDULES.items()}
 
 
-# The first steps of a multi-step method are of lower order; the path starts where little depends on them.
+# The first steps of multi-step methods have lower order; the path starts where their error is negligible.
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
 def test_order_of_convergence(solver, problems):
     measured = problems["VP linear"].measure(solver.sampler)
@@ -30,7 +30,7 @@ def test_order_of_convergence(solver, problems):
 OTHERS = [name for name in SCHEDULES if name != "VP linear"]
 
 
-# of the others PNDM's Runge-Kutta steps, and Heun's on a flow, are steps in t, which is another on each schedule
+# excluded: PNDM's Runge-Kutta steps, and Heun's on a flow, are uniform in t, which differs between schedules
 @pytest.mark.parametrize(
     ("solver", "name"),
     [
@@ -41,7 +41,7 @@ OTHERS = [name for name in SCHEDULES if name != "VP linear"]
     ],
 )
 def test_every_schedule_gives_the_same_error(solver, name, problems):
-    # so the order is the same, too; the full table is `python -m benchmarks.sampler_orders`
+    # so the order is the same; `python -m benchmarks.sampler_orders` prints the full table
     steps = 24
     reference, other = problems["VP linear"], problems[name]
     alpha, alpha_there = (p.schedule(p.times(steps)[-1:]).alpha.item() for p in (reference, other))
@@ -53,13 +53,13 @@ def test_every_schedule_gives_the_same_error(solver, name, problems):
 @pytest.mark.parametrize(
     ("sampler", "name"), [*((PNDM, name) for name in OTHERS), (Heun(), "rectified flow")]
 )
-def test_order_of_steps_in_time_on_other_schedules(sampler, name, problems):
+def test_order_of_samplers_that_step_in_time_on_other_schedules(sampler, name, problems):
     assert problems[name].measure(sampler).order == pytest.approx(2, abs=0.35)
 
 
 @pytest.mark.parametrize("start", [1.0, 0.999, 0.7])
-def test_heun_on_a_flow_is_heun_in_t(start):
-    # dx/dt = eps - x0, from pure noise and from anywhere else
+def test_heun_on_a_flow_steps_in_t(start):
+    # dx/dt = eps - x0, from pure noise and from lower noise levels
     denoiser = MixtureDenoiser(three_modes(), RectifiedFlow())
     x = torch.randn(4, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times = torch.linspace(start, 0.1, 6, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_heun_on_a_flow_is_heun_in_t(start):
 
 @pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (Heun(), 2)])
 def test_flow_from_pure_noise(sampler, order):
-    # from t = 1, where x/alpha does not exist: Heun's method in t, and Euler's
+    # at t = 1, x/alpha does not exist, so the methods step in t
     schedule = RectifiedFlow()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     x = torch.randn(32, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Euler-Maruyama, Langevin corrections and Restart, step by step against their formulas."""
+"""Checks Euler-Maruyama, Langevin corrections and Restart against their formulas."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_euler_maruyama_on_a_flow():
 @pytest.mark.parametrize("schedule", [Linear(), ZeroTerminalSNR(Linear())], ids=["linear", "zero"])
 @pytest.mark.parametrize("t", [1.0, 500.0, 999.0])
 def test_drift_and_diffusion_of_a_table(schedule, t):
-    # by the table's own rows: the continuous linear schedule has f = -beta/2, g^2 = beta
+    # finite differences of the rows; the continuous linear schedule has f = -beta/2, g^2 = beta
     f, g2 = schedule.drift_and_diffusion(t)
     before, level, after = (schedule([t + i]).scalars()[0] for i in (-1, 0, 1))
     assert f == pytest.approx((after.alpha - before.alpha) / 2 / level.alpha, rel=1e-12)
@@ -79,7 +79,7 @@ def test_drift_and_diffusion_of_a_table(schedule, t):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_an_sde_step_from_pure_noise_keeps_nothing_of_it(order, eta):
+def test_sde_step_from_pure_noise_discards_the_noise(order, eta):
     # the limit alpha_t -> 0 of SDE-DPM-Solver++: x_s = alpha_s x0 + sigma_s z
     schedule = ZeroTerminalSNR(Linear())
     denoiser = MixtureDenoiser(three_modes(), schedule)
@@ -91,7 +91,7 @@ def test_an_sde_step_from_pure_noise_keeps_nothing_of_it(order, eta):
 
 
 def test_langevin_correction_is_algorithm_5():
-    # for a batch of one, where the norms of the published code are the image's own; alpha_i = 1 - beta_i
+    # for a batch of one, where the norms of the published code are those of the image; alpha_i = 1 - beta_i
     schedule, x = Linear(), X[:1]
     denoiser = MixtureDenoiser(three_modes(), schedule)
     noise = recorded_noise(2)
@@ -105,7 +105,7 @@ def test_langevin_correction_is_algorithm_5():
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_norms_of_the_langevin_correction_averaged_over_the_batch():
+def test_langevin_correction_with_norms_averaged_over_the_batch():
     # score SDE's code: mean over the batch of the norms of the noise and of the score
     schedule = Linear()
     denoiser, noise = MixtureDenoiser(three_modes(), schedule), recorded_noise(2)
@@ -120,7 +120,7 @@ def test_norms_of_the_langevin_correction_averaged_over_the_batch():
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_corrections_of_an_image_do_not_see_its_neighbours():
+def test_corrections_do_not_depend_on_other_images_of_the_batch():
     schedule = Linear()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     times, noise = Trailing()(schedule, 10), [recorded_noise(i)(X) for i in range(30)]
@@ -130,7 +130,7 @@ def test_corrections_of_an_image_do_not_see_its_neighbours():
     torch.testing.assert_close(together[-1:], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_restart_is_its_algorithm():
+def test_restart_equals_the_published_algorithm():
     schedule = EDM()
     denoiser = MixtureDenoiser(three_modes(), schedule)
     times = Karras()(schedule, 18)
@@ -147,7 +147,7 @@ def test_restart_is_its_algorithm():
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_nested_restarts_go_through_each_interval_on_the_way_down():
+def test_nested_restarts_visit_each_interval():
     schedule = EDM()
     low, high = (0.06, 0.3, 2, 2), (1.0, 5.0, 3, 1)
     for inner, outer in ((low, high), (high, low)):
@@ -157,7 +157,7 @@ def test_nested_restarts_go_through_each_interval_on_the_way_down():
         assert denoiser.calls == 2 * 18 - 1 + 2 * 2 * 2 + 2 * 3 * 1
 
 
-def test_restart_refuses_steps_that_miss_its_interval():
+def test_restart_refuses_times_that_miss_its_interval():
     schedule = EDM()
     with pytest.raises(UserError, match=r"^sampler.sigma_max=0.3 is below 79.8, the visited level nearest"):
         Restart(Heun())(MixtureDenoiser(three_modes(), schedule), 80 * X, [80.0, 79.9, 79.8, 0.0])
