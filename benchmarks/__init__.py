@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes; each prints a table."""
+"""Measurements quoted in the documentation; each prints a table."""

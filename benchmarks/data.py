@@ -1,9 +1,9 @@
-"""Images a second of the training stream, against torchvision and the usual DataLoader.
+"""Images per second of the training stream, compared with torchvision and a DataLoader.
 
     OMP_NUM_THREADS=1 python -m benchmarks.data
 
-All rows read the same random pixels, in shuffled order, with mirroring, into float32 batches in [-1, 1].
-Wants an idle machine: a busy core slows the rows with workers and not the others, so the ratios would flatter us.
+All rows read the same random pixels, in shuffled order, with horizontal flips.
+Needs an idle machine: a busy core slows only the rows with workers, which favours this project's rows without.
 """
 
 import itertools
@@ -32,7 +32,7 @@ SHAPES = {"28x28x1": (20_000, 1, 28), "32x32x3": (20_000, 3, 32)}
 
 
 class Given(ImageSource):
-    """A source around pixels that are there already."""
+    """A source of pixels in memory."""
 
     name = "given"
 
@@ -45,7 +45,7 @@ class Given(ImageSource):
 
 
 class Torchvision(Dataset):
-    """What torchvision's MNIST and CIFAR10 do for each item: an array row, a PIL image, the transforms."""
+    """The work of torchvision's MNIST and CIFAR10 for each item: array row, PIL image, transforms."""
 
     def __init__(self, pixels: torch.Tensor):
         self.arrays = pixels.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()
@@ -70,7 +70,7 @@ def endless(loader: DataLoader) -> Iterator:
 
 
 def images_per_second(batches: Iterator) -> float:
-    """Over `SECONDS`, after as many batches as workers may have prepared ahead."""
+    """Measured over `SECONDS`, after 8 batches, which workers may have prefetched."""
     for _ in range(8):
         next(batches)
     count, start = 0, time.perf_counter()
@@ -80,7 +80,7 @@ def images_per_second(batches: Iterator) -> float:
 
 
 def measure(rows: dict[str, Callable[[], Iterator]]) -> dict[str, list[float]]:
-    """Each row `ROUNDS` times, in turns, so that whatever else the machine does meets all rows alike."""
+    """Each row `ROUNDS` times, interleaved, so that other load affects all rows alike."""
     rates = {name: [] for name in rows}
     for _ in range(ROUNDS):
         for name, batches in rows.items():
@@ -117,7 +117,7 @@ def rows(pixels: torch.Tensor) -> dict[str, Callable[[], Iterator]]:
 
 
 def folder() -> dict[str, list[float]]:
-    """Images a second of a folder of 256x256 JPEGs scaled to 64x64."""
+    """Images per second of a folder of 256x256 JPEGs scaled to 64x64."""
     from src.data.image_folder import ImageFolder
 
     rng, count = np.random.default_rng(0), 1000

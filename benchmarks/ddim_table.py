@@ -1,10 +1,10 @@
-"""The scores that one checkpoint has with DDIM of several eta and numbers of steps: DDIM's table 1, and a plot of it.
+"""Scores of one checkpoint for DDIM with several eta and numbers of steps, as in DDIM's table 1, and a plot.
 
     python -m src.evaluate -m run=<run> sampler.eta=0,0.2,0.5,1 sampler.steps=10,20,50,100 ...
     python -m benchmarks.ddim_table <run> [--plot docs/images/eta.png]
 
-Reads the scores that src.evaluate has left in <run>/scores: those with DDIM that agree in all but eta and steps. Of
-several such sets the largest is taken.
+Reads the scores of src.evaluate in <run>/scores: those with DDIM that differ only in eta and steps. Of several such
+sets the largest is used.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def read(run: Path) -> tuple[str, dict[float, dict[int, float]]]:
     Raises:
         SystemExit: there are no scores with DDIM.
     """
-    # by the score's name and all that it depends on, eta and steps aside
+    # by the name of the score and its protocol without eta and steps
     tables: dict[tuple[str, str], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(run.glob("scores/*/scores.json")):
         record = json.loads(path.read_text())
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def plot(name: str, table: dict[float, dict[int, float]], path: Path) -> None:
-    """The score against the steps, one line for each eta."""
+    """Plots the score against the steps, one line per eta."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""What the parameterisations learn of the digits in equal training: fd_digits over seeds, as a Markdown table.
+"""fd_digits of the parameterisations after equal training on the digits, over seeds, as a Markdown table.
 
     python -m benchmarks.parameterizations [--steps 4000] [--seeds 5] [--runs runs/parameterizations]
 
-Trains through the command line, one run after the other (25 runs of some minutes each on two cores); a run whose
-scores are already there is not repeated. All have the same network, optimiser, batches, seeds and number of
-network evaluations (50) of sampling.
+Trains through the command line, one run after the other (25 runs of a few minutes each on two cores). A run that
+already has scores is not repeated. All have the same network, optimiser, batches, seeds and number of network
+evaluations in sampling (50).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.progress import track
 
-# Each with the schedule, weights and times that its paper gives it; the sampler is DDIM, which fits all of them.
+# Each with the schedule, weighting and time sampling of its paper. DDIM works with all of them.
 ROWS = {
     "eps": ["schedule=cosine", "parameterization=eps", "clipping=static"],
     "x0": ["schedule=cosine", "parameterization=x0", "clipping=static"],
@@ -35,7 +35,7 @@ ROWS = {
 
 
 def train(folder: Path, row: str, seed: int, steps: int) -> float:
-    """Trains one run, if it is not there, and gives its last fd_digits."""
+    """Trains one run, unless it exists, and returns its last fd_digits."""
     scores = folder / f"{row}_{seed}" / "scores.json"
     if not scores.exists():
         options = [*ROWS[row], f"seed={seed}", f"trainer.max_steps={steps}", "logger=csv"]

@@ -1,8 +1,8 @@
-"""What being safe costs: keyed draws, the watch on numbers and checkpoints, against a training step of unet_small.
+"""The cost of keyed draws, finiteness checks and checkpoints, relative to a training step of unet_small.
 
     OMP_NUM_THREADS=1 python -m benchmarks.reliability
 
-Each part is timed alone, in turns with the step, and given as a share of it: what a step would save without it.
+Each part is timed separately, interleaved with the step, and reported as a fraction of the step.
 """
 
 import tempfile

@@ -1,12 +1,12 @@
-"""Seconds of a training step, against diffusers' network and helpers in a plain loop.
+"""Time of a training step, compared with diffusers' network and helpers in a plain loop.
 
     python -m benchmarks.training                   # the DDPM network at a quarter of its width, 28x28x1, batch 128
     python -m benchmarks.training --full --batch 16 # the 35.7M-parameter network, 32x32x3
 
-A step is: draw times and noise, diffuse, forward, backward, clip at 1, Adam, EMA. Ours is what the Trainer does
-with `src.training`'s parts, Lightning's loop included; the other is the usual script around `UNet2DModel`,
-`EMAModel` and `DDPMScheduler.add_noise`. Both networks have the same layers and parameters. The median is shown,
-with the CPU time that this process spent (on a shared machine the better measure).
+A step: draw times and noise, diffuse, forward, backward, clip at 1, Adam, EMA. This project's rows use the parts of
+`src.training` in Lightning's loop; the others are the usual script with `UNet2DModel`, `EMAModel` and
+`DDPMScheduler.add_noise`. Both networks have the same layers and parameters. The table shows medians of wall time and
+of this process's CPU time, which is the better measure on a shared machine.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Clock(Callback):
 
 
 def ours(size: dict, batch: int, steps: int, precision: str) -> Iterator[list[tuple[float, float]]]:
-    """Rounds of steps of this project's training, each yielding their times."""
+    """Rounds of steps of this project's training; yields the times of each round."""
     keep_freed_memory()
     network = UNet(**size, attention_factors=(2,), groups=size["base_channels"] // 4)
     loss = DenoisingLoss(Denoiser(network, Linear(), Eps()), Simple(), Uniform())
@@ -153,7 +153,7 @@ def main() -> None:
     if arguments.full:
         size = {"image_size": 32, "channels": 3, "base_channels": 128, "channel_multipliers": (1, 2, 2, 2)}
     batch, steps = arguments.batch, arguments.steps
-    # diffusers first: once freed memory is kept, it is kept for all
+    # diffusers first: keeping freed memory is a setting of the process and cannot be undone
     rows: dict[str, Callable[[], Iterator]] = {
         "diffusers, float32": lambda: usual(size, batch, steps, False),
         "diffusers, bfloat16 autocast": lambda: usual(size, batch, steps, True),
@@ -164,7 +164,7 @@ def main() -> None:
     measured: dict[str, list[tuple[float, float]]] = {}
     for name, start in rows.items():
         running = start()
-        next(running)  # warms up
+        next(running)  # warm-up
         measured[name] = [times for _ in range(arguments.rounds) for times in next(running)]
         console.print(name, style="dim")
     table = Table(
