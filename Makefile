@@ -1,9 +1,9 @@
-# One environment in .venv, made on first use; every target can be run first, again, and in any order.
+# The environment is .venv, created on first use. Targets can run in any order and repeatedly.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-# On a shared machine OpenMP's busy waiting costs up to ten times the computation.
+# On a shared machine OpenMP's busy waiting costs up to ten times the computation itself.
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: help install train test test-all faults lint inception benchmarks clean
@@ -12,30 +12,30 @@ export GOMP_SPINCOUNT ?= 1000
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: .venv/.installed ## make .venv with the pinned versions
+install: .venv/.installed ## create .venv with the pinned versions
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q --constraint constraints.txt -e ".[test]"
 	touch $@
 
-# The default network is so small that a second thread mostly waits: on a busy machine one was 2.8 times as fast.
-train: .venv/.installed ## train on the embedded digits; ARGS="schedule=linear seed=1" composes
+# The default network is small, so a second thread mostly waits: on a busy machine one thread was 2.8 times as fast.
+train: .venv/.installed ## train on scikit-learn's digits; ARGS="schedule=linear seed=1" sets options
 	$(if $(ARGS),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(BIN)/python -m src.train $(ARGS)
 
-test: .venv/.installed ## run the tests (minutes); ARGS="-k ddim" selects
+test: .venv/.installed ## run the tests without the slow ones (minutes); ARGS="-k ddim" selects
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-test-all: .venv/.installed ## run the tests, the slow ones too
+test-all: .venv/.installed ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: .venv/.installed ## kill, signal and starve real trainings, many times; prints a table (an hour)
+faults: .venv/.installed ## inject faults into real trainings (kills, signals, full disks); prints a table (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
-lint: .venv/.installed ## style and common mistakes
+lint: .venv/.installed ## check style and common mistakes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-inception: .venv/.installed ## fetch InceptionV3's weights for FID and KID, and check them
+inception: .venv/.installed ## fetch and check InceptionV3's weights for FID and KID
 	$(BIN)/python -m src.fetch_inception $(ARGS)
 
 benchmarks: .venv/.installed ## time the data path and a training step

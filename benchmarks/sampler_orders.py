@@ -2,9 +2,9 @@
 
     python -m benchmarks.sampler_orders [--markdown] [--plot docs/sampler_orders.png]
 
-A path from ln(alpha/sigma) = -3 to 1, evenly spaced, is sampled in 40 to 320 steps of float64 for a mixture of three
-Gaussians in the plane. The error is the root mean square distance of the end from that of an adaptive solver at
-tolerance 1e-12; the order is the slope of a line fitted to its logarithm over that of the steps.
+The range from ln(alpha/sigma) = -3 to 1 is sampled in 40 to 320 even steps in float64, for a mixture of three
+Gaussians in the plane. The error is the root mean square distance to the result of an adaptive solver at tolerance
+1e-12. The order is minus the slope of a line fitted to ln(error) over ln(steps).
 """
 
 import argparse
@@ -47,14 +47,14 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler and the order that theory gives it."""
+    """A sampler and its theoretical order."""
 
     name: str
     sampler: Sampler
     order: int
 
 
-# lower_order_final lowers the order of the last steps, which end at clean data when images are made
+# lower_order_final is for trajectories that end at clean data, which these do not
 SOLVERS = [
     Solver("DDIM", DDIM(), 1),
     Solver("Euler", Euler(), 1),
@@ -88,7 +88,7 @@ SOLVERS = [
 
 @dataclass(frozen=True)
 class Measured:
-    """What a solver did on one schedule.
+    """The measurement of a solver on one schedule.
 
     Attributes:
         evaluations: of the denoiser, for each number of steps.
@@ -107,7 +107,7 @@ class Measured:
 
 
 class Problem:
-    """The path of one schedule, its start and its exact end."""
+    """The range on one schedule, with its start and exact end."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -119,17 +119,17 @@ class Problem:
         self.end = Dopri5(1e-12)(self.denoiser, self.x_t, self.times(1))
 
     def times(self, steps: int) -> Tensor:
-        """Evenly in log-SNR."""
+        """Even in log-SNR."""
         return self.schedule.time_of_log_snr(torch.linspace(*LOG_SNR, steps + 1, dtype=torch.float64))
 
     def solve(self, sampler: Sampler, steps: int) -> tuple[int, float]:
-        """Evaluations and error."""
+        """The number of evaluations and the error."""
         for state in sampler.trajectory(self.denoiser, self.x_t, self.times(steps)):
             last = state
         return last.evaluations, (last.x - self.end).square().mean().sqrt().item()
 
     def measure(self, sampler: Sampler) -> Measured:
-        """Over all numbers of steps."""
+        """The measurement over all numbers of steps."""
         evaluations, errors = zip(*(self.solve(sampler, steps) for steps in STEPS), strict=True)
         return Measured(list(evaluations), list(errors))
 
@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def plot(measured: dict[str, Measured], path: str) -> None:
-    """Error against evaluations, one line a solver."""
+    """Plots the error against evaluations, one line per solver."""
     import matplotlib
 
     matplotlib.use("Agg")

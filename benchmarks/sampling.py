@@ -1,9 +1,9 @@
-"""Microseconds a sampling step costs outside the network: the two-pass floor, ours and diffusers, in turns.
+"""Cost of a sampling step outside the network, in microseconds: a two-pass floor, this project and diffusers.
 
     OMP_NUM_THREADS=1 python -m benchmarks.sampling [--device cuda]
 
-The network returns a stored tensor, so that what is measured is the sampler. Floor: x.mul_(a).add_(eps, alpha=b).
-Needs an idle machine. The ratios are of the lowest times, since other load only adds to them.
+The network returns a stored tensor, so only the sampler is measured. The floor is x.mul_(a).add_(eps, alpha=b).
+Needs an idle machine. The ratios use the lowest times, since other load can only increase a time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ROUNDS = {(64, 3, 32, 32): 60, (256, 3, 64, 64): 12}
 
 
 class Stored(torch.nn.Module):
-    """A network that costs nothing."""
+    """A network without cost: it returns a stored tensor."""
 
     def __init__(self, output: torch.Tensor):
         super().__init__()
@@ -40,7 +40,7 @@ class Stored(torch.nn.Module):
 
 
 def rows(x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """The measured calls by name; each makes all the steps."""
+    """The measured calls by name; each makes all steps."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     network = Stored(torch.randn_like(x))
@@ -80,7 +80,7 @@ def rows(x: torch.Tensor) -> dict[str, Callable[[], object]]:
 def measure(
     rows: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Microseconds a step, `rounds` times each, in turns, so that other load affects all alike."""
+    """Microseconds per step, `rounds` times each, interleaved, so that other load affects all alike."""
     costs = {name: [] for name in rows}
     for _ in range(rounds):
         for name, sample in rows.items():
