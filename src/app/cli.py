@@ -29,7 +29,7 @@ def run(entry_point: str) -> None:
     # first, wherever they were typed: Hydra's parser takes flags only before all overrides or after them
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(help_text(entry_point))
+        _write(help_text(entry_point) + "\n")
         return
     # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -54,14 +54,20 @@ def run(entry_point: str) -> None:
             sys.exit(_complain(line))
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    try:
-        sys.stdout.flush()  # a lost output is reported here, not at the interpreter's exit
-    except OSError as error:
-        from src.runs.machine import discard_output
-
-        discard_output(sys.stdout, error)
+    _write("")
     if failed:
         sys.exit(JOB_FAILED)
+
+
+def _write(text: str) -> None:
+    """Prints, and flushes what was printed before; a lost output (a closed pipe, a full disk) is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        from src.runs.machine import discard_output
+
+        discard_output(sys.stdout)
 
 
 def _exit_on_signal(signum: int, frame: Any) -> None:

@@ -16,7 +16,8 @@ Effect = Literal["none", "order", "tuning", "experiment", "once"]
 
 none        the numbers do not depend on it
 order       the same images in the same order, rounded differently, in part with other draws
-tuning      optimiser and learning-rate schedule: their new values are taken, the state is kept
+tuning      optimiser and learning-rate schedule: refused like `experiment`; with allow_changes=true the new values are
+            taken and the optimiser's state is kept
 experiment  another experiment: refused unless allow_changes=true
 once        belongs to one start and is never stored
 """

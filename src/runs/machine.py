@@ -1,7 +1,6 @@
 """The machine: versions, hardware, the git revision, SLURM, the memory allocator."""
 
 import ctypes
-import logging
 import os
 import platform
 import subprocess
@@ -10,8 +9,6 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
-
-log = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -70,8 +67,8 @@ def is_first_process(several: bool = True) -> bool:
     return not several or all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
-def discard_output(stream: TextIO, error: OSError) -> None:
-    """Redirects a stream that cannot be written to (a closed pipe, a full disk) to the null device, and logs that.
+def discard_output(stream: TextIO) -> None:
+    """Redirects a stream that cannot be written to (a closed pipe, a full disk) to the null device.
 
     Neither later writes nor the flush at the interpreter's exit fail then.
     """
@@ -79,7 +76,6 @@ def discard_output(stream: TextIO, error: OSError) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-    log.warning("output is lost (%s); training continues", error.strerror or error)
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """The progress bar of a training without epochs."""
 
+import logging
 import sys
 from typing import Any, TextIO
 
@@ -8,6 +9,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from src.runs.machine import discard_output
+
+log = logging.getLogger(__name__)
 
 
 class _Forgiving:
@@ -23,14 +26,18 @@ class _Forgiving:
         try:
             return self._stream.write(text)
         except OSError as error:
-            discard_output(self._stream, error)
+            self._lose(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            discard_output(self._stream, error)
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        discard_output(self._stream)
+        log.warning("output is lost (%s); training continues", error.strerror or error)
 
 
 class StepProgressBar(TQDMProgressBar):
