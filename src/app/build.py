@@ -104,6 +104,21 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
         raise UserError(f"{option}.{error}" if named(error) in arguments else f"{option}: {error}") from None
 
 
+def class_of(node: Any) -> type | None:
+    """The class that a node names; None where it may not be named or does not exist, which `build` reports.
+
+    Nothing is imported for a name that is not allowed.
+    """
+    name = node.get("_target_") if node else None
+    if not isinstance(name, str) or not name.startswith(allowed()):
+        return None
+    try:
+        found = get_object(name)
+    except Exception:
+        return None
+    return found if inspect.isclass(found) else None
+
+
 def named(error: ValueError) -> str:
     """The argument that the error of a constructor begins with, if it begins with one."""
     return re.split(r"[=,\s]", str(error), maxsplit=1)[0]

@@ -50,7 +50,8 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
             f"variance: {describe(variance)} needs a network that was trained with it, and this run's was trained with"
             f" {describe(own_variance)}; choose variance=small or large"
         )
-    loaded = load(found, content, merged, config.weights, config.device, config.seed)
+    outputs = own_variance.outputs
+    loaded = load(found, content, merged, config.weights, config.device, config.seed, outputs)
     if config.data.root:
         warn_of_other_images(loaded.source, content)
     return loaded, merged
@@ -90,6 +91,7 @@ def load(
     weights: str | float = "ema",
     device: str = "auto",
     seed: int = 0,
+    outputs: int | None = None,
 ) -> LoadedRun:
     """The denoiser of a run.
 
@@ -101,13 +103,14 @@ def load(
             power-function average, made from the run's snapshots.
         device: "auto", or a torch device.
         seed: of the sampling noise.
+        outputs: outputs per channel that the network was trained with; see `denoiser_of`.
 
     Raises:
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     source = source_of(config)
     codec, conditioning = codec_of(config, source), conditioning_of(config)
-    denoiser = denoiser_of(config, codec, conditioning)
+    denoiser = denoiser_of(config, codec, conditioning, outputs)
     recipe = recipe_of(config, seed, denoiser, codec, conditioning)
     warn_of_amplified_errors(denoiser, recipe)
     averages, name, decay = averages_of(content, config, found, weights)

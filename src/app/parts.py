@@ -4,11 +4,10 @@ import inspect
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src.app.build import build, check_value, resolve
+from src.app.build import build, check_value, class_of, resolve
 from src.app.options import CONF
 from src.conditioning import Conditioning
 from src.data.codec import Codec
@@ -62,8 +61,16 @@ def conditioning_of(config: DictConfig) -> Conditioning | None:
     return build(config.conditioning, Conditioning, "conditioning")
 
 
-def denoiser_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None) -> Denoiser:
+def denoiser_of(
+    config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int | None = None
+) -> Denoiser:
     """The network with its schedule and the meaning of its output, freshly initialised.
+
+    Args:
+        config: composed.
+        codec: gives the shape of what the network sees.
+        conditioning: what the network is given besides; None for nothing.
+        outputs: outputs per channel that the network was trained with; by default those that the variance needs.
 
     Raises:
         UserError: the parts do not fit together.
@@ -71,21 +78,19 @@ def denoiser_of(config: DictConfig, codec: Codec, conditioning: Conditioning | N
     schedule = build(config.schedule, Schedule, "schedule")
     parameterization = build(config.parameterization, Parameterization, "parameterization")
     variance = build(config.variance, Variance, "variance")
-    network = network_of(config, codec, conditioning, variance)
+    network = network_of(config, codec, conditioning, outputs or variance.outputs)
     try:
         return Denoiser(network, schedule, parameterization, variance)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def network_of(
-    config: DictConfig, codec: Codec, conditioning: Conditioning | None, variance: Variance
-) -> Network:
-    """The network, checked against what it is given and what it must return."""
+def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int) -> Network:
+    """The network, checked against what it is given; `outputs` for each channel."""
     channels = codec.shape[0]
     offered: dict[str, Any] = {"num_classes": getattr(conditioning, "num_classes", 0)}
-    if variance.outputs > 1:
-        offered["out_channels"] = channels * variance.outputs
+    if outputs > 1:
+        offered["out_channels"] = channels * outputs
     joined = {
         name: value
         for name, value in offered.items()
@@ -114,10 +119,8 @@ def _name(network: Network) -> str:
 
 def _takes(node: DictConfig, name: str) -> bool:
     """Whether the constructor of a node's class has an argument of this name."""
-    try:
-        return name in inspect.signature(get_class(node["_target_"])).parameters
-    except Exception:  # no such class: `build` says so
-        return False
+    found = class_of(node)
+    return found is not None and name in inspect.signature(found).parameters
 
 
 # Parts of a loss that not every loss takes, with the choice that then stands for "none".
@@ -226,7 +229,5 @@ def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:
 
 def is_likelihood(node: DictConfig) -> bool:
     """Whether a metric's class is a score of likelihood."""
-    try:
-        return issubclass(get_class(node["_target_"]), Likelihood)
-    except Exception:  # no such class: `build` says so
-        return False
+    found = class_of(node)
+    return found is not None and issubclass(found, Likelihood)

@@ -1,10 +1,9 @@
 """Typical compositions: each trains, previews, scores and saves."""
 
-import json
-
 import pytest
 import torch
 
+from src.evaluation.record import Record
 from tests.conftest import QUICK
 
 COMPOSITIONS = {
@@ -33,7 +32,7 @@ COMPOSITIONS = {
 def test_composition(command, only_run, name):
     assert command("train", *QUICK, *COMPOSITIONS[name]) == 0
     run = only_run()
-    scores = json.loads((run / "scores.json").read_text())
+    scores = Record.read(run / "scores.json").scores
     assert ("fd_digits" in scores) == (name not in ("no score", "overfit"))
     assert all(value == value for value in scores.values()), "no NaN"
     assert command("sample", f"run={run}", "n=2", "sampler.steps=2") == 0

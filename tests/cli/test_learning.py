@@ -1,10 +1,10 @@
 """python -m src.train on the bundled digits reaches a good score."""
 
-import json
 import os
 import subprocess
 import sys
 
+from src.evaluation.record import Record
 from tests.conftest import ROOT
 
 # fd_digits after 500 training steps, of 500 images from DDIM with 20 steps, measured for seeds 0 to 4:
@@ -29,7 +29,7 @@ def test_500_steps_on_the_digits(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     (run,) = (path for path in tmp_path.iterdir() if path.name != "cache")
-    assert json.loads((run / "scores.json").read_text())["fd_digits"] < GOOD
+    assert Record.read(run / "scores.json").scores["fd_digits"] < GOOD
     # the final summary names existing files
     for path in (run / "samples" / "step_00000500.png", run / "checkpoints" / "step_00000500.ckpt"):
         assert path.is_file()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from src.evaluation.record import Record
 from tests.conftest import QUICK, ROOT
 
 DROPOUT = "model.dropout=0.2"  # makes the result depend on the global random state
@@ -143,7 +144,7 @@ def test_output_files(command, only_run):
     ]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image_size"] == 8
     assert set(json.loads((run / "environment.json").read_text())) >= {"git", "versions", "platform"}
-    scores = json.loads((run / "scores.json").read_text())
+    scores = Record.read(run / "scores.json").scores
     assert set(scores) == {"fd_digits", "val/loss", "val/loss_ema"}
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["scores"]["fd_digits"] == scores["fd_digits"]
@@ -188,7 +189,7 @@ def test_two_processes_train_as_one(tmp_path, overrides):
         assert done.returncode == 0, done.stderr
         runs = list((tmp_path / name).iterdir())
         assert len(runs) == 1, "the processes have different run folders"
-        return training_state(runs[0], 6), json.loads((runs[0] / "scores.json").read_text())
+        return training_state(runs[0], 6), Record.read(runs[0] / "scores.json").scores
 
     one, one_scores = train("one")
     two, two_scores = train("two", "trainer=ddp", "trainer.devices=2", "trainer.precision=32-true")

@@ -34,7 +34,7 @@ def test_protocol_of_one_score_is_complete():
         "features": FEATURES,
         "settings": KD,
         "recipe": RECIPE,
-        "quantisation": "clip(round((x + 1) * 127.5), 0, 255) to uint8",
+        "quantisation": "rounded to bytes",
     }
 
 

@@ -7,6 +7,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from src.conditioning import Condition
+
 GROUP = Path(__file__).parents[2] / "conf" / "model"
 
 
@@ -42,7 +44,7 @@ def test_preset_runs_at(name, image_size):
     assert network.image_shape == (3, image_size, image_size)
     assert (network.num_classes, network.out_channels) == (10, 6)
     x = torch.randn(2, 3, image_size, image_size)
-    output = network(x, torch.tensor([0.0, 999.0]), torch.tensor([3, 10]))
+    output = network(x, torch.tensor([0.0, 999.0]), Condition(labels=torch.tensor([3, 10])))
     assert output.shape == (2, 6, image_size, image_size)
 
 

@@ -103,7 +103,7 @@ def test_attention_is_at_the_named_levels_and_in_the_middle(attention_factors):
 def test_gradient_reaches_every_parameter():
     network = perturbed(tiny(num_classes=3))
     x, label = batch()
-    network(x, label, torch.tensor([0, 1, 2, 3])).square().sum().backward()
+    network(x, label, Condition(labels=torch.tensor([0, 1, 2, 3]))).square().sum().backward()
     without = [name for name, weight in network.named_parameters() if not weight.grad.abs().sum() > 0]
     assert without == []
 
@@ -132,7 +132,7 @@ def test_images_of_a_batch_do_not_mix():
 def test_class_changes_the_output_and_the_null_class_equals_no_condition():
     network = perturbed(tiny(num_classes=3))
     x, label = batch()
-    first, second, null = (network(x, label, torch.full((4,), i)) for i in (0, 1, 3))
+    first, second, null = (network(x, label, Condition(labels=torch.full((4,), i))) for i in (0, 1, 3))
     assert (first - second).abs().max() > 1e-3
     assert (first - null).abs().max() > 1e-3
     assert torch.equal(network(x, label), null)
@@ -143,7 +143,7 @@ def test_unconditional_network_refuses_classes():
     assert network.class_embedding is None
     x, label = batch()
     with pytest.raises(ValueError, match="num_classes > 0"):
-        network(x, label, torch.zeros(4, dtype=torch.long))
+        network(x, label, Condition(labels=torch.zeros(4, dtype=torch.long)))
 
 
 def test_dropout_is_active_only_in_training():
