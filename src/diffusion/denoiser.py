@@ -175,8 +175,8 @@ class Denoiser(BaseDenoiser):
         output, variance = self.output(x_t, level, condition, to)
         if variance is None and self.variance.outputs > 1:
             raise ValueError(
-                f"variance: {type(self.variance).__name__} is predicted by the network, whose output has no channels for"
-                f" it: set out_channels={x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
+                f"variance: {type(self.variance).__name__} is predicted by the network, whose output has no channels"
+                f" for it: set out_channels={x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
             )
         prediction = self.parameterization.predict(x_t, output, level)
         return prediction if variance is None else prediction.with_variance(variance)
