@@ -149,7 +149,7 @@ class ScoreSet:
     def _compute_reference(
         self, reference: Reference, batches: Iterable[Tensor], store: ReferenceCache | None
     ) -> None:
-        """Reads this rank's batches, combines the states over the ranks, and stores them in the scores and the cache."""
+        """Reads this rank's batches, combines the states over the ranks, and stores them in scores and cache."""
         self.reset()
         with tqdm(
             desc=f"{self.names}: reference",

@@ -19,10 +19,10 @@ class SinglestepDPMSolver(Sampler):
     """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
 
     The order is also the number of evaluations per step, at t and at the inner levels; steps from pure noise or to
-    clean data take one. The inner levels divide the step uniformly in the log-SNR (r1 = 1/2, or r1 = 1/3 and r2 = 2/3), as
-    in the papers; the authors' code divides it in the variable in which its grid is uniform (skip_type logSNR,
-    time_uniform, time_quadratic). With eta > 0 each step goes to a lower level and adds noise back: k-diffusion's
-    DPM++ 2S ancestral.
+    clean data take one. The inner levels divide the step uniformly in the log-SNR (r1 = 1/2, or r1 = 1/3 and
+    r2 = 2/3), as in the papers; the authors' code divides it in the variable in which its grid is uniform (skip_type
+    logSNR, time_uniform, time_quadratic). With eta > 0 each step goes to a lower level and adds noise back:
+    k-diffusion's DPM++ 2S ancestral.
 
     Args:
         order: 2 or 3.
