@@ -1,1 +1,1 @@
-"""An experiment framework for image diffusion models; docs/design.md is its plan."""
+"""An experiment framework for image diffusion models; docs/design.md describes its design."""

@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend, as opposed to our own bugs."""
+"""Errors that the user can fix, as opposed to bugs."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one line that names the option and the cure.
+    """An invalid option or input. The message is one line that names the option and the fix.
 
-    The command-line doors print it without a traceback and exit with status 2. Mathematical rooms raise a
-    plain `ValueError` in their constructors; `src.app.build.build` adds the option's name to it.
+    The command-line entry points print it without a traceback and exit with status 2. Mathematical packages raise
+    `ValueError` in their constructors; `src.app.build.build` adds the option's name to the message.
     """

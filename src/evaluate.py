@@ -4,7 +4,7 @@ from src.app.cli import run
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     run("evaluate")
 
 

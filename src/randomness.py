@@ -1,7 +1,7 @@
-"""Keyed random draws: every draw is a function of (seed, purpose, index), never of what was drawn before.
+"""Keyed random draws: every draw is a function of (seed, purpose, index), independent of earlier draws.
 
-So no random state has to be stored in a checkpoint, a resumed run draws what the uninterrupted one would
-have drawn, and callbacks cannot disturb the training's stream.
+So checkpoints need no random state, a resumed run makes the same draws as an uninterrupted one, and callbacks cannot
+change the draws of the training.
 """
 
 from collections.abc import Callable
@@ -23,22 +23,22 @@ def generator(seed: int, purpose: str, index: int, device: torch.device | str = 
     Args:
         seed: the run's seed.
         purpose: what is drawn, e.g. "noise", "time", "flip", "permutation"; streams of two purposes are independent.
-        index: which draw, e.g. the optimiser's step or the number of a generated image.
-        device: where the draws are made; CPU and CUDA give different numbers for one key.
+        index: index of the draw, e.g. the optimiser step or the index of a generated image.
+        device: device of the generator; CPU and CUDA give different numbers for the same key.
     """
     return torch.Generator(device).manual_seed(key(seed, purpose, index))
 
 
 def draws_at(positions: Tensor, size: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """What the samples at these places of the training stream get of draws that are made for whole batches.
+    """The draws of the samples at these positions of the training stream, from draws made per global batch.
 
-    Sample p gets entry p mod size of draw number p div size, so that any split of a batch over devices
-    and micro-batches sees the same draws.
+    Sample p gets entry p mod size of draw number p div size, so that the draws do not depend on how a batch is split
+    over devices and micro-batches.
 
     Args:
-        positions: rising consecutive places in the stream, int64, shape (b,), on the CPU.
+        positions: consecutive increasing positions in the stream, int64, shape (b,), on the CPU.
         size: the global batch size.
-        draw: the number of a draw -> its entries, shape (size, ...).
+        draw: maps the number of a draw to its entries, shape (size, ...).
 
     Returns:
         Shape (b, ...).

@@ -1,4 +1,4 @@
-"""Train the classifier whose features the fd_<data> scores use: python -m src.train_classifier data=digits"""
+"""Train the classifier whose features are used by the fd_<data> scores: python -m src.train_classifier data=digits"""
 
 from src.tools.train_classifier import main
 

@@ -1,4 +1,4 @@
-"""What images are conditioned on: the value that travels with them, and the rule that a network is trained by."""
+"""Conditions of images, and how networks are conditioned in training and sampling."""
 
 from .condition import NO_CLASS, Condition
 from .conditioning import ByClass, Conditioning

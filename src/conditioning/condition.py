@@ -1,4 +1,4 @@
-"""The condition of a batch of images, as one small value."""
+"""The condition of a batch of images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -6,21 +6,21 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# The label of an image whose class is dropped or unknown.
+# Label of an image whose class is dropped or unknown.
 NO_CLASS = -1
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch of B images is conditioned on: any of class labels, token embeddings and an image.
+    """The condition of a batch of B images: any of class labels, token embeddings and images.
 
-    An empty condition, `Condition()`, conditions on nothing.
+    `Condition()` is empty: the images are unconditional.
 
     Attributes:
-        labels: classes, int64, shape (B,); `NO_CLASS` (-1) for none.
-        tokens: embeddings of a text, shape (B, L, D).
-        mask: which tokens count, bool, shape (B, L); an image without any True has no text.
-        image: an image that the network is given beside the noisy one, shape (B, C, H, W).
+        labels: classes, int64, shape (B,); `NO_CLASS` (-1) for no class.
+        tokens: text embeddings, shape (B, L, D).
+        mask: valid tokens, bool, shape (B, L); an image without any True has no text.
+        image: an additional input image of the network, shape (B, C, H, W).
     """
 
     labels: Tensor | None = None
@@ -30,7 +30,7 @@ class Condition:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds that it holds, of "labels", "tokens" and "image"."""
+        """The kinds of condition present, out of "labels", "tokens" and "image"."""
         return frozenset(
             f.name for f in fields(self) if f.name != "mask" and getattr(self, f.name) is not None
         )
@@ -40,28 +40,28 @@ class Condition:
         return next((len(part) for part in self._parts() if part is not None), 0)
 
     def index(self, indices: Tensor | Sequence[int] | slice) -> "Condition":
-        """The conditions of some of the images, in this order."""
+        """The conditions of the images with these indices, in this order."""
         chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices)
         return self._map(lambda part: part[chosen])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Condition":
-        """The same on another device."""
+        """A copy on another device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Condition":
-        """The same in page-locked memory, for DataLoader."""
+        """A copy in page-locked memory, for DataLoader."""
         return self._map(Tensor.pin_memory)
 
     def only(self, kinds: frozenset[str]) -> "Condition":
-        """The parts of these kinds."""
+        """A copy with only these kinds."""
         kept = {*kinds, "mask"} if "tokens" in kinds else kinds
         return Condition(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in kept})
 
     def drop(self, which: Tensor) -> "Condition":
-        """The same with the condition of some images taken away: no class, no tokens, a black image of zeros.
+        """A copy with the condition of some images dropped: no class, no tokens, an image of zeros.
 
         Args:
-            which: bool, shape (B,).
+            which: the images whose condition is dropped, bool, shape (B,).
         """
         labels, mask, image = self.labels, self.mask, self.image
         if labels is not None:
@@ -74,12 +74,12 @@ class Condition:
         return Condition(labels, self.tokens, mask, image)
 
     def dropped(self) -> "Condition":
-        """The same with the conditions of all images taken away."""
+        """A copy with the conditions of all images dropped."""
         return self.drop(torch.ones(len(self), dtype=torch.bool))
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """The conditions of several batches, one after the other; all of the same kinds."""
+        """Concatenates the conditions of several batches, which must have the same kinds."""
         parts = zip(*(condition._parts() for condition in conditions), strict=True)
         return Condition(*(None if part[0] is None else torch.cat(part) for part in parts))
 

@@ -1,4 +1,4 @@
-"""The rule by which a network is conditioned, in training and in sampling."""
+"""How a network is conditioned in training and in sampling."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from .condition import Condition
 
 
 class Conditioning(ABC):
-    """What of the data's condition a network is given, and what the images of a sampling run are conditioned on.
+    """Defines which part of the data's condition a network gets, and the conditions of sampled images.
 
     Args:
-        dropout: probability that a training image loses its condition, in [0, 1): classifier-free guidance needs
-            it (Ho & Salimans 2022, arXiv:2207.12598, alg. 1; 0.1 to 0.2 there).
+        dropout: probability that the condition of a training image is dropped, in [0, 1). Required for
+            classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, alg. 1; 0.1 to 0.2 there).
 
     Attributes:
-        kinds: the kinds of condition that the network must read, of "labels", "tokens" and "image".
+        kinds: the kinds of condition the network must read, out of "labels", "tokens" and "image".
 
     Raises:
         ValueError: dropout is out of range.
@@ -33,26 +33,26 @@ class Conditioning(ABC):
 
     @abstractmethod
     def of_samples(self, indices: Sequence[int]) -> Condition:
-        """The condition of the images with these numbers in a sampling run, on the CPU."""
+        """The condition of the images with these indices in a sampling run, on the CPU."""
 
     @abstractmethod
     def describe_samples(self) -> str:
-        """Which condition image i of a sampling run has, in words for records."""
+        """A description of the condition of image i of a sampling run, for records."""
 
     def of_data(self, condition: Condition) -> Condition:
-        """The part of the data's condition that the network is given."""
+        """The part of the data's condition that is passed to the network."""
         return condition.only(self.kinds)
 
     def of_training(
         self, condition: Condition, positions: torch.Tensor, seed: int, batch_size: int
     ) -> Condition:
-        """The condition of training images, some of them dropped.
+        """The condition of training images, after dropout.
 
-        Which are is drawn for the whole global batch, keyed by (seed, "condition dropout", number of the batch).
+        Dropout is drawn for the whole global batch, keyed by (seed, "condition dropout", batch number).
 
         Args:
-            condition: of the data.
-            positions: places in the training stream, int64, shape (b,), on the CPU.
+            condition: the condition of the data.
+            positions: positions in the training stream, int64, shape (b,), on the CPU.
             seed: the run's seed.
             batch_size: the global batch size.
         """
@@ -67,14 +67,14 @@ class Conditioning(ABC):
 
 
 class ByClass(Conditioning):
-    """The network is given class labels; image i of a sampling run has class i mod num_classes.
+    """Class conditioning; image i of a sampling run has class i mod num_classes.
 
     Args:
         num_classes: number of classes, at least 1.
         dropout: see `Conditioning`.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     kinds = frozenset({"labels"})

@@ -1,7 +1,7 @@
-"""Keeping the estimate of x0 inside the range of images: denoisers around denoisers.
+"""Clipping of the x0 estimate to the range of images, as denoiser wrappers.
 
-After x0 has been clipped, eps is computed anew, so that x_t = alpha_t x0 + sigma_t eps still holds
-(as improved DDPM's code does; diffusers keeps the raw eps unless use_clipped_model_output is set).
+After x0 is clipped, eps is recomputed so that x_t = alpha_t x0 + sigma_t eps still holds, as in improved DDPM's code
+(diffusers keeps the raw eps unless use_clipped_model_output is set).
 """
 
 import torch
@@ -29,24 +29,24 @@ class StaticClipping(WrappedDenoiser):
 
     def forward(self, x_t, level, condition=None, to=None):
         prediction = self.inner(x_t, level, condition, to)
-        # mix makes a new tensor, which may be clipped in place
+        # mix returns a new tensor, so clamping in place is safe
         return prediction.with_x0(prediction.mix(1.0, 0.0).clamp_(-self.bound, self.bound))
 
 
 class DynamicThresholding(WrappedDenoiser):
-    """Scales x0 by its own large values (Imagen, Saharia et al. 2022, arXiv:2205.11487, sec. 2.3).
+    """Rescales x0 by a quantile of its absolute values (Imagen, Saharia et al. 2022, arXiv:2205.11487, sec. 2.3).
 
         x0 <- clip(x0, -s bound, s bound) / s,    s = max(bound, the image's quantile of |x0|) / bound
 
-    so that pixels are kept from saturating under strong guidance.
+    This prevents saturated pixels under strong guidance.
 
     Args:
         inner: the denoiser whose x0 is clipped.
-        quantile: of the absolute pixel values of each image, in (0, 1].
+        quantile: quantile of the absolute pixel values of each image, in (0, 1].
         bound: 1 for images in [-1, 1].
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, inner: BaseDenoiser, quantile: float = 0.995, bound: float = 1.0):
@@ -65,7 +65,7 @@ class DynamicThresholding(WrappedDenoiser):
     def _quantiles(self, x0: Tensor) -> Tensor:
         """The quantile of |x0| of each image, shape (B, 1, 1, 1), interpolated linearly between pixels."""
         magnitudes = x0.flatten(1).abs()
-        # torch.quantile refuses batches of more than 16 million pixels; only the largest values matter anyway
+        # topk instead of torch.quantile, which raises an error for more than 16 million pixels
         place = self.quantile * (magnitudes.shape[1] - 1)
         largest = magnitudes.topk(magnitudes.shape[1] - int(place), dim=1).values
         upper = largest[:, max(largest.shape[1] - 2, 0)]

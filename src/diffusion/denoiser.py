@@ -1,9 +1,9 @@
-"""The denoiser: a network, its schedule and the meaning of its output.
+"""The denoiser: a network with its schedule and parameterisation.
 
     denoiser(x_t, level, condition) -> Prediction(x0, eps)
     denoiser.reverse(x_t, t, s, condition) -> Gaussian, p(x_s | x_t)
 
-Guidance, clipping and the like are denoisers around denoisers (`WrappedDenoiser`).
+Guidance and clipping are denoisers that wrap another denoiser (`WrappedDenoiser`).
 """
 
 import math
@@ -29,7 +29,7 @@ class Gaussian:
     Attributes:
         mean: shape (B, C, H, W).
         variance: a float, or a tensor that broadcasts against the mean.
-        prediction: the prediction from which it was made, where there is one.
+        prediction: the prediction it was computed from, if any.
     """
 
     mean: Tensor
@@ -48,12 +48,12 @@ def posterior_mean(x0: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Ten
 
 
 class BaseDenoiser(nn.Module, ABC):
-    """Anything that predicts x0 and eps from x_t: what samplers, losses and likelihoods are written for.
+    """Predicts x0 and eps from x_t: the interface used by samplers, losses and likelihoods.
 
     Attributes:
-        schedule: which level a time has.
-        variance: how p(x_s | x_t) gets its variance.
-        evaluated_images: images that have passed through the network so far, guidance's second pass included.
+        schedule: the noise schedule, which maps times to levels.
+        variance: the variance of p(x_s | x_t).
+        evaluated_images: number of images passed through the network so far, including guidance's second pass.
     """
 
     schedule: Schedule
@@ -70,7 +70,7 @@ class BaseDenoiser(nn.Module, ABC):
         condition: Condition | None = None,
         to: NoiseLevel | None = None,
     ) -> Prediction:
-        """See `forward`, which need not have an argument `to` where no second time is used."""
+        """See `forward`. An implementation that uses no second time may omit the argument `to`."""
         self._count(x_t)
         second = () if to is None else (to,)
         return super().__call__(x_t, level, condition, *second)
@@ -91,8 +91,8 @@ class BaseDenoiser(nn.Module, ABC):
         Args:
             x_t: noisy images, shape (B, C, H, W).
             level: one level of floats for all images, or levels of shape (B,); sigma > 0.
-            condition: what the images are conditioned on; None for nothing.
-            to: the level of a second time, for networks that predict a step from `level` to it.
+            condition: the condition of the images, or None.
+            to: the level of a second time, for networks that predict a step from `level` to `to`.
         """
 
     def reverse(
@@ -105,17 +105,17 @@ class BaseDenoiser(nn.Module, ABC):
 
 
 class Denoiser(BaseDenoiser):
-    """A network as a denoiser.
+    """A denoiser backed by a network.
 
     Args:
-        network: maps (c_in x_t, label of shape (B,), condition) to an output of x_t's shape; of twice the
-            channels where the variance is learned, or was in training.
-        schedule: the noise schedule that it is trained on.
-        parameterization: what its output means.
+        network: maps (c_in x_t, label of shape (B,), condition) to an output of x_t's shape, or with twice the
+            channels if the network was trained with a learned variance.
+        schedule: the noise schedule the network is trained on.
+        parameterization: how the network's output determines x0 and eps.
         variance: the reverse step's variance (default: `Small`).
 
     Raises:
-        ValueError: the parts do not fit together; names the option to change.
+        ValueError: the arguments are incompatible; the message names the option to change.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Denoiser(BaseDenoiser):
         self.variance = variance or Small()
         parameterization.check(schedule)
         self.variance.check(schedule)
-        # a plain module need not declare its shapes
+        # plain modules may not declare their shapes
         shape, out_channels = getattr(network, "image_shape", None), getattr(network, "out_channels", None)
         if shape is not None and out_channels is not None and out_channels < shape[0] * self.variance.outputs:
             needed = shape[0] * self.variance.outputs
             raise ValueError(
-                f"model.out_channels={out_channels}: leave it out, or give +model.out_channels={needed}; with images of"
+                f"model.out_channels={out_channels}: omit it, or give +model.out_channels={needed}; with images of"
                 f" {shape[0]} channels and this variance ({type(self.variance).__name__}) the network needs {needed}"
                 " output channels"
             )
@@ -149,14 +149,14 @@ class Denoiser(BaseDenoiser):
         condition: Condition | None = None,
         to: NoiseLevel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """F(c_in x_t, label) and the network's output for the variance (or None), both of x_t's shape and dtype."""
+        """F(c_in x_t, label) and the variance output (or None), both with x_t's shape and dtype."""
         c_in, _, _ = self.parameterization.coefficients(level)
-        if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # no pass over x_t without need
+        if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # saves a pass over x_t
             x_t = broadcast(c_in, x_t) * x_t
         label = self._label(level, x_t)
         second = {} if to is None else {"to_label": self._label(to, x_t)}
         weight = next(self.network.parameters(), x_t)
-        # float32 images pass through a network of bfloat16 weights, and the sampler's arithmetic stays in float32
+        # with bfloat16 weights only the network runs in bfloat16; the sampler stays in float32
         output = self.network(x_t.to(weight.dtype), label, condition, **second).to(x_t.dtype)
         channels = x_t.shape[1]
         if output.shape[1] <= channels:
@@ -164,7 +164,7 @@ class Denoiser(BaseDenoiser):
         return output[:, :channels], output[:, channels:]
 
     def _label(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
-        """The label as the network gets it, shape (B,), in float32 at least: bfloat16 would round 999 to 1000."""
+        """The network's label, shape (B,), at least float32: bfloat16 would round 999 to 1000."""
         label = self.parameterization.label(level)
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         if isinstance(label, float):
@@ -176,20 +176,20 @@ class Denoiser(BaseDenoiser):
         if variance is None and self.variance.outputs > 1:
             raise ValueError(
                 f"variance: {type(self.variance).__name__} is predicted by the network, whose output has no channels"
-                f" for it: give it {x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
+                f" for it: set out_channels={x_t.shape[1] * self.variance.outputs}, or choose Small() or Large()"
             )
         prediction = self.parameterization.predict(x_t, output, level)
         return prediction if variance is None else prediction.with_variance(variance)
 
 
 class WrappedDenoiser(BaseDenoiser):
-    """A denoiser around a denoiser: changes what it predicts; schedule and variance are the inner one's.
+    """Wraps a denoiser and modifies its predictions; schedule and variance are those of the inner denoiser.
 
-    Subclasses write `forward`. Evaluations are counted where the networks are called, so that a wrapper that calls the
-    inner denoiser twice costs two.
+    Subclasses implement `forward`. Evaluations are counted at the network, so a wrapper that calls the inner denoiser
+    twice counts as two evaluations.
 
     Args:
-        inner: the denoiser that it calls.
+        inner: the wrapped denoiser.
     """
 
     def __init__(self, inner: BaseDenoiser):
@@ -216,18 +216,18 @@ Wrapper = Callable[[BaseDenoiser], BaseDenoiser]
 
 
 def wrapped(denoiser: BaseDenoiser, wrappers: Iterable[Wrapper]) -> BaseDenoiser:
-    """The denoiser inside these wrappers, the first one innermost."""
+    """Applies wrappers to a denoiser; the first is the innermost."""
     for wrap in wrappers:
         denoiser = wrap(denoiser)
     return denoiser
 
 
 class Conditioned(WrappedDenoiser):
-    """A denoiser with its condition filled in, so that a sampler need not carry it.
+    """A denoiser with a fixed condition, so that samplers do not pass it.
 
     Args:
-        inner: the denoiser that it calls.
-        condition: given to it at each call, of B images; None for nothing.
+        inner: the wrapped denoiser.
+        condition: the condition of the B images, passed at each call; or None.
     """
 
     def __init__(self, inner: BaseDenoiser, condition: Condition | None):

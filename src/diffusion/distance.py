@@ -1,4 +1,4 @@
-"""The distance between the network's output and its target, pixel by pixel."""
+"""Pointwise distances between the network's output and its target."""
 
 from abc import ABC, abstractmethod
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class Distance(ABC):
-    """A pointwise distance. The loss weights are those of the squared error for every distance."""
+    """A pointwise distance. Loss weights are those of the squared error, whatever the distance."""
 
     @abstractmethod
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """The distance at each pixel, of the arguments' shape."""
+        """The distance at each pixel, with the arguments' shape."""
 
 
 class Squared(Distance):
-    """(F - target)^2, whose optimum is the conditional mean, as all samplers assume."""
+    """(F - target)^2. Its minimiser is the conditional mean, which all samplers assume."""
 
     def __call__(self, output, target):
         return (output - target).square()
 
 
 class Absolute(Distance):
-    """|F - target|, L1: its optimum is the conditional median."""
+    """|F - target|, L1. Its minimiser is the conditional median."""
 
     def __call__(self, output, target):
         return (output - target).abs()

@@ -1,4 +1,4 @@
-"""The forward process, q(x_t | x0) = N(alpha_t x0, sigma_t^2 I), in one jump (Ho et al. 2020, eq. 4)."""
+"""Sampling from the forward process q(x_t | x0) = N(alpha_t x0, sigma_t^2 I) (Ho et al. 2020, eq. 4)."""
 
 from torch import Tensor
 

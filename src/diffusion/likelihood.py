@@ -1,10 +1,10 @@
-"""Likelihood: the bits per dimension (pixel and channel) of an image.
+"""Likelihood in bits per dimension (a dimension is one channel of one pixel).
 
-By the variational bound of a chain t_S > ... > t_1 > 0 (Ho et al. 2020, eq. 5), in bits per dimension,
+Two methods. The variational bound of a chain t_S > ... > t_1 > 0 (Ho et al. 2020, eq. 5):
 
     -ln p(x0) <= L_T + sum_{i > 1} KL(q(x_s | x_t, x0) || p(x_s | x_t)) - ln p(x0 | x_{t_1})
 
-and by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, sec. 4.3), from the density along the flow.
+The probability-flow ODE (Song et al. 2021, arXiv:2011.13456, sec. 4.3): the density is integrated along the flow.
 """
 
 import math
@@ -25,21 +25,21 @@ from .sampler.noise import NoiseSource, global_noise
 from .schedule import DiscreteSchedule, Schedule
 from .variance import Small, Variance
 
-# Half the distance between two bytes: images are byte/127.5 - 1.
+# Half the distance between two byte values: images are byte/127.5 - 1.
 HALF_BIN = 1 / 255
 
 ROOT = math.sqrt(2)
 
 
 class Chain:
-    """The steps of a reverse process, and the terms of its bound.
+    """The steps of a reverse process and the terms of its variational bound.
 
     Args:
         schedule: a discrete schedule.
-        times: rising times t_1 < ... < t_S of its table; None for all, 1 ... T.
+        times: increasing times t_1 < ... < t_S of its table; None for all, 1 ... T.
 
     Raises:
-        ValueError: the schedule is not discrete, or there are fewer than two rising times.
+        ValueError: the schedule is not discrete, or the times are not at least two increasing values.
     """
 
     def __init__(self, schedule: Schedule, times: Tensor | list[float] | None = None):
@@ -55,7 +55,7 @@ class Chain:
             )
         rows = torch.arange(1, schedule.T + 1, dtype=torch.float64) if times is None else as_times(times)
         if len(rows) < 2 or not (rows.diff() > 0).all():
-            raise ValueError(f"times must be at least two rising values, got {rows.tolist()}")
+            raise ValueError(f"times must be at least two increasing values, got {rows.tolist()}")
         self.schedule = schedule
         self.times = torch.cat([torch.zeros(1, dtype=torch.float64), rows])
 
@@ -64,19 +64,19 @@ class Chain:
         return len(self.times) - 1
 
     def level(self, step: Tensor) -> NoiseLevel:
-        """The levels at which the steps (B,), in 1 ... S, start; step 0 is clean data."""
+        """The levels at which the given steps start; steps has shape (B,), values 0 ... S, and 0 is clean data."""
         return self.schedule(self.times[step])
 
     def term(self, step: Tensor, x0: Tensor, prediction: Prediction, variance: Variance) -> Tensor:
-        """The steps' terms of the bound: the decoder's where step is 1, otherwise a KL divergence.
+        """The terms of the bound at the given steps: the decoder term at step 1, otherwise a KL divergence.
 
-        Only the terms that occur are computed. No step waits for the device.
+        Only the kinds of terms that occur are computed. There is no device synchronisation.
 
         Args:
-            step: numbers of the steps, one for each image, shape (B,), int64, on the CPU, in 1 ... S.
+            step: step numbers, one per image, shape (B,), int64, on the CPU, in 1 ... S.
             x0: the images, in [-1, 1], shape (B, C, H, W).
-            prediction: the denoiser's, at the steps' levels.
-            variance: of p(x_s | x_t).
+            prediction: the denoiser's prediction at the levels of the steps.
+            variance: the variance of p(x_s | x_t).
 
         Returns:
             Bits per dimension, shape (B,), x0's dtype.
@@ -86,8 +86,8 @@ class Chain:
             return _bits(self._decoder_term(step, x0, prediction, variance))
         if not first.any():
             return _bits(self._kl_term(step, x0, prediction, variance))
-        # each term gets the other's images with harmless values: torch.where multiplies the gradient of the branch not
-        # taken by 0, which makes NaN of an infinite one
+        # Both terms are computed for all images, with finite placeholders for the images of the other term:
+        # torch.where multiplies the gradient of the unused branch by 0, which gives NaN if that gradient is infinite.
         first = broadcast(first, x0).bool()
         surprise = self._decoder_term(step, x0, prediction, variance, ~first)
         return _bits(torch.where(first, surprise, self._kl_term(step, x0, prediction, variance, first)))
@@ -100,7 +100,7 @@ class Chain:
         variance: Variance,
         unused: Tensor | None = None,
     ) -> Tensor:
-        """-ln p(x0 | x_t) in nats, x0's shape; anything finite for the images that are unused."""
+        """-ln p(x0 | x_t) in nats, x0's shape; finite placeholders for unused images."""
         second = step.clamp(min=2)
         beta_tilde = Small()(self.level(second), self.level(second - 1), prediction)
         mean = prediction.x0
@@ -117,14 +117,14 @@ class Chain:
         variance: Variance,
         unused: Tensor | None = None,
     ) -> Tensor:
-        """KL(q(x_s | x_t, x0) || p(x_s | x_t)) in nats, x0's shape; anything finite for the images that are unused."""
-        step = step.clamp(min=2)  # the posterior of step 1 has no variance
+        """KL(q(x_s | x_t, x0) || p(x_s | x_t)) in nats, x0's shape; finite placeholders for unused images."""
+        step = step.clamp(min=2)  # the posterior variance of step 1 is 0
         t, s = self.level(step), self.level(step - 1)
         true_variance = broadcast(Small()(t, s, prediction), x0)
         learned = broadcast(variance(t, s, prediction), x0)
         if unused is not None:
             learned = torch.where(unused, true_variance, learned)
-        # only the difference of the posterior means counts, which avoids cancellation
+        # the difference of the posterior means, computed directly to avoid cancellation
         gain = broadcast(s.alpha * conditional_variance(t, s) / t.sigma**2, x0)
         ratio = true_variance / learned
         return (ratio - 1 - ratio.log() + (gain * (x0 - prediction.x0)).square() / learned) / 2
@@ -132,14 +132,14 @@ class Chain:
     def prior(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, shape (B,)."""
         alphabar = broadcast(self.level(torch.full((len(x0),), len(self))).alpha ** 2, x0)
-        # the variance is 1 - alphabar; written without the cancellation in 1 - alphabar - 1
+        # the variance is 1 - alphabar; this form avoids the cancellation in 1 - alphabar - 1
         return _bits((alphabar * x0.square() - alphabar - torch.log1p(-alphabar)) / 2)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """ln of the mass of N(mean, std^2) in the bin of each byte, with open outer bins (Ho et al. 2020, eq. 13).
+    """Log-probability of each byte's bin under N(mean, std^2), with open outer bins (Ho et al. 2020, eq. 13).
 
-    With the exact normal distribution function, which published codes approximate by a tanh.
+    Uses the exact normal distribution function, which published code approximates by a tanh.
 
     Args:
         x0: bytes/127.5 - 1.
@@ -151,13 +151,13 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     upper = ((x0 + HALF_BIN - mean) / std).masked_fill(x0 > 0.999, math.inf)
     lower = ((x0 - HALF_BIN - mean) / std).masked_fill(x0 < -0.999, -math.inf)
-    # mirrored into the left tail, where the difference of two distribution functions keeps its digits
+    # mirrored into the left tail, where the difference of two distribution functions does not cancel
     mirrored = upper + lower > 0
     low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
-    # a bin around the mean: the mass on either side of the mean
+    # bins that contain the mean: the mass on either side of the mean
     around = high > 0
     sides = sum(torch.erf(torch.where(around, edge, 1.0) / ROOT) for edge in (-low, high))
-    # other bins: 2 Phi(-z) = erfcx(z/sqrt(2)) exp(-z^2/2), since log_ndtr's gradient loses all digits in float32
+    # other bins: 2 Phi(-z) = erfcx(z/sqrt(2)) exp(-z^2/2); log_ndtr's gradient is inaccurate in float32
     near, width = torch.where(around, 0.0, -high), 2 * HALF_BIN / std.to(x0.dtype)
     open_end = low.isneginf()
     far = torch.where(open_end, near + 1, -low)
@@ -175,13 +175,13 @@ def bound_terms(
     condition: Condition | None = None,
     noise: NoiseSource = global_noise,
 ) -> Iterator[Tensor]:
-    """Yields the terms of steps 1, 2, ..., S, each (B,), in bits per dimension: one network evaluation each.
+    """Yields the terms of steps 1, 2, ..., S, each (B,), in bits per dimension; one network evaluation per term.
 
     Args:
-        denoiser: in eval mode; may clip x0, as for published bounds.
+        denoiser: in eval mode; it may clip x0, as for published bounds.
         chain: the steps.
         x0: images, bytes/127.5 - 1, shape (B, C, H, W).
-        condition: what the images are conditioned on; None for nothing.
+        condition: the condition of the images, or None.
         noise: source of x_t's noise.
     """
     for number in range(1, len(chain) + 1):
@@ -194,12 +194,12 @@ def bound_terms(
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The likelihood of each image by the probability flow.
+    """The likelihood of each image by the probability-flow ODE.
 
     Attributes:
         bits: -log2 p per dimension, shape (B,); for bytes an upper bound in expectation (uniform dequantisation).
-        latent: the images after the flow to t_max, shape (B, C, H, W).
-        evaluations: of the network.
+        latent: the state at t_max, shape (B, C, H, W).
+        evaluations: number of network evaluations.
     """
 
     bits: Tensor
@@ -214,28 +214,28 @@ def flow_log_density(
     noise: NoiseSource = global_noise,
     tolerance: float = 1e-5,
 ) -> tuple[Tensor, Tensor, int]:
-    """ln p of x as images at the smallest time, by the probability-flow ODE.
+    """ln p(x) by the probability-flow ODE, with x taken as the state at t_min.
 
-    In the coordinates z = x_t / r, r^2 = alpha^2 + sigma^2, with the angle phi = atan(sigma/alpha), which are
-    bounded on every schedule, the flow is
+    The coordinates z = x_t / r, r^2 = alpha^2 + sigma^2, and the angle phi = atan(sigma/alpha) are bounded on every
+    schedule. In them the flow is
 
         dz/dphi = cos(phi) eps_hat - sin(phi) x0_hat,    d ln p(z)/dphi = -div(dz/dphi)
 
-    with the divergence estimated by one Rademacher probe per image, fixed along the flow (Skilling 1989,
-    Hutchinson 1989). The density at t_max is N(0, sigma^2 I), the samplers' start.
+    The divergence is estimated by one Rademacher probe per image, fixed along the flow (Skilling 1989,
+    Hutchinson 1989). The density at t_max is N(0, sigma^2 I), the initial distribution of the samplers.
 
     Args:
-        denoiser: in eval mode, unclipped: clipping x0 is not differentiable everywhere.
+        denoiser: in eval mode, without clipping, which is not differentiable everywhere.
         x: shape (B, C, H, W).
-        condition: what the images are conditioned on; None for nothing.
+        condition: the condition of the images, or None.
         noise: source of the probe; only its sign is used.
-        tolerance: relative and absolute, of each step of the integration.
+        tolerance: relative and absolute tolerance of each integration step.
 
     Returns:
-        ln p in nats, shape (B,); x at t_max, shape (B, C, H, W); the number of evaluations.
+        ln p in nats, shape (B,); the state at t_max, shape (B, C, H, W); the number of evaluations.
 
     Raises:
-        ValueError: the tolerance is not reached, or the flow is not finite, with the time.
+        ValueError: the tolerance is not reached, or the flow is not finite; the message gives the time.
     """
     schedule = denoiser.schedule
     first, last = schedule(as_times([schedule.t_min, schedule.t_max])).scalars()
@@ -280,14 +280,14 @@ def flow_likelihood(
     noise: NoiseSource = global_noise,
     tolerance: float = 1e-5,
 ) -> FlowLikelihood:
-    """Bits per dimension of images of bytes, dequantised uniformly over their bins.
+    """Bits per dimension of byte images, dequantised uniformly over their bins.
 
     Args:
-        denoiser: in eval mode, unclipped.
+        denoiser: in eval mode, without clipping.
         x0: bytes/127.5 - 1, shape (B, C, H, W).
-        condition: what the images are conditioned on; None for nothing.
+        condition: the condition of the images, or None.
         noise: source of the dequantisation and of the probe.
-        tolerance: relative and absolute, of each step of the integration.
+        tolerance: relative and absolute tolerance of each integration step.
     """
     dequantised = x0 + HALF_BIN * torch.erf(noise(x0) / math.sqrt(2))  # uniform in +- half a bin
     log_p, latent, evaluations = flow_log_density(denoiser, dequantised, condition, noise, tolerance)
@@ -296,5 +296,5 @@ def flow_likelihood(
 
 
 def _bits(nats: Tensor) -> Tensor:
-    """Nats of each pixel -> bits per dimension of each image, shape (B,)."""
+    """Converts nats per pixel to bits per dimension of each image, shape (B,)."""
     return nats.flatten(1).mean(dim=1) / math.log(2)

@@ -17,13 +17,13 @@ from torch import Tensor
 class NoiseLevel:
     """alpha and sigma of one time, of a batch of times, or of a whole grid of times.
 
-    Schedules return float64 tensors of the times' shape, on the CPU; `scalars()` turns a grid into a list
-    of levels of Python floats, with which a sampler computes its coefficients without touching a tensor.
+    Schedules return float64 CPU tensors with the shape of the times. `scalars()` converts a grid into a list of levels
+    of Python floats, so that samplers compute their coefficients without tensor operations.
 
     Attributes:
         alpha: factor of the image, in [0, 1].
         sigma: standard deviation of the noise, >= 0.
-        label: the time as it is fed to the network (for discrete schedules t - 1, as in published checkpoints).
+        label: the time passed to the network (t - 1 for discrete schedules, as in published checkpoints).
     """
 
     alpha: Tensor | float
@@ -45,21 +45,21 @@ class NoiseLevel:
         return self.alpha.log() - self.sigma.log()
 
     def scalars(self) -> list["NoiseLevel"]:
-        """The levels of a grid of times, shape (N,), one by one as Python floats."""
+        """The levels of a grid of N times as a list of N levels of Python floats."""
         rows = zip(self.alpha.tolist(), self.sigma.tolist(), self.label.tolist(), strict=True)
         return [NoiseLevel(alpha, sigma, float(label)) for alpha, sigma, label in rows]
 
 
 def broadcast(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
-    """A level's coefficient in a form that multiplies the batch x.
+    """Reshapes a level's coefficient so that it broadcasts against the batch x.
 
     Args:
-        coefficient: a Python float (the same for all images), a tensor of shape (B,), one for each image, or
-            one of x's own shape, e.g. a learned variance.
+        coefficient: a Python float (the same for all images), a tensor of shape (B,) with one value per image, or a
+            tensor of x's shape, e.g. a learned variance.
         x: shape (B, ...).
 
     Returns:
-        A float or a tensor of x's shape as it is, else a tensor of shape (B, 1, ..., 1) with x's dtype and device.
+        Floats and tensors of x's shape unchanged; otherwise a tensor of shape (B, 1, ..., 1), x's dtype and device.
     """
     if isinstance(coefficient, float) or coefficient.dim() == x.dim():
         return coefficient
@@ -67,7 +67,7 @@ def broadcast(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
 
 
 def linear_combination(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a x + b y with coefficients of a level: floats, or tensors of shape (B,); in one new tensor."""
+    """a x + b y as a new tensor; a and b are floats or tensors of shape (B,)."""
     if isinstance(a, float) and isinstance(b, float):
         return torch.mul(x, a).add_(y, alpha=b)
     return broadcast(a, x) * x + broadcast(b, y) * y
@@ -91,5 +91,5 @@ def _log(x: float) -> float:
 
 
 def as_times(times: Tensor | Sequence[float] | float) -> Tensor:
-    """Times as a float64 tensor on the CPU, where the tables are."""
+    """Times as a float64 CPU tensor; schedules are evaluated on the CPU."""
     return torch.as_tensor(times, dtype=torch.float64, device="cpu")

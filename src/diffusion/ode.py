@@ -1,7 +1,7 @@
-"""An adaptive integrator of ordinary differential equations.
+"""An adaptive ODE solver.
 
-torchdiffeq's dopri5 is not used: it bounds the error of the whole batch instead of each image's, takes other steps, and
-does not report where a derivative is not finite.
+torchdiffeq's dopri5 is not used because it bounds the error of the whole batch instead of each image's, takes different
+steps, and does not report where a derivative is not finite.
 """
 
 import math
@@ -29,7 +29,7 @@ class NotFinite(ValueError):
     """The derivative is NaN or infinite.
 
     Attributes:
-        x: the beginning of the step in which it occurs.
+        x: the start of the step in which it occurs.
     """
 
     def __init__(self, x: float):
@@ -45,15 +45,15 @@ def integrate(
     tolerance: float,
     max_evaluations: int = 100_000,
 ) -> tuple[Tensors, int]:
-    """The solution at `end` of dy/dx = f(x, y), y(start) = y, by the method of Dormand and Prince, of order 5.
+    """Solves dy/dx = f(x, y), y(start) = y, up to `end` by the Dormand-Prince method of order 5.
 
     Args:
-        f: the derivative, of y's structure.
+        f: the derivative; returns tensors like y.
         y: tensors whose first dimension is the batch; each image in each tensor must meet the tolerance.
-        start: the x of the initial value.
-        end: above start.
-        tolerance: bound of each step's error, relative to and in absolute units of y (root mean square of an image).
-        max_evaluations: of f.
+        start: initial x.
+        end: final x, above start.
+        tolerance: relative and absolute bound of each step's error (root mean square over an image).
+        max_evaluations: largest number of evaluations of f.
 
     Returns:
         y(end) and the number of evaluations.
@@ -101,6 +101,6 @@ def _advance(y: Tensors, slopes: Sequence[Tensors], weights: Sequence[float], st
 
 
 def _excess(error: Tensor, before: Tensor, after: Tensor, tolerance: float) -> float:
-    """The largest error of an image in units of the allowed error."""
+    """The largest error of an image, relative to the allowed error."""
     allowed = tolerance * (1 + torch.maximum(before.abs(), after.abs()))
     return (error / allowed).reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()

@@ -1,11 +1,12 @@
-"""The meaning of the network's output F: three coefficients for each noise level.
+"""Parameterisations: how the network's output F determines x0, by three coefficients per noise level.
 
     x0_hat = c_skip x_t + c_out F(c_in x_t, label),    eps_hat = (x_t - alpha_t x0_hat) / sigma_t
 
-and F is trained towards (x0 - c_skip x_t) / c_out (Karras et al. 2022, arXiv:2206.00364, eq. 7).
+The training target of F is (x0 - c_skip x_t) / c_out (Karras et al. 2022, arXiv:2206.00364, eq. 7).
 
-Each was published for one kind of schedule. c_in scales x_t to that kind's coordinates, so that each is defined for
-all: it is 1 on the original kind, and two schedules give the network the same input and the same x0 at equal SNR.
+Each parameterisation was published for one kind of schedule. c_in scales x_t to the coordinates of that kind, where it
+is 1, so that every parameterisation is defined on every schedule: at equal SNR, all schedules give the network the
+same input and result in the same x0.
 """
 
 from abc import ABC, abstractmethod
@@ -18,19 +19,19 @@ from .schedule import Schedule
 
 
 class Prediction:
-    """A denoiser's estimates of x0 and eps, given by one tensor F.
+    """A denoiser's estimates of x0 and eps, both computed from one tensor F.
 
         x0 = c_skip x_t + c_out F,    x_t = alpha_t x0 + sigma_t eps
 
-    Both are computed on first use from F, so that they agree, and eps does not inherit x0's rounding errors divided by
-    a small sigma.
+    Both are computed from F on first use. So they are consistent, and eps has no rounding errors of x0 divided by a
+    small sigma.
 
     Args:
         x_t: the noisy images, shape (B, C, H, W).
-        level: their level.
+        level: the noise level of x_t.
         output: F, x_t's shape.
-        c_skip, c_out: of the level's shape; by default F is x0.
-        variance: the network's output for a learned variance of the reverse step, x_t's shape; otherwise None.
+        c_skip, c_out: coefficients with the level's shape; by default F is x0.
+        variance: the network's output for a learned variance, x_t's shape, or None.
     """
 
     def __init__(
@@ -57,44 +58,44 @@ class Prediction:
         return self.mix(0.0, 1.0)
 
     def with_variance(self, variance: Tensor) -> "Prediction":
-        """The same estimate with the network's output for the variance."""
+        """A copy with the network's output for the variance."""
         return Prediction(self.x_t, self.level, self._output, self._c_skip, self._c_out, variance)
 
     def mix(self, of_x0: Tensor | float, of_eps: Tensor | float) -> Tensor:
-        """of_x0 x0 + of_eps eps as a new tensor, directly from x_t and F."""
+        """of_x0 x0 + of_eps eps as a new tensor, computed directly from x_t and F."""
         alpha, sigma = self.level.alpha, self.level.sigma
         of_x0 = of_x0 - of_eps * alpha / sigma
         of_x_t = of_eps / sigma + of_x0 * self._c_skip
         return linear_combination(of_x_t, self.x_t, of_x0 * self._c_out, self._output)
 
     def with_x0(self, x0: Tensor) -> "Prediction":
-        """The same with another x0 and the eps that follows from it."""
+        """A copy with another x0 and the corresponding eps."""
         return Prediction(self.x_t, self.level, x0, variance=self.variance)
 
 
 class Parameterization(ABC):
-    """The meaning of the network's output.
+    """Defines how the network's output determines x0.
 
     Attributes:
-        sees_pure_noise: whether the output determines x0 where alpha is 0.
+        sees_pure_noise: whether the output determines x0 at alpha = 0.
     """
 
     sees_pure_noise = True
 
     @abstractmethod
     def coefficients(self, level: NoiseLevel) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """c_in, c_skip, c_out at this level, each of the level's shape."""
+        """c_in, c_skip and c_out at this level, each with the level's shape."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """The target of F for the image x0 and the noise eps, both (B, C, H, W)."""
+        """The training target of F for images x0 and noise eps, both (B, C, H, W)."""
 
     def label(self, level: NoiseLevel) -> Tensor | float:
-        """The time as it is fed to the network: by default the schedule's label, of the level's shape."""
+        """The time passed to the network, with the level's shape; by default the schedule's label."""
         return level.label
 
     def check(self, schedule: Schedule) -> None:
-        """Checks that the parameterisation fits a schedule.
+        """Checks that the parameterisation is defined on a schedule.
 
         Raises:
             ValueError: the output does not determine x0 at the schedule's end.
@@ -112,14 +113,14 @@ class Parameterization(ABC):
 
 
 def _norm(level: NoiseLevel) -> Tensor | float:
-    """sqrt(alpha^2 + sigma^2), 1 for variance-preserving schedules."""
+    """sqrt(alpha^2 + sigma^2); 1 for variance-preserving schedules."""
     return (level.alpha**2 + level.sigma**2) ** 0.5
 
 
 class Eps(Parameterization):
     """F is the noise: c_in = 1, c_skip = 1/alpha, c_out = -sigma/alpha (DDPM, Ho et al. 2020, eq. 11).
 
-    Off variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    On other than variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
     sees_pure_noise = False
@@ -134,9 +135,9 @@ class Eps(Parameterization):
 class Score(Parameterization):
     """F is the score -eps/sigma of p(x_t): c_in = 1, c_skip = 1/alpha, c_out = sigma^2/alpha.
 
-    Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 7), whose loss weight sigma^2 on the score is
-    `weighting=snr`; the smallest sigma dominates the plain error (`simple`) of the score. Off variance-preserving
-    schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 7). Its loss weight sigma^2 on the score is `weighting=snr`; with
+    `weighting=simple`, the smallest sigma dominates the loss. On other than variance-preserving schedules
+    c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
     sees_pure_noise = False
@@ -151,7 +152,7 @@ class Score(Parameterization):
 class X0(Parameterization):
     """F is the image: c_in = 1, c_skip = 0, c_out = 1 (Ho et al. 2020, sec. 3.2).
 
-    Off variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
+    On other than variance-preserving schedules c_in = 1/sqrt(alpha^2 + sigma^2).
     """
 
     def coefficients(self, level):
@@ -168,7 +169,7 @@ class V(Parameterization):
     """F is v = alpha eps - sigma x0: c_in = 1, c_skip = alpha, c_out = -sigma.
 
     Progressive distillation (Salimans & Ho 2022, arXiv:2202.00512, app. D), where alpha^2 + sigma^2 = r^2 = 1.
-    Elsewhere the same in the coordinates x_t/r: c_in = 1/r, c_skip = alpha/r^2, c_out = -sigma/r, and
+    On other schedules the coordinates are x_t/r: c_in = 1/r, c_skip = alpha/r^2, c_out = -sigma/r, and
     v = (alpha eps - sigma x0)/r.
     """
 
@@ -185,7 +186,7 @@ class Velocity(Parameterization):
     """F is the flow's velocity eps - x0 = dx_t/dt: c_in = 1, c_skip = 1, c_out = -sigma.
 
     Flow matching and rectified flow (Lipman et al. 2023, arXiv:2210.02747, eq. 23; Liu et al. 2023), where
-    r = alpha + sigma = 1. Elsewhere the same in the coordinates x_t/r: c_in = c_skip = 1/r, c_out = -sigma/r.
+    r = alpha + sigma = 1. On other schedules the coordinates are x_t/r: c_in = c_skip = 1/r, c_out = -sigma/r.
     """
 
     def coefficients(self, level):
@@ -202,11 +203,11 @@ class EDM(Parameterization):
         c_in = 1/r,   c_skip = alpha sigma_data^2/r^2,   c_out = sigma sigma_data/r,
         r^2 = sigma^2 + alpha^2 sigma_data^2,   label = ln(sigma/alpha)/4
 
-    The paper has alpha = 1; other schedules are scaled to that by x_t/alpha. |ln(sigma/alpha)| is bounded by 20 in the
-    label, so that it is finite for pure noise.
+    The paper has alpha = 1; other schedules are rescaled by x_t/alpha. In the label |ln(sigma/alpha)| is clamped to 20,
+    so that it is finite for pure noise.
 
     Args:
-        sigma_data: standard deviation of the data, 0.5 for CIFAR-10 in [-1, 1].
+        sigma_data: standard deviation of the data; 0.5 for CIFAR-10 in [-1, 1].
 
     Raises:
         ValueError: sigma_data is not positive.
@@ -222,7 +223,7 @@ class EDM(Parameterization):
         return 1 / r, level.alpha * self.sigma_data**2 / r**2, level.sigma * self.sigma_data / r
 
     def target(self, x0, eps, level):
-        # (x0 - c_skip x_t) / c_out without its cancellation at small sigma
+        # (x0 - c_skip x_t) / c_out, rewritten to avoid cancellation at small sigma
         r = (level.sigma**2 + (level.alpha * self.sigma_data) ** 2) ** 0.5
         of_x0, of_eps = level.sigma / (self.sigma_data * r), level.alpha * self.sigma_data / r
         return broadcast(of_x0, x0) * x0 - broadcast(of_eps, x0) * eps

@@ -1,9 +1,9 @@
-"""Spacings: which times a sampler visits.
+"""Spacings: the times a sampler visits.
 
-A spacing returns falling times, t_S > ... > t_1 > 0, and 0 (clean data) at the end: S network evaluations for a
-sampler that makes one per step. Spacings of a table are rising 0-based indices, as in the published codes; index i is
-time i + 1 of the table, whose row 0 is clean. The other spacings work on every schedule, and on a table may visit
-times between two rows.
+A spacing returns decreasing times t_S > ... > t_1 > 0, followed by 0 (clean data): S network evaluations for a sampler
+that makes one per step. Index spacings pick rows of a table by 0-based indices, as published code does; index i is
+time i + 1 of the table, whose row 0 is clean. The other spacings work on every schedule and may visit times between
+two rows of a table.
 """
 
 import math
@@ -17,17 +17,17 @@ from .schedule import DiscreteSchedule, Schedule
 
 
 class Spacing(ABC):
-    """A rule that picks a schedule's times.
+    """Picks the times to visit on a schedule.
 
     Attributes:
-        whole_rows: whether it visits only the rows of a table, which limits the steps to T.
+        whole_rows: whether only rows of a table are visited, which limits the number of steps to T.
     """
 
     whole_rows = False
 
     @abstractmethod
     def times(self, schedule: Schedule, steps: int) -> Tensor:
-        """The falling times before clean data, float64: `steps` of them, or fewer where the rule repeats some."""
+        """The decreasing times before clean data, float64: `steps` of them, or fewer if some would repeat."""
 
     def __call__(self, schedule: Schedule, steps: int) -> Tensor:
         """The times to visit.
@@ -37,10 +37,10 @@ class Spacing(ABC):
             steps: S, the number of steps, at least 1.
 
         Returns:
-            S + 1 falling times, float64, the last of them 0; fewer where the rule repeats some.
+            S + 1 decreasing times, float64, the last one 0; fewer if some would repeat.
 
         Raises:
-            ValueError: steps is out of range, or the rule does not fit the schedule or would repeat many times.
+            ValueError: steps is out of range, the spacing does not support the schedule, or too many times repeat.
         """
         if self.whole_rows and isinstance(schedule, DiscreteSchedule):
             if not 1 <= steps <= schedule.T:
@@ -51,10 +51,10 @@ class Spacing(ABC):
 
 
 class IndexSpacing(Spacing):
-    """A rule for the rows of a table.
+    """A spacing that picks rows of a table.
 
-    Rows that the rule repeats are visited once. Where more than a tenth are repeated it is refused, since the run would
-    have far fewer steps than requested.
+    Repeated rows are visited once. An error is raised if more than a tenth repeat, since the run would have far fewer
+    steps than requested.
     """
 
     whole_rows = True
@@ -80,7 +80,7 @@ class IndexSpacing(Spacing):
 
 
 class Leading(IndexSpacing):
-    """i floor(T/S): the "linear" sub-sequence of DDIM (Song et al. 2021, app. D.2) wherever S divides T.
+    """i floor(T/S): the "linear" sub-sequence of DDIM (Song et al. 2021, app. D.2) if S divides T.
 
     Starts below pure noise: the largest index is T - T/S. diffusers' "leading" with offset 0.
     """
@@ -90,9 +90,9 @@ class Leading(IndexSpacing):
 
 
 class Linspace(IndexSpacing):
-    """round(linspace(0, T - 1, S)): both the first and the last step (diffusers' "linspace").
+    """round(linspace(0, T - 1, S)), which includes the first and the last row (diffusers' "linspace").
 
-    The same as improved DDPM with one section, except for some S where a half is rounded differently (`Sections`).
+    Equals improved DDPM with one section, except for some S where a half is rounded differently (`Sections`).
     """
 
     def indices(self, T, steps):
@@ -102,9 +102,9 @@ class Linspace(IndexSpacing):
 class Quadratic(IndexSpacing):
     """floor(linspace(0, sqrt(0.8 T), S)^2): DDIM's sub-sequence for CIFAR-10 (Song et al. 2021, app. D.2).
 
-    From S = 50 at T = 1000 the smallest indices repeat: 49 are distinct there, 96 at S = 100. DDIM's code evaluates
-    the network again at each repetition, without moving; here they are visited once, with the same images.
-    `QuadraticTime` is the grid of continuous schedules.
+    At T = 1000 the smallest indices repeat for S >= 50: 49 are distinct at S = 50, 96 at S = 100. DDIM's code evaluates
+    the network at each repetition without changing the image; here each index is visited once, with the same result.
+    For continuous schedules use `QuadraticTime`.
     """
 
     def indices(self, T, steps):
@@ -112,14 +112,14 @@ class Quadratic(IndexSpacing):
 
 
 class Sections(IndexSpacing):
-    """Sections of the table with a number of steps each (improved DDPM, Nichol & Dhariwal 2021, sec. 4).
+    """Splits the table into sections with a number of steps each (improved DDPM, Nichol & Dhariwal 2021, sec. 4).
 
-    "10,15,20" splits the table into three parts, nearly equal, and takes that many steps of each, evenly with
-    both ends. "ddim25" takes every k-th step from the first, with the whole number k that gives exactly 25.
+    "10,15,20" splits the table into three nearly equal sections and takes 10, 15 and 20 evenly spaced steps, both
+    ends included. "ddim25" takes every k-th row from the first, with the integer k that gives exactly 25 steps.
 
     Args:
-        sections: the numbers, or "ddim" and one number, which add up to the number of steps; None for one section, or
-            "ddim" alone for one stride, of all the steps.
+        sections: comma-separated counts whose sum is the number of steps, or "ddim" and the number of steps. None
+            means one section; "ddim" alone means one stride with all steps.
 
     Raises:
         ValueError: sections is malformed.
@@ -168,7 +168,7 @@ class Sections(IndexSpacing):
 
 
 class Trailing(Spacing):
-    """round(T (S - i)/S) from the last step down (Lin et al. 2023, arXiv:2305.08891, table 2): includes T.
+    """round(T (S - i)/S), i = 0 ... S - 1, which includes T (Lin et al. 2023, arXiv:2305.08891, table 2).
 
     On a continuous schedule t_max (1 - i/S), the usual grid of flow models.
     """
@@ -188,11 +188,11 @@ class Trailing(Spacing):
 
 
 class EvenSpacing(Spacing):
-    """A grid that is even in something, from t_max to the last time before clean data, both included.
+    """A grid that is uniform in some variable, from t_max to the last time before clean data, both included.
 
     Args:
-        end: the last time as a share of t_max, e.g. the 1e-3 of score SDE's and DPM-Solver's codes; where it is below
-            the schedule's t_min, t_min is taken.
+        end: the last time as a fraction of t_max, e.g. 1e-3 in the code of score SDE and DPM-Solver; at least the
+            schedule's t_min is used.
 
     Raises:
         ValueError: end is not in [0, 1).
@@ -209,16 +209,17 @@ class EvenSpacing(Spacing):
 
 
 class UniformTime(EvenSpacing):
-    """Evenly in time; one step starts at t_max."""
+    """Uniform in time. With one step, the step starts at t_max."""
 
     def times(self, schedule, steps):
         return torch.linspace(schedule.t_max, self.last(schedule), steps, dtype=torch.float64)
 
 
 class QuadraticTime(EvenSpacing):
-    """Evenly in sqrt(t), denser near the data: "time_quadratic" of DPM-Solver's code; one step starts at t_max.
+    """Uniform in sqrt(t), denser near the data: "time_quadratic" of DPM-Solver's code.
 
-    DDIM's quadratic sub-sequence without its factor 0.8 and its rounding to rows.
+    DDIM's quadratic sub-sequence without the factor 0.8 and the rounding to rows. With one step, the step starts at
+    t_max.
     """
 
     def times(self, schedule, steps):
@@ -228,7 +229,7 @@ class QuadraticTime(EvenSpacing):
 
 
 class UniformLogSNR(EvenSpacing):
-    """Evenly in ln(alpha/sigma): DPM-Solver's grid (Lu et al. 2022, arXiv:2206.00927)."""
+    """Uniform in ln(alpha/sigma): DPM-Solver's grid (Lu et al. 2022, arXiv:2206.00927)."""
 
     def times(self, schedule, steps):
         ends = _log_snr_range(schedule, self.last(schedule))
@@ -236,15 +237,15 @@ class UniformLogSNR(EvenSpacing):
 
 
 class Karras(Spacing):
-    """Evenly in (sigma/alpha)^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5), rho = 7 in the paper.
+    """Uniform in (sigma/alpha)^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5), rho = 7 in the paper.
 
     Args:
-        rho: larger means denser near the data; rho = 1 is even in sigma/alpha.
+        rho: larger values are denser near the data; rho = 1 is uniform in sigma/alpha.
         sigma_min: the last sigma/alpha before clean data; None for the schedule's smallest.
-        sigma_max: the first; None for the schedule's largest.
+        sigma_max: the first sigma/alpha; None for the schedule's largest.
 
     Raises:
-        ValueError: a number is not positive, or the range is empty.
+        ValueError: an argument is not positive, or the range is empty.
     """
 
     def __init__(self, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None):
@@ -265,7 +266,7 @@ class Karras(Spacing):
 def _log_snr_range(
     schedule: Schedule, last_time: float, sigma_max: float | None = None, sigma_min: float | None = None
 ) -> tuple[float, float]:
-    """ln(alpha/sigma) of the first and the last time before clean data; checked, so that rounding alone leaves it."""
+    """ln(alpha/sigma) of the first and last time before clean data, checked against the schedule's range."""
     first, last = schedule(torch.tensor([schedule.t_max, last_time], dtype=torch.float64)).scalars()
     slack = 1e-6
     for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min)):
@@ -283,7 +284,7 @@ def _log_snr_range(
 
 
 def _linspace(stop: float, num: int) -> list[float]:
-    """num values from 0 to stop in numpy's order of operations, since truncation depends on the last bit."""
+    """num values from 0 to stop in numpy's order of operations: truncation to rows depends on the last bit."""
     if num == 1:
         return [0.0]
     step = stop / (num - 1)

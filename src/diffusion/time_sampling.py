@@ -1,4 +1,4 @@
-"""Which times to train on."""
+"""Distributions of training times."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,28 +14,28 @@ class TimeSampling(ABC):
 
     @abstractmethod
     def __call__(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
-        """The times of a whole global batch, shape (n,), float64, from a CPU generator."""
+        """The times of a global batch, shape (n,), float64, from a CPU generator."""
 
     def weights(self, t: Tensor, schedule: Schedule) -> Tensor:
-        """Factors of the losses at the times t, shape (B,), that undo the preference for some of them."""
+        """Importance weights of the losses at times t, shape (B,), relative to `expected`."""
         return torch.ones_like(t)
 
     def expected(self) -> "TimeSampling":
-        """The fixed distribution whose expected loss is minimised: on it losses are compared."""
+        """The fixed distribution under which the expected loss is minimised; validation uses it."""
         return self
 
 
 class AdaptiveTimeSampling(TimeSampling):
-    """A distribution that learns from the losses."""
+    """A distribution that adapts to the losses."""
 
     @abstractmethod
     def update(self, t: Tensor, losses: Tensor, schedule: Schedule) -> None:
-        """Learns from a global batch, which must be the same in the same order on all ranks.
+        """Updates the distribution from a global batch, which must be in the same order on all ranks.
 
         Args:
             t: times, shape (n,), on the CPU.
-            losses: their losses, unweighted, shape (n,), on the CPU.
-            schedule: of the times.
+            losses: losses at these times, without importance weights, shape (n,), on the CPU.
+            schedule: the schedule of the times.
         """
 
 
@@ -47,10 +47,10 @@ class Uniform(TimeSampling):
 
 
 class Stratified(TimeSampling):
-    """Uniform, with one draw in each of n equal bins of the global batch: the same mean loss with less variance.
+    """Uniform, with one draw in each of n equal bins: the same expected loss with less variance.
 
     The low-discrepancy sampler of variational diffusion models (Kingma et al. 2021, arXiv:2107.00630, app. I.1)
-    has one draw for all bins. The bins are shuffled, so that each device gets all noise levels.
+    uses one draw for all bins. The bins are shuffled, so that each device gets all noise levels.
     """
 
     def __call__(self, n, schedule, generator):
@@ -61,11 +61,11 @@ class Stratified(TimeSampling):
 class LogNormal(TimeSampling):
     """ln(sigma/alpha) ~ N(mean, std^2), EDM's choice (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    Draws outside the schedule's range move to its ends; on a table the nearest row is taken.
+    Draws outside the schedule's range are clamped; on a table the nearest row is used.
 
     Args:
-        mean: of ln(sigma/alpha); -1.2 in the paper.
-        std: 1.2 in the paper.
+        mean: mean of ln(sigma/alpha); -1.2 in the paper.
+        std: standard deviation of ln(sigma/alpha); 1.2 in the paper.
 
     Raises:
         ValueError: std is not positive.
@@ -81,13 +81,13 @@ class LogNormal(TimeSampling):
 
 
 class LogitNormal(TimeSampling):
-    """The quantile u of the schedule's times has logit(u) ~ N(mean, std^2).
+    """logit(u) ~ N(mean, std^2), where u is the quantile of t among the schedule's times.
 
     Stable Diffusion 3's choice for rectified flow (Esser et al. 2024, arXiv:2403.03206, eq. 19).
 
     Args:
-        mean: above 0 prefers noise; 0 in the paper.
-        std: 1 in the paper.
+        mean: mean of logit(u), 0 in the paper; positive values favour noise.
+        std: standard deviation of logit(u); 1 in the paper.
 
     Raises:
         ValueError: std is not positive.
@@ -103,18 +103,18 @@ class LogitNormal(TimeSampling):
 
 
 class Importance(AdaptiveTimeSampling, nn.Module):
-    """p_t ~ sqrt(E[L_t^2]) over the last losses of each time: least variance for the variational bound.
+    """p_t ~ sqrt(E[L_t^2]) over the last losses of each time: minimises the variance of the variational bound.
 
-    Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18). Uniform until every time has its history. The
-    state is the same on all ranks, since `update` gets the global batch's losses, and is kept in checkpoints.
+    Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18). Uniform until every bin has a full history. The
+    state is the same on all ranks, since `update` gets the losses of the global batch, and is saved in checkpoints.
 
     Args:
-        bins: number of equal parts of the time range that share a probability: T for a discrete schedule.
-        history: losses kept for each.
-        uniform: share of the uniform distribution that is mixed in.
+        bins: number of equal bins of the time range, each with one probability; T for a discrete schedule.
+        history: number of losses kept per bin.
+        uniform: fraction of the uniform distribution that is mixed in.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, bins: int = 1000, history: int = 10, uniform: float = 0.001):
@@ -126,7 +126,7 @@ class Importance(AdaptiveTimeSampling, nn.Module):
         if not 0 < uniform <= 1:
             raise ValueError(f"uniform must be in (0, 1], got {uniform}")
         self.bins, self.uniform = bins, uniform
-        # on the CPU, where the times are drawn: not buffers, which would follow the network to its device
+        # no buffers: these stay on the CPU, where the times are drawn
         self.losses = torch.zeros(bins, history, dtype=torch.float64)
         self.seen = torch.zeros(bins, dtype=torch.long)
 

@@ -1,12 +1,12 @@
 """The variance of the reverse step p(x_s | x_t), s < t.
 
-    small:          sigma_{t|s}^2 sigma_s^2 / sigma_t^2   (beta-tilde: exact where x0 is known)
-    large:          sigma_{t|s}^2                         (beta: exact where x0 ~ N(0, I))
-    learned_range:  between the two, by the network's output
+    small:          sigma_{t|s}^2 sigma_s^2 / sigma_t^2   (beta-tilde: exact if x0 is known)
+    large:          sigma_{t|s}^2                         (beta: exact if x0 ~ N(0, I))
+    learned_range:  interpolated between the two by the network's output
     learned:        the network's output
 
-with sigma_{t|s}^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Ho et al. 2020, sec. 3.2). The first three follow
-from the two levels for any sub-sequence of times.
+with sigma_{t|s}^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Ho et al. 2020, sec. 3.2). The first three are defined
+for any sub-sequence of times.
 """
 
 from abc import ABC, abstractmethod
@@ -19,26 +19,26 @@ from .schedule import DiscreteSchedule, Schedule
 
 
 class Variance(ABC):
-    """The choice of the reverse step's variance.
+    """The variance of the reverse step.
 
     Attributes:
-        outputs: the network's output channels for each channel of the image.
+        outputs: number of network output channels per image channel.
     """
 
     outputs = 1
 
     @abstractmethod
     def __call__(self, t: NoiseLevel, s: NoiseLevel, prediction: Prediction) -> Tensor | float:
-        """The variance of p(x_s | x_t): of the levels' shape, or an image's if it is learned."""
+        """The variance of p(x_s | x_t), with the shape of the levels, or of the images if it is learned."""
 
     def decoder(self, t: NoiseLevel, beta_tilde: Tensor | float, prediction: Prediction) -> Tensor | float:
-        """The variance of p(x_0 | x_t), the step to clean data, for the likelihood; samplers add no noise there.
+        """The variance of p(x_0 | x_t), the step to clean data, for the likelihood; samplers add no noise in this step.
 
         Args:
             t: level of the chain's first time.
-            beta_tilde: of the chain's second step, which replaces that of the first, 0, in both fixed variances of
-                DDPM's code.
-            prediction: the denoiser's, at t.
+            beta_tilde: beta-tilde of the chain's second step. It replaces that of the first step, which is 0, as in
+                both fixed variances of DDPM's code.
+            prediction: the denoiser's prediction at t.
         """
         return beta_tilde
 
@@ -46,7 +46,7 @@ class Variance(ABC):
         """Checks that the variance fits a schedule.
 
         Raises:
-            ValueError: the variance is learned, and the schedule is not discrete.
+            ValueError: the variance is learned and the schedule is not discrete.
         """
         if self.outputs > 1 and not isinstance(schedule, DiscreteSchedule):
             raise ValueError(
@@ -72,7 +72,7 @@ class Large(Variance):
 class Learned(Variance):
     """exp of the second half of the network's output: "learned" in improved DDPM's code.
 
-    It is the variance of the steps of training, t to t - 1. For sub-sequences choose `LearnedRange`.
+    It is the variance of the training steps, t to t - 1. For sub-sequences use `LearnedRange`.
     """
 
     outputs = 2

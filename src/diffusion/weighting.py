@@ -1,7 +1,7 @@
 """Loss weightings, all defined as weights on the squared error of x0_hat.
 
-The loss compares the network's output F with its target, and x0_hat - x0 = c_out (F - target), so that the
-weight there is weight(level) c_out^2 for every parameterisation.
+The loss compares the network's output F with its target. Since x0_hat - x0 = c_out (F - target), the weight on that
+error is weight(level) c_out^2 for every parameterisation.
 """
 
 import math
@@ -18,22 +18,22 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, level: NoiseLevel, c_out: Tensor) -> Tensor:
-        """The weights, float64, of the levels' shape (B,); c_out is the parameterisation's."""
+        """The weights, float64, shape (B,), the levels' shape; c_out is the parameterisation's coefficient."""
 
     def balance(self, losses: Tensor, level: NoiseLevel) -> Tensor:
-        """The weighted losses of each image, shape (B,), rebalanced in training; by default unchanged."""
+        """Rebalances the weighted losses of each image, shape (B,), in training; by default unchanged."""
         return losses
 
 
 class Simple(Weighting):
-    """1/c_out^2, a plain mean squared error on the network's target: L_simple (Ho et al. 2020, eq. 14) for eps."""
+    """1/c_out^2: unweighted error of the network's output; for eps L_simple (Ho et al. 2020, eq. 14)."""
 
     def __call__(self, level, c_out):
         return 1 / c_out**2
 
 
 class SNR(Weighting):
-    """SNR = alpha^2/sigma^2: a plain error of eps, whatever is predicted (Salimans & Ho 2022, sec. 4)."""
+    """SNR = alpha^2/sigma^2: unweighted error of eps for every parameterisation (Salimans & Ho 2022, sec. 4)."""
 
     def __call__(self, level, c_out):
         return level.snr
@@ -59,14 +59,14 @@ class MinSNR(Weighting):
 
 
 class P2(Weighting):
-    """SNR/(k + SNR)^gamma (Choi et al. 2022, arXiv:2204.00227, eq. 8): less weight on small noise.
+    """SNR/(k + SNR)^gamma (Choi et al. 2022, arXiv:2204.00227, eq. 8): less weight on small noise levels.
 
     Args:
         k: 1 in the paper.
         gamma: 0.5 or 1 in the paper; 0 is the `SNR` weighting.
 
     Raises:
-        ValueError: k is not positive, or gamma negative.
+        ValueError: k is not positive, or gamma is negative.
     """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0):
@@ -83,8 +83,8 @@ class P2(Weighting):
 class EDM(Weighting):
     """(sigma^2 + sigma_data^2)/(sigma sigma_data)^2 (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    On schedules with another alpha, sigma/alpha replaces sigma: the weight is 1/c_out^2 of EDM's preconditioning, so
-    that its targets have equal weights, whatever the network predicts.
+    On schedules with another alpha, sigma/alpha replaces sigma. The weight is 1/c_out^2 of EDM's preconditioning: it
+    weights the errors of EDM's targets equally, for every parameterisation.
 
     Args:
         sigma_data: standard deviation of the data.
@@ -103,14 +103,15 @@ class EDM(Weighting):
 
 
 class LearnedUncertainty(Weighting, nn.Module):
-    """loss / exp(u) + u, with u(noise level) learned beside the network: EDM2's balance of noise levels.
+    """loss / exp(u) + u, with u(noise level) learned together with the network: EDM2's balancing of noise levels.
 
-    Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that every
-    noise level contributes 1. u is linear in random Fourier features of ln(sigma/alpha)/4, starts at 0, and is used
-    in training mode only, so that validation losses stay comparable. |ln(sigma/alpha)| is bounded by 20 for pure noise.
+    Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that loss / exp(u)
+    is 1 on average at every noise level. u is linear in random Fourier features of ln(sigma/alpha)/4, starts at 0, and
+    is used in training mode only, so that validation losses stay comparable. |ln(sigma/alpha)| is clamped to 20, so
+    that it is finite for pure noise.
 
     Args:
-        weighting: of the losses to be balanced; EDM's in the paper.
+        weighting: the weighting of the losses to balance; EDM's in the paper.
         features: number of Fourier features.
 
     Raises:

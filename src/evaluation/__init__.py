@@ -1,1 +1,1 @@
-"""Scores of images and of likelihood, and the record that is stored beside them."""
+"""Scores of generated images, likelihoods, and the records in which they are stored."""

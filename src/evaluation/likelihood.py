@@ -1,4 +1,4 @@
-"""Bits per dimension of images under a trained model: `metrics=nll` and `metrics=nll_flow` of src.evaluate."""
+"""Bits per dimension of images under a trained model: `metrics=nll` and `metrics=nll_flow` of `src.evaluate`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ from src.generation.recipe import describe
 
 
 class Likelihood(ABC):
-    """A way to compute the likelihood of images.
+    """A method to compute the likelihood of images.
 
     Args:
         split: the split of the data whose images are evaluated.
 
     Attributes:
-        depends_on: entries of the recipe that change the scores, besides those of the weights.
-        clipped: whether the denoiser clips x0 as it does in sampling.
+        depends_on: entries of the recipe's record on which the scores depend, besides those of the weights.
+        clipped: whether the denoiser is used with the recipe's wrappers, e.g. clipping.
     """
 
     depends_on: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Likelihood(ABC):
     def terms(
         self, denoiser: BaseDenoiser, x0: Tensor, condition: Condition | None, noise: NoiseSource
     ) -> Iterator[Tensor]:
-        """Yield summands of -log2 p(x0) per dimension, each (B,), of images x0 (B, C, H, W) in [-1, 1].
+        """Yields the summands of -log2 p(x0) per dimension, each (B,), for images x0 (B, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: the likelihood is not defined for this denoiser.
@@ -48,7 +48,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def scores(self, summands: Tensor) -> dict[str, float]:
-        """The scores by name, from the summands (number of terms, number of images)."""
+        """The scores by name; summands has shape (number of terms, number of images)."""
 
 
 class BoundBits(Likelihood):
@@ -85,7 +85,7 @@ class FlowBits(Likelihood):
     Score: `bits_per_dim_flow`. x0 is not clipped; one dequantisation and one probe per image.
 
     Args:
-        tolerance: relative and absolute, of each step of the integration; 1e-5 in the paper.
+        tolerance: relative and absolute tolerance of each integration step; 1e-5 in the paper.
         split: the split of the data whose images are evaluated.
 
     Raises:
@@ -106,16 +106,16 @@ class FlowBits(Likelihood):
 
 
 def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_size: int, seed: int) -> Record:
-    """The bits per dimension of the first n images of the split, with a progress bar.
+    """Computes the bits per dimension of the first n images of the split, with a progress bar.
 
     The record's curve holds the mean of each term, in the order of `Likelihood.terms`.
 
     Args:
         loaded: the trained run.
-        likelihood: what is computed.
-        n: number of images; at most those of the split.
-        batch_size: images in a call of the network.
-        seed: of the noise.
+        likelihood: the method.
+        n: number of images, limited to the size of the split.
+        batch_size: images per network call.
+        seed: seed of the noise.
 
     Raises:
         UserError: the likelihood is not defined for this denoiser.

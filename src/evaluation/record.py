@@ -1,4 +1,4 @@
-"""The record of a score: its numbers together with all that they depend on, in one JSON shape."""
+"""Records of scores: the numbers and everything they depend on, stored as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from src.runs.files import write_json
 
 @dataclass(frozen=True)
 class Record:
-    """Scores as they are stored, in <run>/scores.json, best.json and <run>/scores/<recipe>/scores.json.
+    """Scores and their protocol, stored in <run>/scores.json, best.json and <run>/scores/<recipe>/scores.json.
 
     Attributes:
-        scores: by name, the monitored one first.
-        protocol: all that the scores depend on; `protocol_of` describes its entries. Empty in files of earlier
-            versions that hold scores alone.
-        curve: lists of numbers that belong to the scores, by name, e.g. the terms of a likelihood; None for none.
+        scores: the scores by name, the monitored one first.
+        protocol: everything the scores depend on; see `protocol_of`. Empty in files of earlier versions that hold only
+            scores.
+        curve: lists of numbers by name, e.g. the terms of a likelihood; or None.
     """
 
     scores: dict[str, float]
@@ -28,7 +28,7 @@ class Record:
     curve: dict[str, list[float]] | None = None
 
     def write(self, path: Path) -> None:
-        """Write {"scores", "protocol"} and, if there is one, "curve" as JSON, atomically; makes the folder.
+        """Writes {"scores", "protocol"} and "curve", if present, as JSON, atomically; creates the folder.
 
         Raises:
             OSError: the file cannot be written.
@@ -40,10 +40,10 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """The record in a file, also of earlier versions, which wrote {"fid": 3.1} as <run>/scores.json.
+        """Reads a record, also from earlier versions, which wrote {"fid": 3.1} as <run>/scores.json.
 
         Raises:
-            UserError: no such file, or its content is not a record.
+            UserError: the file cannot be read, or its content is not a record.
         """
         try:
             content = json.loads(path.read_bytes())
@@ -60,7 +60,7 @@ class Record:
 
 
 def _fault(content: Any) -> str | None:
-    """What makes parsed JSON something else than a record; None if it is one."""
+    """Why parsed JSON is not a record; None if it is one."""
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}, not an object"
     if unknown := set(content) - {"scores", "protocol", "curve"}:
@@ -89,26 +89,26 @@ def _is_number(value: Any) -> bool:
 def protocol_of(
     scores: Sequence[FidelityScore], recipe: Mapping[str, Any], quantisation: str
 ) -> dict[str, Any]:
-    """All that the last results of these scores depend on, as primitives for JSON.
+    """Everything the last results of these scores depend on, as primitives for JSON.
 
-    Entries of the result:
+    Entries:
 
     - num_images: number of generated images;
     - reference: data, split, count and fingerprint of the reference set; None for a score without one;
     - features: name, num_features, sha256 and origin of the feature space;
-    - settings: the score's own numbers, e.g. the subset size of KID;
-    - recipe: how the images were made, as given;
-    - quantisation: how images became bytes;
-    - versions: of the libraries that computed the scores.
+    - settings: settings of the score, e.g. the subset size of KID;
+    - recipe: the given recipe;
+    - quantisation: how images were converted to bytes;
+    - versions: versions of the libraries that computed the scores.
 
-    Of several scores, `reference`, `features` and `settings` each hold one such entry per score, by its name:
+    With several scores, `reference`, `features` and `settings` hold one such entry per score, by name:
     {"features": {"fid": {"name": "inception", ...}, "kid": {...}}, ...}.
 
     Args:
-        scores: at least one, after `compute` on the same images.
+        scores: at least one score, after `compute` on the same images.
         recipe: training_steps, weights, ema_decay, sampler, spacing, variance, guidance, clipping, labels, steps,
             network_evaluations, seed.
-        quantisation: how the images became bytes, in words.
+        quantisation: a description of how the images were converted to bytes.
     """
     single = len(scores) == 1
 

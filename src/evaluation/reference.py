@@ -1,4 +1,4 @@
-"""Statistics of reference sets, cached in files."""
+"""A file cache of the statistics of reference sets."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from src.runs.files import digest_of, write_atomically
 log = logging.getLogger(__name__)
 
 CACHE_FORMAT = 1
-"""Part of every cache key; increase it when the meaning of the stored statistics changes."""
+"""Part of every cache key; increase it if the meaning of the stored statistics changes."""
 
 
 def share_of(images: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
@@ -31,14 +31,14 @@ def share_of(images: ImageSet, batch_size: int, rank: int = 0, world_size: int =
 
 
 class ReferenceCache:
-    """A folder with the states of scores on reference sets, one safetensors file for each set and feature space.
+    """A folder with the states of scores on reference sets, one safetensors file per set and feature space.
 
-    The key of a file consists of the hash of the data, the hash of the network's weights, the split and the number of
-    images, so that statistics of other data or of another network are never used. The file also holds a SHA-256 of
-    its tensors. A file that is damaged, or was written without that hash, is computed anew.
+    The key of a file includes the hash of the data, the hash of the network's weights, the split and the number of
+    images, so that statistics of other data or of another network are never used. The file also stores a SHA-256 of
+    its tensors. If a file is damaged or lacks this hash, its statistics are recomputed.
 
     Args:
-        folder: made when something is written.
+        folder: the folder, created on the first write.
 
     Raises:
         UserError: the folder is given relative to an unknown home folder.
@@ -54,12 +54,12 @@ class ReferenceCache:
         self._writable = True
 
     def path(self, score: FidelityScore, reference: Reference) -> Path:
-        """The file for the states of `score` on `reference`, whether it exists or not."""
+        """The path for the states of `score` on `reference`; the file may not exist."""
         digest = digest_of(_key(score, reference), 16)
         return self.folder / f"{reference.data}-{reference.split}-{score.features.name}-{digest}.safetensors"
 
     def read(self, score: FidelityScore, reference: Reference) -> dict[str, Tensor] | None:
-        """The states of `score` on `reference`; None if no intact file has them, after a warning if one is damaged."""
+        """The states of `score` on `reference`, or None if there is no intact file; warns if the file is damaged."""
         path = self.path(score, reference)
         try:
             with safe_open(path, framework="pt") as file:
@@ -78,7 +78,7 @@ class ReferenceCache:
         return None
 
     def write(self, score: FidelityScore, reference: Reference, states: dict[str, Tensor]) -> None:
-        """Store states. A folder that cannot be written to is reported in the log once, and is no error."""
+        """Stores states. If the folder is not writable, this logs one warning and raises no error."""
         if not self._writable:
             return
         path = self.path(score, reference)

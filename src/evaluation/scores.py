@@ -1,4 +1,4 @@
-"""Several scores of the same images: one sampling pass, one feature pass, one result over all ranks."""
+"""Several scores computed from the same images, over all ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,21 +20,21 @@ REFERENCE_BATCH = 512
 
 
 class ScoreSet:
-    """Scores that are computed together, from one pass of the images through each feature network.
+    """Scores that are computed together, with one pass of the images through each feature network.
 
-    Use: `set_references` once; then `reset`, `update` with each rank's generated images, and `compute`. Each method
+    Usage: `set_references` once; then `reset`, `update` with each rank's generated images, and `compute`. Each method
     must be called on all ranks.
 
     Args:
-        scores: at least one; the first is the monitored one. Scores of the same feature space (equal names and equal
-            hashes of the weights) share one network from here on.
+        scores: at least one score; the first is monitored. Scores with the same feature space (equal name and equal
+            hash of the weights) are changed to share one network.
 
     Attributes:
-        scores: as given.
+        scores: the given scores.
         monitored: the first score.
 
     Raises:
-        ValueError: no score, or two of one name.
+        ValueError: there are no scores, or two have the same name.
     """
 
     def __init__(self, scores: Sequence[FidelityScore]):
@@ -63,18 +63,18 @@ class ScoreSet:
         return any(score.needs_reference and score.reference is None for score in self.scores)
 
     def to(self, device: torch.device | str) -> "ScoreSet":
-        """Move networks and states to a device; returns self."""
+        """Moves networks and states to a device; returns self."""
         for score in self.scores:
             score.to(device)
         return self
 
     def reset(self) -> None:
-        """Drop the generated images; the references stay."""
+        """Drops the generated images and keeps the references."""
         for score in self.scores:
             score.reset()
 
     def update(self, images: Tensor) -> None:
-        """Add generated images, uint8 (B, C, H, W), on the device of the scores."""
+        """Adds generated images, uint8 (B, C, H, W), on the device of the scores."""
         for scores in self._spaces.values():
             features = scores[0].features(images)
             for score in scores:
@@ -89,18 +89,18 @@ class ScoreSet:
         found: dict[str, float] = {}
         for score in self.scores:
             found |= score.compute()
-        # unlike processors may differ in the last bit, and decisions such as "the best so far" must not
+        # different hardware may differ in the last bit, but decisions such as "the best so far" must agree on all ranks
         return _from_rank_zero(found)
 
     def check_counts(self, count: int, source: ImageSource) -> None:
-        """Check, without reading images, that neither set is too small for a score.
+        """Checks, without reading images, that the generated and the reference set are large enough for all scores.
 
         Args:
             count: number of images that will be generated.
             source: the data with the reference sets.
 
         Raises:
-            UserError: a score needs more images.
+            UserError: a set is too small.
         """
         for score in self.scores:
             score.check_count(count, "the generated set")
@@ -111,13 +111,13 @@ class ScoreSet:
     def set_references(
         self, source: ImageSource, rank: int = 0, world_size: int = 1, cache: str | Path | None = None
     ) -> None:
-        """Give each score its reference set: from the cache, or computed in one pass over the images of each split.
+        """Sets the reference of each score, from the cache or computed in one pass over the images of each split.
 
-        Generated images that were added before are dropped.
+        Drops generated images that were added before.
 
         Args:
-            source: the data; `prepare` has been called.
-            rank, world_size: of this process. Each rank reads its share of the images.
+            source: the data; `prepare` must have been called.
+            rank, world_size: rank of this process and number of processes. Each rank reads its share of the images.
             cache: folder of the cached statistics; None for no cache. Only rank 0 uses it.
 
         Raises:
@@ -149,7 +149,7 @@ class ScoreSet:
     def _compute_reference(
         self, reference: Reference, batches: Iterable[Tensor], store: ReferenceCache | None
     ) -> None:
-        """Read this rank's batches, combine the states over the ranks, and keep them in the scores and the cache."""
+        """Reads this rank's batches, combines the states over the ranks, and stores them in scores and cache."""
         self.reset()
         with tqdm(
             desc=f"{self.names}: reference",
@@ -170,17 +170,17 @@ class ScoreSet:
                 store.write(score, reference, states)
 
     def protocol(self, recipe: Mapping[str, Any], quantisation: str) -> dict[str, Any]:
-        """All that the result of the last `compute` depends on; see `src.evaluation.record.protocol_of`.
+        """Everything the result of the last `compute` depends on; see `src.evaluation.record.protocol_of`.
 
         Args:
-            recipe: how the images were made, as primitives.
-            quantisation: how they became bytes, in words.
+            recipe: the recipe's record.
+            quantisation: a description of how the images were converted to bytes.
         """
         return protocol_of(self.scores, recipe, quantisation)
 
 
 def _from_rank_zero(value: T) -> T:
-    """Rank 0's value on all ranks."""
+    """Broadcasts rank 0's value to all ranks."""
     if processes.world_size() == 1:
         return value
     box = [value]

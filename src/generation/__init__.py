@@ -1,1 +1,1 @@
-"""How images are made from a trained denoiser: the recipe, the tasks of `src.sample`, pictures."""
+"""Image generation from a trained denoiser: the recipe, the tasks of `src.sample`, and image files."""

@@ -1,4 +1,4 @@
-"""A trained run, loaded: what the tasks of `src.sample` and the evaluations of `src.evaluate` work on."""
+"""A loaded run, as used by the tasks of `src.sample` and by `src.evaluate`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,16 @@ from src.runs.folder import FoundRun
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained denoiser in eval mode, how it is sampled, and where it is from.
+    """A trained denoiser in eval mode, with its sampling recipe and its run folder.
 
     Attributes:
-        denoiser: with the chosen weights, on its device.
-        recipe: how its images are made.
-        source: the data that it was trained on; nothing is read before it is used.
-        found: its folder and checkpoint.
+        denoiser: the denoiser with the chosen weights, on its device.
+        recipe: the sampling recipe.
+        source: the training data; read lazily.
+        found: the run folder and the checkpoint.
         step: training step of the checkpoint.
-        weights: which weights, in the words of a record: "ema", "raw", "ema std=0.1".
-        ema_decay: of the average, where it has one.
+        weights: name of the weights for records: "ema", "raw", "ema std=0.1".
+        ema_decay: decay of the average, if it has one; else None.
     """
 
     denoiser: Denoiser
@@ -38,11 +38,11 @@ class LoadedRun:
 
     @property
     def device(self) -> torch.device:
-        """The denoiser's."""
+        """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     def record(self, evaluations: int) -> dict[str, Any]:
-        """How its images are made, for records; see `Recipe.record`."""
+        """The weights and the recipe, for records; see `Recipe.record`."""
         return {
             "training_steps": self.step,
             "weights": self.weights,
@@ -51,7 +51,7 @@ class LoadedRun:
         }
 
     def data(self, split: Split, indices: range) -> tuple[Tensor, Condition | None]:
-        """Images of the run's data as the network sees them, on its device, and their conditions.
+        """Images of the run's data, encoded by the codec, and their conditions, on the denoiser's device.
 
         Raises:
             UserError: the split has fewer images.

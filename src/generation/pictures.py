@@ -1,4 +1,4 @@
-"""Images as picture files: grids, single images and animations."""
+"""Image files: grids, single images and animations."""
 
 import math
 import os
@@ -16,12 +16,12 @@ from src.diffusion.sampler import State
 
 
 def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) -> Image.Image:
-    """A grid of images with thin gaps, as square as can be.
+    """A grid of images with a gap of one pixel.
 
     Args:
-        images: uint8, shape (B, C, H, W); other channels than 1 or 3 are shown side by side, in grey.
-        columns: images in a row; by default the square root of B.
-        smallest: small pictures are enlarged by a whole factor to at least this width, each pixel a block.
+        images: uint8, shape (B, C, H, W); if C is not 1 or 3, the channels are shown side by side in grey.
+        columns: images per row; by default the square root of B, rounded up.
+        smallest: a narrower grid is enlarged by an integer factor (nearest neighbour) to at least this width.
     """
     from torchvision.utils import make_grid
 
@@ -37,8 +37,8 @@ def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) 
 def save_images(images: Tensor, folder: Path, first: int) -> None:
     """Writes images as <folder>/000000.png, ..., numbered from `first`; uint8, shape (B, C, H, W).
 
-    With other channels than 1 or 3 they are NumPy files, <folder>/000000.npy. A kill leaves no half image: each gets
-    its name when it is complete.
+    Images whose number of channels is not 1 or 3 are saved as NumPy files, <folder>/000000.npy. Each file is renamed to
+    its final name when it is complete, so that a killed process leaves no partial image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images.cpu().numpy(), start=first):
@@ -53,7 +53,7 @@ def save_images(images: Tensor, folder: Path, first: int) -> None:
 
 
 def read_images(folder: Path, numbers: range, channels: int) -> Tensor | None:
-    """The images that `save_images` wrote under these numbers, uint8 (B, C, H, W); None if one is missing or broken."""
+    """The images with these numbers, as written by `save_images`, uint8 (B, C, H, W); None if one cannot be read."""
     images = []
     for number in numbers:
         path = image_path(folder, number, channels)
@@ -78,12 +78,12 @@ def image_path(folder: Path, number: int, channels: int) -> Path:
 
 @dataclass(frozen=True)
 class Animation:
-    """A sequence of pictures."""
+    """A sequence of frames."""
 
     frames: list[Image.Image]
 
     def save(self, path: Path, seconds: float = 4.0) -> None:
-        """Writes an endless GIF of about this length; the last frame stands for a second."""
+        """Writes a looping GIF of about this length plus one second, for which the last frame is shown."""
         each = max(20, int(1000 * seconds / len(self.frames)))
         durations = [each] * (len(self.frames) - 1) + [1000]
         first, *rest = self.frames
@@ -91,7 +91,7 @@ class Animation:
 
 
 def animation(states: Iterable[State], codec: Codec) -> Animation:
-    """The states of a trajectory as grids: x_t on the left, the estimate of x0 at that time on the right."""
+    """Animates a trajectory: a grid of x_t on the left, a grid of the x0 estimates on the right."""
     frames = []
     for state in states:
         estimate = state.x if state.prediction is None else state.prediction.x0

@@ -1,6 +1,6 @@
-"""The recipe by which images are made: sampler, spacing, wrappers, condition and seed, as one object.
+"""The sampling recipe: sampler, spacing, wrappers, conditioning and seed.
 
-Previews, scores and the command line share it, so that what is previewed is what is scored.
+Previews, scores and the command line use the same recipe, so that previews show the images that are scored.
 """
 
 import logging
@@ -23,20 +23,21 @@ from src.diffusion.variance import Variance
 
 log = logging.getLogger(__name__)
 
-# Of c_out: 158 for DDPM's linear schedule and eps, which samples well unclipped, 20,000 for the cosine.
+# Largest c_out without a warning. DDPM's linear schedule with eps has 158 and needs no clipping; cosine has 20,000.
 LARGEST_GAIN = 1000
-# Of alpha/sigma where sampling starts: 0.016 for DDPM's linear schedule in 10 leading steps, Stable Diffusion's 0.07.
+# Largest alpha/sigma at the start of sampling without a warning. DDPM's linear schedule in 10 leading steps has 0.016,
+# Stable Diffusion has 0.07.
 LARGEST_MISSING_SIGNAL = 0.1
 CLIPPING = (StaticClipping, DynamicThresholding)
 
 
 class Start(NamedTuple):
-    """Where some images of a sampling run begin.
+    """The initial state of a batch of a sampling run.
 
     Attributes:
-        x_T: noise of the first time's standard deviation, shape (B, C, H, W).
-        condition: what they are conditioned on; None for nothing.
-        noise: the source of their further noise.
+        x_T: noise with the standard deviation of the first time, shape (B, C, H, W).
+        condition: the condition of the images, or None.
+        noise: source of the noise of the steps.
     """
 
     x_T: Tensor
@@ -49,7 +50,7 @@ class Generated(NamedTuple):
 
     Attributes:
         images: uint8, shape (B, C, H, W).
-        evaluations: of the network for each image.
+        evaluations: network evaluations per image.
     """
 
     images: Tensor
@@ -58,17 +59,17 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How noise becomes images.
+    """How images are generated.
 
-    Image i is a function of (seed, i), its condition and the recipe alone: batches and devices do not matter.
+    Image i depends only on (seed, i), its condition and the recipe, not on batches or devices.
 
     Attributes:
-        sampler: the method.
-        spacing: which times it visits.
-        steps: number of its steps.
-        wrappers: denoisers to put around the network's (guidance, clipping, ...), the innermost first.
-        codec: decodes what the sampler generates.
-        conditioning: gives image i its condition; None for none.
+        sampler: the sampler.
+        spacing: the times it visits.
+        steps: number of steps.
+        wrappers: wrappers of the denoiser (guidance, clipping, ...), the innermost first.
+        codec: decodes the generated images.
+        conditioning: defines the condition of image i; None for unconditional sampling.
         seed: the sampling seed.
     """
 
@@ -81,15 +82,15 @@ class Recipe:
     seed: int
 
     def times(self, schedule: Schedule) -> Tensor:
-        """The S + 1 falling times that are visited on this schedule."""
+        """The S + 1 decreasing times that are visited on this schedule."""
         return self.spacing(schedule, self.steps)
 
     def around(self, denoiser: BaseDenoiser) -> BaseDenoiser:
-        """The denoiser inside the recipe's wrappers."""
+        """The denoiser with the recipe's wrappers."""
         return wrapped(denoiser, self.wrappers)
 
     def start(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Start:
-        """Where the images with these numbers begin, on the denoiser's device."""
+        """The initial state of the images with these indices, on the denoiser's device."""
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
         x_T = noise(torch.empty(len(indices), *self.codec.shape, device=device))
@@ -98,25 +99,25 @@ class Recipe:
         return Start(x_T, condition, noise)
 
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
-        """The states of the images with these numbers, from noise to x0, shape (B, *codec.shape)."""
+        """The states of the images with these indices, from noise to x0, shape (B, *codec.shape)."""
         start = self.start(denoiser, indices)
         times = self.times(denoiser.schedule)
         return self.sampler.trajectory(self.around(denoiser), start.x_T, times, start.condition, start.noise)
 
     def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Generated]:
-        """The images with these numbers, in batches of at most batch_size."""
+        """Generates the images with these indices, in batches of at most batch_size."""
         for first in range(0, len(indices), batch_size):
             for state in self.trajectory(denoiser, indices[first : first + batch_size]):
                 x, evaluations = state.x, state.evaluations
-                del state  # its memory can serve the next step
+                del state  # frees its memory for the next step
             yield Generated(self.codec.decode(x), evaluations)
 
     def record(self, variance: Variance, evaluations: int) -> dict[str, Any]:
-        """How the images are made, in words and numbers for records.
+        """The recipe as primitives, for records.
 
         Args:
-            variance: the denoiser's, of the reverse step.
-            evaluations: of the network for each image; the largest, where an adaptive solver's differ.
+            variance: the denoiser's variance of the reverse step.
+            evaluations: network evaluations per image; the largest number if an adaptive solver's differ.
         """
         clipping = [describe(w) for w in self.wrappers if kind_of(w) in CLIPPING]
         others = [describe(w) for w in self.wrappers if kind_of(w) not in CLIPPING]
@@ -134,12 +135,12 @@ class Recipe:
 
     @property
     def clips(self) -> bool:
-        """Whether a wrapper bounds the estimate of x0."""
+        """Whether a wrapper clips the estimate of x0."""
         return any(kind_of(wrapper) in CLIPPING for wrapper in self.wrappers)
 
 
 def warn_of_amplified_errors(denoiser: Denoiser, recipe: Recipe) -> None:
-    """Warns where sampling starts at a time at which x0 is the network's error many times over, unclipped."""
+    """Warns if the first step multiplies the network's errors by a large factor in x0, without clipping."""
     start = denoiser.schedule(recipe.times(denoiser.schedule)[:1]).scalars()[0]
     _, _, c_out = denoiser.parameterization.coefficients(start)
     if not recipe.clips and abs(c_out) > LARGEST_GAIN:
@@ -151,14 +152,14 @@ def warn_of_amplified_errors(denoiser: Denoiser, recipe: Recipe) -> None:
 
 
 def warn_of_missing_signal(denoiser: Denoiser, recipe: Recipe) -> None:
-    """Warns where sampling starts from pure noise at a time at which training images still have signal.
+    """Warns if sampling starts from pure noise at a time where training images still have signal.
 
     See Lin et al. 2023, arXiv:2305.08891, section 3.3.
     """
     schedule = denoiser.schedule
     time = recipe.times(schedule)[:1]
     start, noisiest = schedule([time.item(), schedule.t_max]).scalars()
-    # the schedule's own end is not the spacing's fault; 0.01 for rounding
+    # no warning if the spacing starts at the schedule's noisiest time; 0.01 for rounding
     if start.alpha > LARGEST_MISSING_SIGNAL * start.sigma and start.log_snr > noisiest.log_snr + 0.01:
         log.warning(
             "spacing: sampling starts from noise alone at t = %g of %g, where this schedule still has signal (alpha"
@@ -171,12 +172,12 @@ def warn_of_missing_signal(denoiser: Denoiser, recipe: Recipe) -> None:
 
 
 def kind_of(part: object) -> type:
-    """A part's class, through a functools.partial."""
+    """The class of an object, of a class itself, or of a functools.partial."""
     return part.func if isinstance(part, partial) else part if isinstance(part, type) else type(part)
 
 
 def describe(part: object | None) -> str:
-    """A part's class and numbers in one line for records, e.g. "DDIM(eta=0.0)"; "none" for None."""
+    """An object's class and arguments in one line for records, e.g. "DDIM(eta=0.0)"; "none" for None."""
     if part is None:
         return "none"
     if isinstance(part, type):

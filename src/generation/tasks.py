@@ -1,4 +1,4 @@
-"""What `src.sample` makes of a trained run: new images, paths between them, and edits of given ones."""
+"""The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions and edits."""
 
 import json
 from abc import ABC, abstractmethod
@@ -21,15 +21,15 @@ from src.runs.files import file_sha256, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
-"""Most images of a grid."""
+"""Largest number of images in a grid."""
 
 
 class Made(NamedTuple):
-    """What a task has made.
+    """The result of a task.
 
     Attributes:
-        lines: what lies where, for the terminal.
-        evaluations: of the network for each image.
+        lines: the written files, for the terminal.
+        evaluations: network evaluations per image.
     """
 
     lines: list[str]
@@ -37,11 +37,11 @@ class Made(NamedTuple):
 
 
 class Task(ABC):
-    """Something to make with a trained run.
+    """A task of `src.sample`.
 
     Attributes:
-        from_noise: whether images begin as noise alone, not as images of the data.
-        shared: whether several processes share the work; else the first one does it alone.
+        from_noise: whether sampling starts from pure noise, not from images of the data.
+        shared: whether all processes share the work; otherwise only rank 0 runs the task.
     """
 
     from_noise: ClassVar[bool] = True
@@ -49,28 +49,28 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> Made:
-        """Makes it.
+        """Runs the task.
 
         Args:
             loaded: the denoiser and the recipe.
-            n: how many.
-            batch_size: images made at once, where they can be many.
-            folder: where files are written.
+            n: number of images or rows.
+            batch_size: images per batch, for tasks that use batches.
+            folder: the output folder.
 
         Raises:
-            ValueError: a number of the task is impossible with this recipe.
-            UserError: the recipe does not fit the task.
+            ValueError: an argument of the task is invalid for this recipe.
+            UserError: the task does not support this recipe.
         """
 
 
 class Draw(Task):
     """New images: a grid, the single images and, with `gif`, an animation of the denoising.
 
-    A drawing that was killed is completed with the bytes that it would have had: batches whose images are all there
-    are not made again, if they are of the same weights and recipe.
+    An interrupted run can be repeated: complete batches of the same weights and recipe are kept, and the result is
+    identical to that of an uninterrupted run.
 
     Args:
-        gif: also the animation, of the first 64 images.
+        gif: also write an animation of the first 64 images.
     """
 
     shared = True
@@ -108,7 +108,7 @@ class Draw(Task):
 
 
 class _Origin:
-    """What the images in a folder were made of, kept in <folder>/origin.json."""
+    """The weights and the recipe of the images in a folder, stored in <folder>/origin.json."""
 
     def __init__(self, loaded: LoadedRun, batch_size: int, folder: Path):
         self.folder = folder
@@ -121,7 +121,7 @@ class _Origin:
         }
 
     def evaluations(self) -> int:
-        """Of the images that are there; 0 if they are of another origin."""
+        """Network evaluations per image of the existing images; 0 if they are of another origin."""
         try:
             stored = json.loads(self.path.read_text())
             evaluations = stored.pop("network_evaluations")
@@ -131,22 +131,22 @@ class _Origin:
         return evaluations if stored == same and isinstance(evaluations, int) else 0
 
     def prepare(self) -> None:
-        """Removes images of another origin: after a kill they would pass for ours."""
+        """Removes images of another origin."""
         if not self.evaluations():
             for image in (self.folder / "images").glob("[0-9]*"):
                 image.unlink()
             self.keep(0)
 
     def keep(self, evaluations: int) -> None:
-        """Records the origin of the images to come."""
+        """Records the origin and the number of evaluations."""
         write_json(self.path, {**self.content, "network_evaluations": evaluations})
 
 
 class Trajectory(Task):
-    """The steps from noise to image: a row for each image, its x_t above and the estimate of x0 below.
+    """The steps from noise to image: two rows per image, x_t above the estimate of x0.
 
     Args:
-        columns: how many states are shown, evenly over the steps.
+        columns: number of states shown, evenly spaced over the steps.
     """
 
     def __init__(self, columns: int = 10):
@@ -168,13 +168,13 @@ class Trajectory(Task):
 
 
 class Interpolate(Task):
-    """Rows of images between two latents, by spherical interpolation (Song et al. 2021, sec. 5.3).
+    """Spherical interpolation between pairs of latents, one row per pair (Song et al. 2021, sec. 5.3).
 
-    The first and the last image of row j are images 2j and 2j + 1 of `Draw`. With a condition, a row has that of its
-    first image, and only the first image is the same.
+    The first and last image of row j are images 2j and 2j + 1 of `Draw`. With a condition, the whole row has the
+    condition of its first image, so that only the first image is the same as in `Draw`.
 
     Args:
-        columns: images of a row, at least 2.
+        columns: images per row, at least 2.
     """
 
     def __init__(self, columns: int = 9):
@@ -189,7 +189,7 @@ class Interpolate(Task):
         rows = torch.stack([slerp(ends[0::2], ends[1::2], float(w)) for w in weights], dim=1)
         if condition is not None:
             condition = condition.index(torch.arange(0, 2 * n, 2).repeat_interleave(self.columns))
-        # the ends continue with the noise that they started from, as in `Draw`; each image between has its own
+        # the end images use the noise streams of `Draw`; each image in between has a separate stream
         of_rows = PerImageNoise(recipe.seed, range(n * self.columns), "interpolation")
         of_rows.generators[:: self.columns] = noise.generators[0::2]
         of_rows.generators[self.columns - 1 :: self.columns] = noise.generators[1::2]
@@ -202,13 +202,13 @@ class Interpolate(Task):
 
 
 class Reconstruct(Task):
-    """Images of the data, encoded by DDIM inversion and decoded again (Song et al. 2021, sec. 5.4).
+    """Images of the data, encoded by DDIM inversion and decoded (Song et al. 2021, sec. 5.4).
 
-    The grid holds each image above its reconstruction.
+    The grid shows each image above its reconstruction.
 
     Args:
-        split: of the data.
-        tolerance: accuracy to which each step of the inversion is solved; null for one evaluation a step.
+        split: the split of the data.
+        tolerance: tolerance of each inversion step; null for one evaluation per step.
     """
 
     from_noise = False
@@ -223,14 +223,14 @@ class Reconstruct(Task):
         recipe, denoiser = loaded.recipe, loaded.denoiser
         if not _is_deterministic_ddim(recipe.sampler):
             raise UserError(
-                f"task=reconstruct encodes by DDIM inversion, which {describe(recipe.sampler)} does not invert: choose"
-                " sampler=ddim sampler.eta=0, or sampler=euler without churn, which is the same method"
+                f"task=reconstruct encodes by DDIM inversion, which needs a deterministic DDIM sampler, not"
+                f" {describe(recipe.sampler)}: choose sampler=ddim sampler.eta=0, or sampler=euler without churn"
             )
         x0, condition = loaded.data(self.split, range(n))
         times = recipe.times(denoiser.schedule)
         states = encode(denoiser, x0, times, condition, self.tolerance)
         encoded = _last(track(states, description="encoding", total=len(times), transient=True))
-        # without wrappers, as it was encoded
+        # without wrappers, as in the encoding
         decoded = _last(recipe.sampler.trajectory(denoiser, encoded.x, times, condition))
         error = (decoded.x - x0).square().mean().sqrt().item()
         lines = _save_grid(_pairs(x0, decoded.x, recipe.codec), folder)
@@ -239,13 +239,13 @@ class Reconstruct(Task):
 
 
 class ImageToImage(Task):
-    """Images of the data, noised part of the way and denoised from there (SDEdit, Meng et al. 2022).
+    """Images of the data, partially noised and then denoised (SDEdit, Meng et al. 2022).
 
-    The grid holds each image above its edited version.
+    The grid shows each image above its edited version.
 
     Args:
-        strength: the share of the steps that is taken, in (0, 1]; 1 keeps least of the image.
-        split: of the data.
+        strength: the fraction of the steps that is run, in (0, 1]; larger values change the image more.
+        split: the split of the data.
     """
 
     from_noise = False
@@ -264,7 +264,7 @@ class ImageToImage(Task):
 
 
 def _is_deterministic_ddim(sampler: Sampler) -> bool:
-    """Whether the sampler is the method that `encode` inverts."""
+    """Whether the sampler is deterministic DDIM, which `encode` inverts."""
     match sampler:
         case DDIM(eta=0) | Euler(s_churn=0):
             return True
@@ -272,15 +272,15 @@ def _is_deterministic_ddim(sampler: Sampler) -> bool:
 
 
 def _last(states: Iterable[State]) -> State:
-    """The last state; the earlier ones are released on the way."""
+    """The last state; each earlier state is freed before the next step."""
     for state in states:
         last = state
-        del state  # its memory can serve the next step
+        del state  # frees its memory for the next step
     return last
 
 
 def _pairs(above: Tensor, below: Tensor, codec: Codec) -> Image.Image:
-    """A grid with each image above another one."""
+    """A grid with each image of `above` directly above that of `below`."""
     columns = min(len(above), 16)
     rows = [half for pair in zip(above.split(columns), below.split(columns), strict=True) for half in pair]
     return image_grid(codec.decode(torch.cat(rows)), columns=columns)

@@ -1,9 +1,9 @@
-"""Weights of `src.model.UNet` as diffusers' `UNet2DModel` names them, both ways.
+"""Conversion of weights between `src.model.UNet` and diffusers' `UNet2DModel`.
 
-The two networks are the same function when the diffusers one has the configuration of the published DDPM
-networks: `flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6, attention_head_dim=None`,
-and attention in the down and up blocks of the same levels. A class-conditional one corresponds to
-`num_class_embeds = num_classes + 1`, the last row standing for "no class".
+The two networks compute the same function if `UNet2DModel` has the configuration of the published DDPM networks:
+`flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6, attention_head_dim=None`, and attention in
+the down and up blocks of the same levels. A class-conditional `UNet` corresponds to
+`num_class_embeds = num_classes + 1`, where the last row is "no class".
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# ours, diffusers'; a name in braces is a number
+# names in `UNet` -> names in diffusers; braces stand for a number
 _PLACES = {
     "time_embedding": "time_embedding",
     "encoder.{level}.{block}": "down_blocks.{level}.resnets.{block}",
@@ -53,12 +53,12 @@ _NAMES = _OUTER | {
     for layer, their_layer in _LAYERS.items()
 }
 _NAMES_BACK = {theirs: ours for ours, theirs in _NAMES.items()}
-# What early versions of diffusers, and files as old as google/ddpm-cifar10-32, call the attention's layers.
+# Names of the attention layers in early versions of diffusers and in files of that time, e.g. google/ddpm-cifar10-32.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def unet_from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of our UNet, from that of a `UNet2DModel`.
+    """Converts a state dict of `UNet2DModel` to one of `UNet`.
 
     Raises:
         ValueError: a weight that a DDPM network does not have.
@@ -81,16 +81,16 @@ def unet_from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unet_to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `UNet2DModel`, from that of our UNet.
+    """Converts a state dict of `UNet` to one of `UNet2DModel`.
 
     Raises:
-        ValueError: a weight that our UNet does not have.
+        ValueError: a weight that `UNet` does not have.
     """
     theirs = {}
     for name, tensor in weights.items():
         if ".attention.qkv." in name:
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                # safetensors refuses tensors that share memory
+                # safetensors does not save tensors that share memory
                 theirs[_rename(name.replace("qkv", part), _NAMES)] = piece.clone()
         else:
             theirs[_rename(name, _NAMES)] = tensor
@@ -98,12 +98,12 @@ def unet_to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(name: str, names: Mapping[str, str]) -> str:
-    """`name`, which ends in .weight or .bias, in the other library's words."""
+    """The name of a weight (ending in .weight or .bias) in the other library."""
     module, _, kind = name.rpartition(".")
     for pattern, replacement in names.items():
         if match := _regex(pattern).fullmatch(module):
             return f"{replacement.format(**match.groupdict())}.{kind}"
-    raise ValueError(f"{name} is no weight of a DDPM U-Net: only networks of that design can be converted")
+    raise ValueError(f"{name} is not a weight of a DDPM U-Net: other architectures cannot be converted")
 
 
 @cache

@@ -1,1 +1,1 @@
-"""Scores of generated images: feature spaces, distances between sets, and the protocol of a score."""
+"""Scores of generated images: feature spaces and distances between sets of images."""

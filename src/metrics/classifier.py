@@ -1,4 +1,4 @@
-"""A small classifier whose penultimate layer is the feature space for data far from InceptionV3's, such as digits."""
+"""A small classifier whose penultimate layer is a feature space for data unlike ImageNet, such as digits."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from src.errors import UserError
 
 
 class SmallClassifier(nn.Module):
-    """Convolutions with 2x2 max-pooling, one convolution over the remaining map, and a linear head.
+    """Convolutions with 2x2 max-pooling, one convolution over the whole remaining map, and a linear head.
 
-    The last convolution covers the whole map, so that its `num_features` outputs depend on positions; a global
-    average would not. All layers up to the features are convolutions, so that `full_precision` covers them.
+    Because the last convolution covers the whole map, its `num_features` outputs depend on positions, unlike with
+    global average pooling. All layers up to the features are convolutions, so that `full_precision` applies to them.
 
     Args:
         channels: image channels.
@@ -25,7 +25,7 @@ class SmallClassifier(nn.Module):
         num_classes: number of logits.
 
     Raises:
-        ValueError: more poolings than the image size allows.
+        ValueError: the image size does not allow one pooling per width.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class SmallClassifier(nn.Module):
             ]
             previous, size = width, size // 2
         if size < 1:
-            raise ValueError(f"widths: {len(widths)} poolings reduce {image_size} pixels to none")
+            raise ValueError(
+                f"widths: {len(widths)} poolings reduce {image_size} pixels to 0; give fewer widths"
+            )
         layers += [
             nn.Conv2d(previous, num_features, size, bias=False),
             nn.BatchNorm2d(num_features),
@@ -70,7 +72,7 @@ class SmallClassifier(nn.Module):
 
 
 def save_classifier(classifier: SmallClassifier, path: Path, metadata: dict[str, str]) -> None:
-    """Write weights, architecture and `metadata` (data set, accuracy, command) to one safetensors file.
+    """Writes weights, architecture and `metadata` (data set, accuracy, command) to one safetensors file.
 
     Raises:
         SafetensorError: the file cannot be written.
@@ -80,7 +82,7 @@ def save_classifier(classifier: SmallClassifier, path: Path, metadata: dict[str,
 
 
 def load_classifier(path: Path) -> tuple[SmallClassifier, dict[str, str]]:
-    """The classifier in `path` and its metadata.
+    """Loads the classifier in `path` and its metadata.
 
     Raises:
         UserError: the file is missing, or was not written by `save_classifier`.
@@ -89,7 +91,7 @@ def load_classifier(path: Path) -> tuple[SmallClassifier, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        # on the meta device no initial weights are drawn, so that loading does not change the random state
+        # on the meta device, so that the initialisation does not change the random state
         with torch.device("meta"):
             classifier = SmallClassifier(**json.loads(metadata["architecture"]))
         classifier.load_state_dict(tensors, assign=True)

@@ -1,4 +1,4 @@
-"""Feature spaces in which sets of images are compared: fixed networks, identified by the hash of their weights."""
+"""Feature spaces for comparing sets of images: fixed networks, identified by the hash of their weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, hexadecimal, over names, types, shapes and bytes of the tensors, independent of a file's format."""
+    """SHA-256, hexadecimal, over names, dtypes, shapes and bytes of the tensors, independent of the file format."""
     digest = sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -27,13 +27,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Run convolutions in full float32 on the GPU: cuDNN's default, TF32, changes features by about 1e-3."""
+    """Runs convolutions in full float32 on the GPU: cuDNN's default, TF32, changes features by about 1e-3."""
     cudnn = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):  # before torch 2.9
         with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
         return
-    # `cudnn.flags` raises if the precision was set through the interface of torch 2.9
+    # `cudnn.flags` raises an error if the precision was set through torch 2.9's interface
     before = cudnn.conv.fp32_precision
     cudnn.conv.fp32_precision = "ieee"
     try:
@@ -45,14 +45,14 @@ def full_precision() -> Iterator[None]:
 class FeatureExtractor(nn.Module):
     """A fixed map from images to feature vectors.
 
-    `forward` takes uint8 images (B, C, H, W) and returns float32 features (B, num_features). It is always in
-    evaluation mode, without gradients, in full float32 whatever precision the training runs in.
+    `forward` takes uint8 images (B, C, H, W) and returns float32 features (B, num_features). It always runs in
+    evaluation mode, without gradients, and in full float32, whatever the training's precision.
 
     Attributes:
-        name: name of the feature space; part of every score's name.
+        name: name of the feature space; part of the scores' names.
         num_features: length of a feature vector.
-        sha256: hash of the weights, see `hash_tensors`. Two extractors with equal name and sha256 are one space.
-        origin: where the weights come from, for the protocol.
+        sha256: hash of the weights, see `hash_tensors`. Extractors with equal name and sha256 have the same space.
+        origin: origin of the weights, for the protocol.
     """
 
     def __init__(self, name: str, num_features: int, sha256: str, origin: str):
@@ -63,15 +63,15 @@ class FeatureExtractor(nn.Module):
         self.origin = origin
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of images (B, C, H, W), uint8; to be defined by subclasses.
+        """Features (B, num_features) of uint8 images (B, C, H, W); implemented by subclasses.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: the images have an unsupported shape.
         """
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """The feature space, for the protocol."""
+        """A description of the feature space, for the protocol."""
         return {
             "name": self.name,
             "num_features": self.num_features,
@@ -93,7 +93,7 @@ class FeatureExtractor(nn.Module):
             return self.extract(images).float()
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stay in evaluation mode, whatever `mode` is."""
+        """Ignores `mode` and stays in evaluation mode."""
         return super().train(False)
 
 
@@ -105,7 +105,7 @@ class ClassifierFeatures(FeatureExtractor):
             a safetensors file written by `src.train_classifier`.
 
     Raises:
-        UserError: no such file, or a file of another kind.
+        UserError: the file does not exist, or is not such a file.
     """
 
     def __init__(self, weights: str):
@@ -135,21 +135,21 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """InceptionV3 of the original TensorFlow graph, as FID uses it (Heusel et al. 2017).
+    """InceptionV3 of the original TensorFlow graph, as used by FID (Heusel et al. 2017).
 
     The network is torch-fidelity's. It resizes images of any height and width to 299 x 299 as TensorFlow 1 does:
-    bilinear, without antialiasing, without keeping the aspect ratio. Grey images are repeated into RGB.
+    bilinear, without antialiasing, ignoring the aspect ratio. Grey images are repeated to RGB.
 
     Args:
-        weights: path of the weights (safetensors or a PyTorch state dict). None looks for the file that
-            `make inception` writes, then for torch-fidelity's file, which is downloaded if it is missing.
-        layer: torch-fidelity's name of the layer. "2048" is FID's; the space is then called "inception", and
-            "inception_<layer>" otherwise. "logits_unbiased" is for the Inception Score.
-        chunk: largest number of images in one call of the network.
+        weights: path of the weights (safetensors or a PyTorch state dict). None uses the file that `make inception`
+            writes if it exists, otherwise torch-fidelity's file, which is downloaded if it is missing.
+        layer: torch-fidelity's name of the layer. With "2048", used by FID, the feature space is called "inception",
+            otherwise "inception_<layer>". "logits_unbiased" is for the Inception Score.
+        chunk: largest number of images per network call.
 
     Raises:
-        ValueError: no such layer, or chunk is below 1.
-        UserError: no weights, or a file without InceptionV3's weights.
+        ValueError: the layer is unknown, or chunk is below 1.
+        UserError: the weights are missing, or are not InceptionV3's.
     """
 
     def __init__(self, weights: str | None = None, layer: str = "2048", chunk: int = 64):

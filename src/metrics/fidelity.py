@@ -1,8 +1,8 @@
 """Distances between generated images and a reference set: the formulas, as torchmetrics `Metric`s.
 
-A score keeps sums or features of the generated images per process; `compute` combines them over the ranks. The
-states of the reference set are already combined when `set_reference` receives them, and each rank holds a copy, so
-that no reference image counts once per rank. `src.evaluation.reference` computes and caches them.
+A score keeps sums or features of the generated images per process; `compute` combines them over the ranks. The states
+of the reference set are already combined over the ranks when `set_reference` receives them, and each rank holds a copy.
+`src.evaluation.scores` computes them and `src.evaluation.reference` caches them.
 """
 
 import logging
@@ -25,7 +25,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with.
+    """A description of the set that generated images are compared with.
 
     Attributes:
         data: name of the data set.
@@ -41,27 +41,27 @@ class Reference:
 
 
 class FidelityScore(Metric):
-    """A number that says how good a set of generated images is, usually its distance to a reference set.
+    """A quality score of a set of generated images, usually its distance to a reference set.
 
-    Use: `set_reference` once, then `update` with each rank's generated images, and `compute`. `reset` drops
-    the generated images and keeps the reference. `src.evaluation.scores.ScoreSet` does this for several scores at
-    once and computes the references.
+    Usage: `set_reference` once, then `update` with each rank's generated images, and `compute`. `reset` drops
+    the generated images and keeps the reference. `src.evaluation.scores.ScoreSet` does this for several scores and
+    computes the references.
 
-    Subclasses add states with `add_state`, fill them from features in `accumulate`, and compare two sets of
-    states, the generated images' and the reference's, in `compare`. Over the ranks, states with the reduction
-    "sum" are added and those with "cat" are concatenated.
+    Subclasses add states with `add_state`, fill them from features in `accumulate`, and compare the states of the
+    generated images with those of the reference in `compare`. Over the ranks, states with the reduction "sum" are
+    added and those with "cat" are concatenated.
 
     Args:
-        name: key of the number to monitor in the result of `compute`. It contains the feature space.
+        name: key of the monitored number in the result of `compute`; contains the name of the feature space.
         features: the feature space.
-        reference_split: the split of the data that serves as the reference; the papers use the training set.
-        smallest: number of images that the generated set and the reference must each have.
+        reference_split: the split of the data used as the reference; the papers use the training set.
+        smallest: minimum number of images of the generated set and of the reference.
         because: the option that sets `smallest`, with its value, for messages.
 
     Attributes:
         num_images: number of generated images in the last `compute`, over all ranks.
         reference: the reference set in use; None before `set_reference`.
-        needs_reference: False for a score of the generated images alone.
+        needs_reference: False for a score of the generated images only.
     """
 
     is_differentiable = False
@@ -94,32 +94,32 @@ class FidelityScore(Metric):
         return sorted(self._defaults)
 
     def settings(self) -> dict[str, Any]:
-        """Numbers that the score depends on besides images and features, for the protocol."""
+        """The settings of the score, for the protocol."""
         return {}
 
     def accumulate(self, features: Tensor) -> None:
-        """Add features (B, num_features), float32, to the states."""
+        """Adds features (B, num_features), float32, to the states."""
         raise NotImplementedError
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-        """The score of two sets of states, both over all ranks."""
+        """The score, from the states of both sets over all ranks."""
         raise NotImplementedError
 
     def update(self, images: Tensor, features: Tensor | None = None) -> None:
-        """Add images.
+        """Adds images.
 
         Args:
             images: uint8 (B, C, H, W), on the score's device.
-            features: of these images (B, num_features), where they are known already.
+            features: features of these images (B, num_features), if already computed.
         """
         self.accumulate(self.features(images) if features is None else features)
         self.count += len(images)
 
     def compute(self) -> dict[str, float]:
-        """The score of all images since `reset`, over all ranks, as the same dict of floats on each rank.
+        """The scores of all images since `reset`, over all ranks; the same on each rank.
 
         Raises:
-            UserError: too few images, no reference, or features or a score that are not finite.
+            UserError: there are too few images or no reference, or the features or a score are not finite.
         """
         if self.needs_reference and self.reference is None:
             raise UserError(f"{self.name}: no reference set; call set_reference before compute")
@@ -134,14 +134,14 @@ class FidelityScore(Metric):
         return scores
 
     def check_count(self, count: int, whose: str) -> None:
-        """Check the size of a set of images.
+        """Checks the size of a set of images.
 
         Args:
             count: number of images.
-            whose: names the set in messages, e.g. "the generated set".
+            whose: name of the set for messages, e.g. "the generated set".
 
         Raises:
-            UserError: the score needs more images.
+            UserError: the set is too small.
         """
         if count < self.smallest:
             because = f" ({self.because})" if self.because else ""
@@ -150,14 +150,14 @@ class FidelityScore(Metric):
             )
 
     def set_reference(self, reference: Reference, states: dict[str, Tensor]) -> None:
-        """Set what generated images are compared with.
+        """Sets the reference.
 
         Args:
-            reference: describes the set.
+            reference: the description of the set.
             states: the states of the score after `update` with all images of the set, over all ranks.
 
         Raises:
-            ValueError: the wrong split, or not `reference.count` images.
+            ValueError: the split is not `reference_split`, or the states are not of `reference.count` images.
         """
         if reference.split != self.reference_split:
             raise ValueError(
@@ -172,10 +172,10 @@ class FidelityScore(Metric):
         self._reference_states = states
 
     def states(self, whose: str) -> dict[str, Tensor]:
-        """Copies of the states by name; over all ranks inside `sync_context` and `compute`, else of this rank.
+        """Copies of the states by name: over all ranks in `sync_context` and `compute`, otherwise of this rank.
 
         Args:
-            whose: names the images in messages, e.g. "the generated set".
+            whose: name of the set for messages, e.g. "the generated set".
 
         Raises:
             UserError: the features are not finite.
@@ -193,14 +193,14 @@ class FidelityScore(Metric):
 
 
 class FrechetDistance(FidelityScore):
-    """Fréchet distance of the features' Gaussians: FID (Heusel et al. 2017) if they are InceptionV3's.
+    """Fréchet distance of Gaussians fitted to the features; with InceptionV3 this is FID (Heusel et al. 2017).
 
-    Its name is "fid" for InceptionV3 and `fd_<features>` for any other space, which has another scale.
-    Sums are float64. The estimate is biased upwards by about 1/n: compare equal numbers of images.
+    The name is "fid" for InceptionV3 and `fd_<features>` for other spaces, whose values have another scale.
+    Sums are float64. The estimate is biased upwards by about 1/n, so compare equal numbers of images.
 
     Args:
         features: the feature space.
-        reference_split: the split of the data that serves as the reference.
+        reference_split: the split of the data used as the reference.
     """
 
     def __init__(self, features: FeatureExtractor, reference_split: Split = "train"):
@@ -228,20 +228,20 @@ class FrechetDistance(FidelityScore):
 
 
 class FeatureSetScore(FidelityScore):
-    """A score that needs every feature vector, not only sums: it holds num_images x num_features floats.
+    """A score that needs all feature vectors, not only sums; it stores num_images x num_features floats.
 
     The sets are sorted before they are compared, so that random draws from them do not depend on the order of
     the images or on which rank made them.
 
     Args:
-        name, features, reference_split, smallest, because: as of `FidelityScore`.
+        name, features, reference_split, smallest, because: see `FidelityScore`.
     """
 
     def __init__(
         self, name: str, features: FeatureExtractor, reference_split: str, smallest: int, because: str
     ):
         super().__init__(name, features, reference_split, smallest, because)
-        # flat, because torchmetrics gathers a one-dimensional empty tensor from ranks without images
+        # flat, because torchmetrics gathers one-dimensional empty tensors from ranks without images
         self.add_state("vectors", [], dist_reduce_fx="cat")
 
     def accumulate(self, features: Tensor) -> None:
@@ -257,19 +257,19 @@ class FeatureSetScore(FidelityScore):
 class KernelDistance(FeatureSetScore):
     """Squared maximum mean discrepancy with the kernel (x.y/d + 1)^3; KID (Bińkowski et al. 2018).
 
-    Mean and standard deviation of the unbiased estimate over random subsets, by torch-fidelity. Unlike FID's,
-    the expectation does not depend on the number of images; it may be slightly negative. Its name is "kid"
-    for InceptionV3 and `kd_<features>` for any other space.
+    Mean and standard deviation of the unbiased estimate over random subsets, computed by torch-fidelity. Unlike FID,
+    its expectation does not depend on the number of images; it may be slightly negative. The name is "kid" for
+    InceptionV3 and `kd_<features>` for other spaces.
 
     Args:
         features: the feature space.
-        subset_size: images in a subset, drawn from either set without replacement; 1,000 in the paper's KID.
+        subset_size: images per subset, drawn from each set without replacement; 1,000 in the paper's KID.
         subsets: number of subsets.
         seed: seed of the draws.
-        reference_split: the split of the data that serves as the reference.
+        reference_split: the split of the data used as the reference.
 
     Raises:
-        ValueError: subset_size is below 2, or subsets below 1.
+        ValueError: subset_size is below 2, or subsets is below 1.
     """
 
     def __init__(
@@ -316,16 +316,16 @@ class KernelDistance(FeatureSetScore):
 
 
 class PrecisionRecall(FeatureSetScore):
-    """Improved precision and recall (Kynkäänniemi et al. 2019), by torch-fidelity.
+    """Improved precision and recall (Kynkäänniemi et al. 2019), computed by torch-fidelity.
 
-    Precision: the share of generated images that lie nearer to some reference image than its k-th neighbour
-    in the reference. Recall: the same with the sets exchanged. Named `precision_<features>` and
-    `recall_<features>`: the paper's numbers are of VGG-16's features.
+    Precision: the fraction of generated images that are nearer to some reference image than that image's k-th
+    neighbour in the reference. Recall: the same with the sets exchanged. The names are `precision_<features>` and
+    `recall_<features>`; the paper uses VGG-16 features.
 
     Args:
         features: the feature space.
         neighbours: k.
-        reference_split: the split of the data that serves as the reference.
+        reference_split: the split of the data used as the reference.
 
     Raises:
         ValueError: neighbours is below 1.
@@ -358,17 +358,17 @@ class PrecisionRecall(FeatureSetScore):
 
 
 class InceptionScore(FeatureSetScore):
-    """Inception Score (Salimans et al. 2016), by torch-fidelity: exp of the mean KL(p(y|x) || p(y)).
+    """Inception Score (Salimans et al. 2016), computed by torch-fidelity: exp of the mean KL(p(y|x) || p(y)).
 
     It uses InceptionV3's logits of the generated images and no reference set.
 
     Args:
         features: `InceptionFeatures` with layer "logits_unbiased".
-        splits: number of parts that are scored; `compute` returns the mean and standard deviation over them.
-        seed: seed of the shuffling into parts.
+        splits: number of subsets; `compute` returns the mean and standard deviation over them.
+        seed: seed of the random split.
 
     Raises:
-        ValueError: other features, or splits is below 1.
+        ValueError: the features are not these logits, or splits is below 1.
     """
 
     higher_is_better = True

@@ -1,4 +1,4 @@
-"""The Fréchet distance of two Gaussians, and the moments that it compares."""
+"""The Fréchet distance of two Gaussians, and their moments."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Moments:
 
     @classmethod
     def of_sums(cls, count: Tensor, total: Tensor, outer: Tensor) -> "Moments":
-        """From n, sum f and sum f f^T over n >= 2 feature vectors f."""
+        """The moments from n, sum f and sum f f^T over n >= 2 feature vectors f."""
         mean = total / count
         return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
 
@@ -25,8 +25,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
         |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^(1/2) C_b C_a^(1/2))^(1/2))
 
-    The symmetric form needs eigenvalues of symmetric matrices only, so singular covariances (fewer images
-    than features) are no special case.
+    The symmetric form needs only eigenvalues of symmetric matrices, so singular covariances (fewer images than
+    features) need no special case.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

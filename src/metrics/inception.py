@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 POOL3_FILE = Path("~/.cache/diffusion-lab/inception-2015-12-05-pool3.safetensors")
-"""File written by `make inception`: the weights up to the 2048 features, without the classifier's head `fc`."""
+"""File written by `make inception`: the weights up to the 2048 features, without the classifier head `fc`."""
 
 LAYERS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008}
-"""torch-fidelity's names of the layers, and their numbers of features."""
+"""Names of the layers in torch-fidelity, and their numbers of features."""
 
 
 def find_weights(weights: str | None, layer: str) -> Path:
-    """The file of the weights: the given one, or that of `make inception`, or torch-fidelity's, downloaded if missing.
+    """Path of the weights: the given one, that of `make inception`, or torch-fidelity's, downloaded if missing.
 
     Args:
         weights: a path; None to search.
-        layer: "logits_unbiased" skips the file of `make inception`, which ends before the logits.
+        layer: "logits_unbiased" skips the file of `make inception`, which does not contain the logits.
 
     Raises:
-        UserError: no such file, or no file found and none could be downloaded.
+        UserError: the given file does not exist, or no file was found and the download failed.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -70,7 +70,7 @@ def expanded(path: Path) -> Path:
     """The path with ~ replaced by the home folder.
 
     Raises:
-        UserError: the home folder is unknown, e.g. of a user without an entry in the password file.
+        UserError: the home folder is unknown, e.g. if the user has no entry in the password file.
     """
     try:
         return path.expanduser()
@@ -81,7 +81,7 @@ def expanded(path: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The named tensors in a safetensors file or a PyTorch state dict. Code in the file is not executed.
+    """Reads the tensors of a safetensors file or a PyTorch state dict. Code in the file is not executed.
 
     Raises:
         UserError: the file is neither.
@@ -90,7 +90,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # arbitrary bytes can raise any exception in the unpickler
+    except Exception:  # the unpickler can raise any exception on arbitrary bytes
         raise UserError(
             f"metrics.features.weights: {path} is neither a safetensors file nor a PyTorch state dict"
         ) from None
@@ -104,7 +104,7 @@ def empty_network(layer: str) -> "FeatureExtractorInceptionV3":
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class WithoutLoading(FeatureExtractorInceptionV3):
-        """The parent's constructor reads a file with the unsafe loader: give it an empty one and skip loading."""
+        """Skips loading: the parent's constructor reads a file with the unsafe loader, so it gets an empty one."""
 
         def load_state_dict(self, state_dict, *args, **kwargs):
             if state_dict:
@@ -118,15 +118,15 @@ def empty_network(layer: str) -> "FeatureExtractorInceptionV3":
 
 
 def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "FeatureExtractorInceptionV3":
-    """torch-fidelity's InceptionV3 with these weights, giving one layer's features.
+    """torch-fidelity's InceptionV3 with these weights, returning the features of one layer.
 
     Args:
         weights: state dict; `fc` may be missing unless `layer` is "logits_unbiased".
         layer: one of `LAYERS`.
-        origin: names the weights in error messages.
+        origin: name of the weights for error messages.
 
     Raises:
-        UserError: other names or shapes than InceptionV3's, or values that are not finite.
+        UserError: names or shapes are not InceptionV3's, or values are not finite.
     """
     weights = dict(weights)
     if "fc.weight" not in weights:
@@ -150,9 +150,9 @@ def build_network(weights: Mapping[str, Tensor], layer: str, origin: str) -> "Fe
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, and store weights channels last.
+    """Folds each batch norm into the preceding convolution and stores weights channels last.
 
-    1.5 times as fast on a CPU; features change by 1e-6 of their norm.
+    This is 1.5 times as fast on a CPU; features change by 1e-6 of their norm.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 

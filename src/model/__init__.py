@@ -1,4 +1,4 @@
-"""Networks: `network(x, label, condition) -> output`; `base` is their contract. They know no noise schedules."""
+"""Networks: `network(x, label, condition) -> output`; see `base` for the interface."""
 
 from src.model.base import ForeignNetwork, Network, adapted
 from src.model.unet import UNet

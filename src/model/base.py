@@ -1,4 +1,4 @@
-"""What a network promises, and how networks of other packages are made to keep it."""
+"""The interface of networks, and an adapter for networks of other packages."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Network(nn.Module, ABC):
-    """A noise-conditional network: network(x, label, condition) -> output. It knows nothing of noise schedules.
+    """A noise-conditional network: network(x, label, condition) -> output. It is independent of the noise schedule.
 
     Attributes:
-        image_shape: (C, H, W) of its input, not necessarily square; None where it takes any.
-        out_channels: channels of its output: C, or 2 C where it also predicts the reverse step's variance.
-        reads: the kinds of condition that it reads, of "labels", "tokens" and "image".
-        second_time: whether it can be given the label of a second time s, for a step from t to s.
+        image_shape: (C, H, W) of the input, not necessarily square; None if it accepts any shape.
+        out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
+        reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
+        second_time: whether it accepts the label of a second time s, for a step from t to s.
     """
 
     image_shape: tuple[int, int, int] | None = None
@@ -37,9 +37,9 @@ class Network(nn.Module, ABC):
 
         Args:
             x: noisy images, scaled by the parameterisation's c_in, shape (B, C, H, W).
-            label: the time's label, float, shape (B,); not always a whole number.
-            condition: what the images are conditioned on, or None for nothing; only kinds in `reads`.
-            to_label: label of the second time s, shape (B,); only where `second_time` is True.
+            label: the label of the time, float, shape (B,); not necessarily an integer.
+            condition: the condition of the images, only with kinds in `reads`; or None.
+            to_label: label of the second time s, shape (B,); only if `second_time` is True.
 
         Returns:
             Shape (B, out_channels, H, W).
@@ -47,16 +47,16 @@ class Network(nn.Module, ABC):
 
 
 class ForeignNetwork(Network):
-    """A network of another package behind our interface.
+    """Adapts a network of another package to `Network`.
 
-    It is called as module(x, label), and with labels of the condition as a third argument by the first name that
-    its forward has: `condition`, `class_labels`, `y` or `labels`. Of what it returns, a tensor is taken as it is; of
-    an object the attribute `sample` (diffusers), of a tuple the first entry.
+    It is called as module(x, label). Class labels are passed by the first of these names that its `forward` has:
+    `condition`, `class_labels`, `y`, `labels`. The output is the returned tensor, the first entry of a returned tuple,
+    or the attribute `sample` of a returned object (diffusers).
 
     Args:
         module: the network.
-        image_shape: (C, H, W) of its input.
-        out_channels: channels of its output; by default its attribute of that name, or else C.
+        image_shape: (C, H, W) of the input.
+        out_channels: channels of the output; by default the module's attribute of that name, otherwise C.
     """
 
     LABEL_ARGUMENTS = ("condition", "class_labels", "y", "labels")
@@ -84,15 +84,15 @@ class ForeignNetwork(Network):
 
 
 def adapted(module: nn.Module, image_shape: tuple[int, int, int]) -> Network:
-    """A `Network` as it is; any other module as a `ForeignNetwork`."""
+    """Returns a `Network` unchanged and wraps any other module in a `ForeignNetwork`."""
     return module if isinstance(module, Network) else ForeignNetwork(module, image_shape)
 
 
 def height_and_width(image_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of an option that is one number for squares, or a pair.
+    """(H, W) of an image size given as one number (square images) or a pair.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: image_size is neither.
     """
     sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):

@@ -1,4 +1,4 @@
-"""Blocks of the DDPM network (Ho et al. 2020, appendix B), with their initial weights."""
+"""Blocks of the DDPM network (Ho et al. 2020, appendix B), with their initialisation."""
 
 from typing import TypeVar
 
@@ -9,14 +9,14 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def xavier(layer: Layer, parts: int = 1) -> Layer:
-    """The layer with the initial weights of the DDPM code, and zero biases.
+    """Initialises a layer in place as the DDPM code does, with zero biases, and returns it.
 
     Uniform variance scaling with the mean of fan-in and fan-out and scale 1 (`default_init` in nn.py of the
-    code of Ho et al. 2020), which is Xavier's uniform distribution (Glorot and Bengio 2010, eq. 16).
+    code of Ho et al. 2020), which is the Xavier uniform distribution (Glorot and Bengio 2010, eq. 16).
 
     Args:
-        layer: changed in place.
-        parts: how many layers of equal size are stacked in this one; each has its own fan-out.
+        layer: the layer.
+        parts: number of equal layers stacked in this one; the fan-out is that of one part.
     """
     for weight in layer.weight.detach().chunk(parts):
         nn.init.xavier_uniform_(weight)
@@ -25,9 +25,9 @@ def xavier(layer: Layer, parts: int = 1) -> Layer:
 
 
 def zero(layer: Layer) -> Layer:
-    """The layer with zero weights: the last of a residual branch, which so adds nothing at first.
+    """Initialises a layer to zero in place and returns it; used for the last layer of a residual branch.
 
-    The DDPM code scales these weights by 1e-10; the exact zero is that of Nichol and Dhariwal (2021).
+    The DDPM code scales these weights by 1e-10; Nichol and Dhariwal (2021) use exact zeros.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -40,7 +40,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the pixels, one head over all channels, added to its input.
+    """Single-head self-attention over the pixels, with a residual connection.
 
     Args:
         channels: a multiple of `groups`.
@@ -56,21 +56,21 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)
-        # The fused kernels want (B, heads, pixels, channels) with the channels side by side in memory.
+        # The fused kernels require (B, heads, pixels, channels) with contiguous channels.
         query, key, value = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, told the time in between, added to the input; then attention if it is asked for.
+    """A residual block of two convolutions with the time embedding added in between, and optional attention.
 
         h = conv1(silu(norm1(x))) + embedding_projection(embedding)
         h = conv2(dropout(silu(norm2(h)))) + shortcut(x)
 
     Args:
         in_channels, out_channels: multiples of `groups`.
-        embedding_channels: width of the embedding of time and class.
+        embedding_channels: width of the time and class embedding.
         attention: whether self-attention follows.
         dropout: probability, in [0, 1].
         groups: groups of the normalisation.
@@ -101,7 +101,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        # In place: a convolution's backward pass does not need its output.
+        # In place, since a convolution's backward pass does not need its output.
         h += self.embedding_projection(embedding)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         h += self.shortcut(x)
@@ -109,10 +109,10 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a convolution of stride 2.
+    """Halves height and width by a convolution with stride 2.
 
-    The zeros are at the right and the bottom only, which is TensorFlow's "SAME" padding of even sizes and so
-    that of the published networks.
+    Zeros are padded at the right and the bottom only. This is TensorFlow's "SAME" padding for even sizes, which the
+    published networks use.
     """
 
     def __init__(self, channels: int):
@@ -125,7 +125,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then a convolution."""
+    """Doubles height and width by nearest-neighbour upsampling, followed by a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

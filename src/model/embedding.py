@@ -1,4 +1,4 @@
-"""How a network is told the time."""
+"""Embeddings of the time."""
 
 import math
 
@@ -14,15 +14,15 @@ def sinusoidal_embedding(label: Tensor, dim: int) -> Tensor:
         [sin(label w_0), ..., sin(label w_{h-1}), cos(label w_0), ..., cos(label w_{h-1})]
         w_i = 10000^(-i / (h - 1)),   h = dim / 2
 
-    This is the form of the DDPM code (Ho et al. 2020): sines first, and h - 1 in the exponent, where the
-    transformer (Vaswani et al. 2017, section 3.5) interleaves the two and has h.
+    This is the form of the DDPM code (Ho et al. 2020): sines first, and h - 1 in the exponent. The transformer
+    (Vaswani et al. 2017, section 3.5) interleaves sines and cosines and uses h.
 
     Args:
-        label: the time, shape (B,), float or integer; it need not be a whole number.
+        label: the time, shape (B,), float or integer; not necessarily integer-valued.
         dim: an even number, at least 4.
 
     Returns:
-        Shape (B, dim), always float32: bfloat16 would round a label of 999 to 1000, a whole radian off.
+        Shape (B, dim), always float32: bfloat16 would round a label of 999 to 1000, an error of one radian.
     """
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=label.device)
@@ -32,7 +32,7 @@ def sinusoidal_embedding(label: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding and a two-layer perceptron (Ho et al. 2020, appendix B).
+    """Sinusoidal embedding followed by a two-layer perceptron (Ho et al. 2020, appendix B).
 
     Args:
         dim: width of the sinusoidal embedding, an even number, at least 4.

@@ -14,32 +14,32 @@ from src.model.embedding import TimeEmbedding
 class UNet(Network):
     """The DDPM U-Net, optionally class-conditional.
 
-    One level for each channel multiplier; each next level has half the height and width. The encoder keeps
-    the output of every block and of every halving, and the decoder, with one more block a level, concatenates
-    them to its inputs. The class embedding is added to that of the time, as Nichol and Dhariwal (2021) do.
-    The last layer is zero at first, so an untrained network returns exactly zero.
+    There is one level per channel multiplier; each level has half the height and width of the previous one. The
+    decoder has one more block per level than the encoder, and concatenates the encoder's outputs (of the first
+    convolution, every block and every downsampling) to its inputs. The class embedding is added to the time embedding,
+    as in Nichol and Dhariwal (2021). The last layer is initialised to zero, so an untrained network returns zero.
 
-    With its default arguments and `image_size=32, channels=3` it is the published CIFAR-10 network
-    (35,746,307 parameters), apart from that one's dropout of 0.1.
+    With the default arguments and `image_size=32, channels=3` this is the published CIFAR-10 network
+    (35,746,307 parameters), except for its dropout of 0.1.
 
     Args:
-        image_size: height and width of the images, in pixels; a pair [H, W] where they differ.
+        image_size: side length of the images in pixels, or a pair [H, W].
         channels: channels of the images.
-        out_channels: channels of the output; None: as many as the images have.
-        num_classes: number of classes; 0 makes an unconditional network.
+        out_channels: channels of the output; None for the images' channels.
+        num_classes: number of classes; 0 for an unconditional network.
         base_channels: channels of the first level; even, at least 4.
         channel_multipliers: channels of each level, in units of `base_channels`.
         blocks_per_level: residual blocks of each level of the encoder.
-        attention_factors: downsampling factors of the levels with self-attention: 1 is the full image, 2 half
-            its height and width. The middle always has attention.
-        dropout: probability inside the residual blocks, in [0, 1].
-        groups: groups of every normalisation; must divide the channels of every level.
-        second_time: also embed the label of a second time, for losses and samplers of steps from t to s; its
-            embedding is added to that of t and is zero at first.
+        attention_factors: downsampling factors of the levels with self-attention: 1 is full resolution, 2 is half
+            the height and width. The middle always has attention.
+        dropout: dropout probability in the residual blocks, in [0, 1].
+        groups: groups of every group normalisation; must divide the channels of every level.
+        second_time: also embed the label of a second time, for losses and samplers of steps from t to s. Its
+            embedding is added to that of t and initialised to zero.
 
     Raises:
-        ValueError: an image size that cannot be halved often enough, channels that the groups do not divide,
-            or an attention factor at which there is no level.
+        ValueError: the image size cannot be halved once per level, the groups do not divide the channels, or there is
+            no level with an attention factor.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class UNet(Network):
 
         embedding_channels = 4 * base_channels
         self.time_embedding = TimeEmbedding(base_channels, embedding_channels)
-        # The row after the last class stands for "no class".
+        # The last row represents "no class".
         self.class_embedding = nn.Embedding(num_classes + 1, embedding_channels) if num_classes else None
 
         self.second_time_embedding = None
@@ -118,15 +118,15 @@ class UNet(Network):
 
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = zero(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
-        if second_time:  # last, so that the other initial weights are those of a network without
+        if second_time:  # created last, so that the initial weights of the other layers do not depend on it
             self.second_time_embedding = TimeEmbedding(base_channels, embedding_channels)
             zero(self.second_time_embedding.linear2)
 
     def forward(self, x, label, condition=None, to_label=None):
-        """See `Network`. A label of -1 (`NO_CLASS`) or of num_classes means "no class".
+        """See `Network`. Class labels of -1 (`NO_CLASS`) or num_classes mean "no class".
 
         Raises:
-            ValueError: a condition or a second time for a network that was built without.
+            ValueError: a condition or second time is given, but the network does not support it.
         """
         embedding = self.time_embedding(label)
         labels = None if condition is None else condition.labels

@@ -1,1 +1,1 @@
-"""Run folders: what lies where, atomic files, the machine."""
+"""Run folders, atomic file writes, and information about the machine and its processes."""

@@ -1,4 +1,4 @@
-"""Files that survive kills: atomic writes, and the record beside a checkpoint that proves it is intact."""
+"""Atomic file writes, and the sidecar file with a checkpoint's size and hash."""
 
 import json
 import logging
@@ -17,15 +17,15 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The record beside a checkpoint, in <checkpoint>.json.
+    """The sidecar of a checkpoint, stored in <checkpoint>.json.
 
     Attributes:
-        size: bytes of the checkpoint file.
-        sha256: of the checkpoint file, hexadecimal.
-        step: optimiser steps taken.
-        samples: training samples consumed, over all devices; None where the data module does not count them.
+        size: size of the checkpoint file in bytes.
+        sha256: SHA-256 of the checkpoint file, hexadecimal.
+        step: number of optimiser steps.
+        samples: training samples consumed, over all devices; None if the data module does not count them.
         world_size: number of processes.
-        data: fingerprint of the training set; None where it is unknown.
+        data: fingerprint of the training set; None if unknown.
     """
 
     size: int
@@ -36,19 +36,19 @@ class Sidecar:
     data: str | None
 
     def as_json(self) -> str:
-        """The record as it is stored."""
+        """The sidecar as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def sidecar_path(checkpoint: Path) -> Path:
-    """The path of a checkpoint's record."""
+    """The path of a checkpoint's sidecar."""
     return checkpoint.with_name(f"{checkpoint.name}.json")
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint file, in words; None if it is intact.
+    """A description of what is wrong with a checkpoint file; None if it is intact.
 
-    A file without a record (killed between the two writes, or copied alone) is checked by loading it.
+    A file without a sidecar (after a kill between the two writes, or copied alone) is checked by loading it.
     """
     try:
         record = json.loads(sidecar_path(checkpoint).read_text())
@@ -76,7 +76,7 @@ def _unloadable(checkpoint: Path) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, hexadecimal."""
+    """The SHA-256 of a file, hexadecimal."""
     digest = sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -85,18 +85,21 @@ def file_sha256(path: Path) -> str:
 
 
 def digest_of(content: Any, length: int = 8) -> str:
-    """A short hexadecimal hash of anything that JSON can hold, for names of folders and caches."""
+    """A short hexadecimal hash of JSON-serialisable content, for names of folders and caches."""
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically; makes the folder if it is missing."""
+    """Writes indented JSON atomically; creates the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that a kill leaves either as it was or complete, and flushes it and its folder to disk."""
+    """Writes a file by renaming a temporary one, and flushes file and folder to disk.
+
+    If the process is killed, the path holds either the previous or the complete new content.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -108,14 +111,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # makes the rename durable
     finally:
         os.close(folder)
 
 
 @contextmanager
 def forgiving(what: str) -> Iterator[None]:
-    """Logs an OSError of the block (a full disk, say) instead of ending the training."""
+    """Logs an OSError of the block (e.g. a full disk) instead of raising it."""
     try:
         yield
     except OSError as error:

@@ -1,15 +1,15 @@
-"""A run's folder: what lies where, how a run is found, and the lock of a training.
+"""Run folders: layout, lookup of runs and checkpoints, and the lock of a training.
 
-config.yaml        the composed configuration, interpolations resolved
+config.yaml        the composed configuration with resolved interpolations
 environment.json   versions, hardware, git revision
-checkpoints/       step_<k>.ckpt (the newest two), best.ckpt and best.json
+checkpoints/       step_<k>.ckpt (by default the newest two), best.ckpt and best.json
 ema/               snapshots of power-function averages
 samples/           previews and sampled images
-.hydra/            the overrides, with which the run is continued
-lock               held while a process trains in this folder
-csv/               the curves; wandb/ and tensorboard/ beside it
+.hydra/            the overrides, used when the run is resumed
+lock               locked while a process trains in this folder
+csv/               the curves; also wandb/ and tensorboard/
 scores.json        the last scores and their protocol
-scores/            scores by src.evaluate, one folder a recipe
+scores/            scores of src.evaluate, one folder per recipe
 """
 
 import fcntl
@@ -52,16 +52,15 @@ class FoundRun:
 
 
 def find_run(run: str | Path, which: str = "last", option: str = "run") -> FoundRun:
-    """The run and the checkpoint that a run folder or a checkpoint file means.
+    """Finds a run and its checkpoint.
 
     Args:
-        run: a run folder, or a .ckpt file in its checkpoints folder or anywhere else. Of a folder's checkpoints
-            the damaged ones are passed over, with a warning.
+        run: a run folder, or a .ckpt file. In a run folder, damaged last checkpoints are skipped with a warning.
         which: the checkpoint of a run folder, "last" or "best".
-        option: what to call `run` in messages.
+        option: name of the option for `run` in messages.
 
     Raises:
-        UserError: there is no such thing, or it is damaged.
+        UserError: the run or the checkpoint does not exist, or is damaged.
     """
     path = Path(run).expanduser()
     if path.is_file():
@@ -81,13 +80,13 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
     steps = checkpoints_by_step(path / CHECKPOINTS)
     if not steps:
         raise UserError(
-            f"{option}={run}: no checkpoint in {path / CHECKPOINTS}; was the run stopped before its first?"
+            f"{option}={run}: no checkpoint in {path / CHECKPOINTS}; was the run stopped before the first one?"
         )
     for checkpoint in reversed(steps):
         wrong = damage(checkpoint)
         if wrong is None:
             return FoundRun(path, checkpoint)
-        log.warning("%s is damaged (%s): the one before is used", checkpoint, wrong)
+        log.warning("%s is damaged (%s): using the previous one", checkpoint, wrong)
     raise UserError(f"{option}={run}: all checkpoints in {path / CHECKPOINTS} are damaged")
 
 
@@ -98,7 +97,7 @@ def _refuse_damaged(checkpoint: Path, option: str) -> None:
 
 
 def newest_run(runs: Path) -> Path:
-    """The folder under `runs` whose newest checkpoint was written last, sweeps included.
+    """The run folder under `runs`, including sweeps, with the most recently written checkpoint.
 
     Raises:
         UserError: no run has a checkpoint.
@@ -111,15 +110,15 @@ def newest_run(runs: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a folder; the lock dies with this process, however it ends.
+    """Locks a folder against other trainings. The lock is released when this process ends, however it ends.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+") as file:
         try:
-            # of the record kind: unlike flock's, it is not inherited by forked workers that outlive a kill
+            # a record lock: unlike flock's, it is not inherited by forked workers, which may outlive this process
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
@@ -133,12 +132,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def recipe_folder(parent: Path, recipe: dict[str, Any], prefix: str = "") -> Path:
-    """A separate folder for each recipe: the same recipe finds its folder again, another never overwrites it.
+    """The folder of a recipe; different recipes have different folders.
 
     Args:
-        parent: the folder above.
-        recipe: primitives, with "sampler", "steps" and "seed", itself or under "recipe".
-        prefix: begins the folder's name, e.g. a task.
+        parent: the parent folder.
+        recipe: primitives, with "sampler", "steps" and "seed" at the top level or under "recipe".
+        prefix: start of the folder's name, e.g. a task.
     """
     made = recipe.get("recipe", recipe)
     sampler = made["sampler"].partition("(")[0].lower()

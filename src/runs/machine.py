@@ -1,4 +1,4 @@
-"""The machine: versions, hardware, the git revision, SLURM, the memory allocator."""
+"""The machine: versions, hardware, git revision, SLURM, memory allocator."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "torch-fidelity"
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and the git revision: what a number depends on besides its configuration."""
+    """Versions, hardware and the git revision, on which results depend besides the configuration."""
     import torch
 
     return {
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The commit of the code, with "+changes" if files differ from it; None outside a git checkout."""
+    """The commit of the code, with "+changes" for uncommitted changes; None outside a git checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -50,18 +50,18 @@ def git_revision() -> str | None:
 
 
 def slurm_job() -> str | None:
-    """The number of the SLURM job that this process belongs to; None outside one."""
+    """The id of this process's SLURM job; None outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
 def is_first_process(several: bool = True) -> bool:
-    """Whether this process is rank 0, or is about to start the others; for use before there is a Trainer.
+    """Whether this process is rank 0 or will launch the other ranks; for use before the Trainer exists.
 
     Args:
-        several: whether the training may have several processes. A training of one process is always the first: a SLURM
-            allocation of independent tasks gives each another SLURM_PROCID.
+        several: whether the training may have several processes. If False, the result is True: in a SLURM allocation,
+            independent tasks have different SLURM_PROCIDs.
     """
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return not several or all(os.environ.get(name, "0") == "0" for name in ranks)
@@ -70,7 +70,7 @@ def is_first_process(several: bool = True) -> bool:
 def discard_output(stream: TextIO) -> None:
     """Redirects a stream that cannot be written to (a closed pipe, a full disk) to the null device.
 
-    Neither later writes nor the flush at the interpreter's exit fail then.
+    Later writes and the flush at the interpreter's exit then succeed.
     """
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -79,10 +79,11 @@ def discard_output(stream: TextIO) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks instead of returning them to the kernel.
+    """Configures glibc to keep freed blocks instead of returning them to the kernel.
 
-    Large activations are allocated and freed at each step; a block of 32 MiB or more would be returned and
-    faulted in again, page by page, at about a tenth of the speed of warm memory. Does nothing with another C library.
+    Large activations are allocated and freed at each step. By default, blocks of 32 MiB or more are returned to the
+    kernel and faulted in again, page by page, at about a tenth of the speed of mapped memory. Does nothing with other
+    C libraries.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

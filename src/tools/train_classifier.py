@@ -1,4 +1,4 @@
-"""Train the classifier whose features the fd_<data> scores use: python -m src.train_classifier data=digits"""
+"""Train the classifier whose features are used by the fd_<data> scores: python -m src.train_classifier data=digits"""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from src.metrics.features import WEIGHTS_FOLDER
 from src.randomness import generator
 
 ARCHITECTURES = {
-    # 64 features: a covariance of full rank needs more images than features, and digits has 1,504
+    # 64 features: a full-rank covariance needs more images than features, and digits has 1,504
     "digits": {"widths": [32, 64], "num_features": 64},
     "fashion_mnist": {"widths": [16, 32, 64], "num_features": 128},
 }
@@ -23,7 +23,7 @@ EPOCHS = {"digits": 60, "fashion_mnist": 8}
 
 
 def shift(images: Tensor, random: torch.Generator, pixels: int = 1) -> Tensor:
-    """Images (B, C, H, W), each shifted by up to `pixels` along both axes; zeros fill the border."""
+    """Shifts each image of (B, C, H, W) randomly by up to `pixels` along both axes, padding with zeros."""
     batch, _, height, width = images.shape
     padded = nn.functional.pad(images, (pixels,) * 4)
     top = torch.randint(2 * pixels + 1, (batch, 1, 1, 1), generator=random)
@@ -38,7 +38,7 @@ def shift(images: Tensor, random: torch.Generator, pixels: int = 1) -> Tensor:
 def train(
     classifier: SmallClassifier, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 128
 ) -> None:
-    """Train in place: cross-entropy with label smoothing 0.1, AdamW, one-cycle learning rate, shifts by one pixel."""
+    """Trains in place: cross-entropy with label smoothing 0.1, AdamW, one-cycle learning rate, shifts by one pixel."""
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
@@ -61,7 +61,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose largest logit is that of their label, in [0, 1]."""
+    """The fraction of images whose largest logit is that of their label, in [0, 1]."""
     correct = sum(
         (classifier(batch).argmax(1) == target).sum().item()
         for batch, target in zip(images.split(500), labels.split(500), strict=True)
@@ -70,7 +70,7 @@ def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> flo
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m src.train_classifier", description=__doc__)
     parser.add_argument(
         "data", metavar="data=NAME", help=" or ".join(f"data={name}" for name in ARCHITECTURES)

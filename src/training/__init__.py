@@ -1,1 +1,1 @@
-"""Training with Lightning: the module, the average of its weights, checkpoints and callbacks."""
+"""Training with Lightning: the module, weight averages, checkpoints and callbacks."""

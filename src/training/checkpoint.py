@@ -1,4 +1,4 @@
-"""Checkpoints: a killed process never damages a good one, and the newest is found by its step."""
+"""Checkpoints: atomic writes with a checksum, and the callback that saves and rotates them."""
 
 import errno
 import json
@@ -27,21 +27,21 @@ from src.training.signals import Stopped
 
 log = logging.getLogger(__name__)
 
-# Appended to the names of files of later steps, when a run is continued from an earlier one.
+# Suffix of files of later steps, when a run is resumed from an earlier step.
 SET_ASIDE = ".set_aside"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Streams to a file beside the target, flushes it to the disk, renames it, and records its checksum.
+    """Streams to a temporary file, flushes it to disk, renames it, and writes its checksum to the sidecar.
 
-    Lightning makes a copy in memory and another in $TMPDIR; where that is another filesystem, a kill during the move
-    leaves the good checkpoint truncated.
+    Lightning makes one copy in memory and another in $TMPDIR; if that is another filesystem, a kill during the move
+    leaves a truncated checkpoint.
 
-    Weights, averages and moments that are not finite are never written, and a disk that cannot be written to does not
-    end the training: both are logged, and the existing file of that name is kept.
+    Checkpoints whose weights, averages or optimiser moments are not finite are not written, and a failed write does not
+    stop the training. Both are logged, and an existing file of that name is kept.
 
     Attributes:
-        failures: number of writes that have failed or were refused since the last good one.
+        failures: number of failed or refused writes since the last successful one.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             log.error("%s; %s is not written", reason(error, checkpoint), path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Tensors and primitives only, whatever the arguments say: nothing in the file is executed."""
+        """Loads tensors and primitives only, regardless of the arguments; code in the file is not executed."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -80,7 +80,7 @@ def tensors_of(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _trained(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The weights, the optimiser's moments and the averages. Other states may be infinite, as EarlyStopping's score."""
+    """The weights, optimiser moments and averages. Other states may be infinite, e.g. EarlyStopping's score."""
     for name in ("state_dict", "optimizer_states"):
         yield from tensors_of(checkpoint.get(name), name)
     averages = checkpoint.get("callbacks", {}).get(EMA.state_key)
@@ -88,7 +88,7 @@ def _trained(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def reason(error: OSError, checkpoint: dict[str, Any]) -> str:
-    """Why a checkpoint could not be written, for messages."""
+    """The reason why a checkpoint could not be written, for messages."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         needed = sum(tensor.nbytes for _, tensor in tensors_of(checkpoint))
         return f"disk full, {needed / 1e6:.1f} MB needed"
@@ -96,7 +96,7 @@ def reason(error: OSError, checkpoint: dict[str, Any]) -> str:
 
 
 class _Hashing(RawIOBase):
-    """Passes bytes on to a file, hashing and counting them; keeps the error that torch's writer hides."""
+    """Writes to a file, hashing and counting the bytes; keeps the OSError that torch's writer hides."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -130,7 +130,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
                 raise stream.error or error from None
             file.flush()
             os.fsync(file.fileno())
-        origin = checkpoint.get("origin", {})  # of ResumeCheck
+        origin = checkpoint.get("origin", {})  # stored by ResumeCheck
         record = Sidecar(
             stream.size,
             stream.digest.hexdigest(),
@@ -139,7 +139,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             origin.get("world_size", 1),
             origin.get("data"),
         )
-        # A kill between these lines leaves a good checkpoint without a record, never one with a wrong record.
+        # A kill between these lines leaves an intact checkpoint without a sidecar, never one with a wrong sidecar.
         sidecar_path(path).unlink(missing_ok=True)
         temporary.replace(path)
         write_atomically(sidecar_path(path), record.as_json().encode())
@@ -148,14 +148,14 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Renames a file of a later step than the training continues from, so that it is not found; logs that."""
-    log.warning("%s is set aside: the training continues from an earlier step", path)
+    """Renames a file of a later step than that from which the training continues, with a warning."""
+    log.warning("%s renamed to %s: the training continues from an earlier step", path, path.name + SET_ASIDE)
     sidecar_path(path).unlink(missing_ok=True)
     path.rename(path.with_name(path.name + SET_ASIDE))
 
 
 def _known_step(checkpoint: Path) -> float:
-    """By its record; infinite without one: a kill came between file and record, so no other file is newer."""
+    """The step in the sidecar; infinite without one: after a kill between the two writes the file is the newest."""
     try:
         return json.loads(sidecar_path(checkpoint).read_text())["step"]
     except (OSError, ValueError, KeyError):
@@ -165,18 +165,19 @@ def _known_step(checkpoint: Path) -> float:
 class Checkpoints(Checkpoint):
     """Saves every `every` optimiser steps, at the end of training and when a signal stops it.
 
-    Keeps the newest `keep` files. If the training continues from an earlier step, the checkpoints of later steps, the
-    best one included, and the snapshots of averages are set aside (renamed), so that all files are of one history.
+    Keeps the newest `keep` files. If the training continues from an earlier step, checkpoints of later steps, including
+    the best one, and later snapshots of averages are renamed, so that all files belong to one history.
 
     Args:
-        folder: where to write step_<k>.ckpt.
-        config: the composed configuration, primitives only, stored in each file, which is then enough to load it.
+        folder: the folder of step_<k>.ckpt.
+        config: the composed configuration, primitives only. It is stored in each file, so that the file can be loaded
+            without the run folder.
         every: optimiser steps between two checkpoints.
-        keep: number of files to keep, at least 2: the newest may be lost to a bad disk.
-        stop_after: failed writes in a row after which the training is stopped.
+        keep: number of files to keep, at least 2, since the newest may be damaged.
+        stop_after: number of consecutive failed writes after which the training is stopped.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: an argument is too small.
     """
 
     def __init__(
@@ -217,13 +218,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # once a step, though this is called for its micro-batches too
+        # once per step, although this is called for every micro-batch
         if trainer.global_step % self.every == 0 and trainer.global_step != self._tried:
             failures = self._save(trainer)
             if failures >= self.stop_after:
                 raise UserError(
-                    f"{failures} checkpoints in a row could not be written to {self.folder}, see above: make room "
-                    "there, or set callbacks.checkpoints.stop_after to more"
+                    f"{failures} checkpoints in a row could not be written to {self.folder}, see above: free disk space"
+                    " there, or increase callbacks.checkpoints.stop_after"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +233,7 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped) and self._saved >= 0 and self._save(trainer):
-            log.error("%s", self._lost(trainer))  # the status stays the signal's
+            log.error("%s", self._lost(trainer))  # the exit status remains that of the signal
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.ckpt"
@@ -244,13 +245,13 @@ class Checkpoints(Checkpoint):
         )
 
     def _save(self, trainer: Trainer) -> int:
-        """Saves, unless this step is saved already; the number of failed writes in a row, the same on all ranks."""
+        """Saves unless this step is saved already; returns the number of consecutive failures, equal on all ranks."""
         step = trainer.global_step
         if step == self._saved:
             return 0
         self._tried = step
         trainer.save_checkpoint(self._path(step), weights_only=False)
-        # only rank 0 writes; the others must stop with it, or they would wait for it in a collective
+        # only rank 0 writes; the other ranks must stop with it, or they would wait in a collective
         failures = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures)
         if failures:
             return failures
@@ -263,7 +264,7 @@ class Checkpoints(Checkpoint):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and primitives only, nothing in it is executed.
+    """The content of a checkpoint, tensors and primitives only; code in the file is not executed.
 
     Raises:
         UserError: the file is not a checkpoint of this project.
@@ -276,5 +277,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
         ) from None
     if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is not a checkpoint of this project: missing {', '.join(sorted(missing))}")
     return content

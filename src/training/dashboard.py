@@ -1,4 +1,4 @@
-"""Loggers that never end a training: the curves as CSV, and Weights & Biases without prompts and long waits."""
+"""Loggers whose failures do not stop a training: CSV curves, and Weights & Biases without prompts and long waits."""
 
 import logging
 import os
@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 PATIENCE = 8.0
-"""Seconds to wait for a server that does not answer, at the start and again at the end."""
+"""Timeout in seconds for a server that does not respond, at the start and at the end."""
 
 
 class CurveFiles(CSVLogger):
-    """The curves as CSV files. Each row is written at once: a killed process would lose those that it kept."""
+    """The curves as CSV files. Each row is flushed immediately, so that a killed process loses none."""
 
     def __init__(self, folder: Path):
         super().__init__(folder, name="csv", flush_logs_every_n_steps=1)
 
     def save(self) -> None:
-        with forgiving("curves"):  # the rows stay in memory, and are written with the next
+        with forgiving("curves"):  # the rows stay in memory until the next save
             super().save()
 
 
 class Dashboard(WandbLogger):
-    """Lightning's logger for Weights & Biases, whose first failure is logged and whose later ones are ignored.
+    """Lightning's logger for Weights & Biases; its first failure is logged, later ones are ignored.
 
-    If the server cannot be reached at the start, the run is logged offline; if wandb's own process dies, the curves
-    continue in the CSV files only. The run's id is kept in the run folder, so that a resumed run continues its curves.
+    If the server cannot be reached at the start, the run is logged offline. If wandb's service process dies, only the
+    CSV files continue. The run's id is stored in the run folder, so that a resumed run continues its curves.
     """
 
     def __init__(self, **settings: Any):
@@ -54,7 +54,7 @@ class Dashboard(WandbLogger):
             return super().experiment
         except Exception as error:
             log.warning("wandb       offline (%s); later: wandb sync %s", _first_line(error), self.save_dir)
-        _forget_service()  # it would report that the run's id is in use
+        _forget_service()  # otherwise it would report that the run's id is in use
         self._wandb_init |= {"mode": "offline", "resume": None}
         try:
             return super().experiment
@@ -86,7 +86,7 @@ class Dashboard(WandbLogger):
             return
         try:
             action(*arguments, **named)
-        except Exception as error:  # of any class: it must not end the training
+        except Exception as error:  # any exception: it must not stop the training
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
@@ -96,10 +96,10 @@ class Dashboard(WandbLogger):
 
 @contextmanager
 def needs_package(option: str) -> Iterator[None]:
-    """Turns a missing package of a logger into one line.
+    """Converts an ImportError of the block into a UserError.
 
     Raises:
-        UserError: something could not be imported in the block.
+        UserError: an import in the block failed.
     """
     try:
         yield
@@ -112,13 +112,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _forget_service() -> None:
-    """Drops wandb's own process, whatever its state; the next run starts another."""
+    """Stops wandb's service process, whatever its state; the next run starts a new one."""
     with suppress(Exception):
         sys.modules["wandb"].teardown()
 
 
 def finish_dashboards() -> None:
-    """Ends the wandb run, so that the next job of a sweep starts another."""
+    """Finishes the wandb run, so that the next job of a sweep starts a new one."""
     if "wandb" not in sys.modules:
         return
     try:
@@ -129,16 +129,18 @@ def finish_dashboards() -> None:
 
 
 def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
-    """Arguments of the `Dashboard` of a run folder. Offline unless a key is configured or WANDB_MODE says otherwise.
+    """Arguments of `Dashboard` for a run folder.
+
+    The mode is WANDB_MODE if it is set, otherwise online if an API key is configured, otherwise offline.
 
     Args:
-        folder: the run's folder; a sweep's jobs are grouped by the folder above it.
-        name: shown in the dashboard; by default the folder's name.
+        folder: the run folder; the jobs of a sweep are grouped by the parent folder.
+        name: name in the dashboard; by default the folder's name.
 
     Raises:
         UserError: wandb is not installed.
     """
-    # at the exit its telemetry waits longer than finish_timeout for a server that does not answer
+    # at exit, its error reporting waits longer than finish_timeout for a server that does not respond
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     with needs_package("logger=wandb"):
         import wandb
@@ -162,7 +164,7 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
 
 
 def _has_key() -> bool:
-    """Whether the environment or ~/.netrc holds a key (`wandb.login(prompt=False)` waits for the server)."""
+    """Whether the environment or ~/.netrc has an API key (`wandb.login(prompt=False)` would contact the server)."""
     import wandb
     from requests.utils import get_netrc_auth
 

@@ -1,7 +1,7 @@
-"""Averages of the network's weights: what is sampled from and scored.
+"""Averages of the network's weights, used for sampling and scoring.
 
-Lightning's own weight averaging is not used: it breaks resuming with torch.compile, stores exchanged weights when an
-exception interrupts validation, and costs several times as much.
+Lightning's weight averaging is not used: it breaks resuming with torch.compile, saves swapped weights if an exception
+interrupts validation, and is several times slower.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,28 +21,28 @@ Weights = dict[str, Tensor]
 
 
 class EMA(Callback):
-    """average <- decay average + (1 - decay) weights, once for each optimiser step.
+    """average <- decay average + (1 - decay) weights, once per optimiser step.
 
-    Averages are kept in float32, or in the weights' dtype where that is wider: increments of (1 - decay) of a weight
+    Averages are stored in float32, or in the weights' dtype if that is wider, since relative increments of (1 - decay)
     are below the resolution of bfloat16.
 
-    The callback reads two attributes of the module: `denoiser.network`, and `gradient_norm`, which is not finite
-    after a step that was skipped. Such a step leaves the averages as they are.
+    The callback reads two attributes of the module: `denoiser.network`, and `gradient_norm`, which is not finite after
+    a skipped step. A skipped step does not change the averages.
 
     Args:
-        decay: in [0, 1); 0.9999 is DDPM's (Ho et al. 2020, app. B).
-        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the initial weights are forgotten quickly;
-            without it 61 % of them remain after 5,000 updates at 0.9999.
+        decay: in [0, 1); 0.9999 in DDPM (Ho et al. 2020, app. B).
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the influence of the initial weights decays
+            quickly; without warmup their share is still 61 % after 5,000 updates at 0.9999.
 
     Attributes:
-        averages: the averages by parameter name; the first is the one that is sampled from and scored.
+        averages: the averages by parameter name; the first is used for sampling and scoring.
         updates: number of optimiser steps so far.
 
     Raises:
         ValueError: decay is out of range.
     """
 
-    # subclasses keep the name, by which a checkpoint's average is found
+    # the same for all subclasses, since averages are looked up in checkpoints by this name
     state_key = "EMA"
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True):
@@ -55,20 +55,20 @@ class EMA(Callback):
 
     @property
     def weights(self) -> Weights:
-        """The average that is sampled from and scored; empty before the training has started."""
+        """The average used for sampling and scoring; empty before the training starts."""
         return self.averages[0]
 
     @property
     def name(self) -> str:
-        """Its name in protocols, besides its decay."""
+        """Its name in protocols, without the decay."""
         return "ema"
 
     def decays_at(self, update: int) -> list[float]:
-        """The decay of each average at the update with this number, from 0."""
+        """The decay of each average at the update with this 0-based number."""
         return [min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay]
 
     def start(self, network: nn.Module) -> None:
-        """Starts from the network's weights, or continues with loaded averages on the network's device."""
+        """Initialises the averages with the network's weights, or moves loaded averages to the network's device."""
         weights = {name: weight.detach() for name, weight in network.named_parameters()}
         averages = self.averages
         if len(averages) != len(self.decays_at(0)) or self.weights.keys() != weights.keys():
@@ -80,11 +80,11 @@ class EMA(Callback):
 
     @torch.no_grad()
     def update(self, network: nn.Module, finite: Tensor) -> None:
-        """Moves the averages towards the network's weights.
+        """Updates the averages.
 
         Args:
-            network: whose weights are averaged.
-            finite: whether the optimiser's step has changed them; bool, shape (), on the network's device.
+            network: the network whose weights are averaged.
+            finite: whether the optimiser step was not skipped; bool, shape (), on the network's device.
         """
         on_host = is_free_to_read(finite)
         if on_host and not finite:
@@ -94,7 +94,7 @@ class EMA(Callback):
             weights = [w.to(a.dtype) for w, a in zip(network.parameters(), averages, strict=True)]
             if on_host:
                 torch._foreach_lerp_(averages, weights, 1 - decay)
-            else:  # by a factor that is 0 if the step was skipped: the host does not wait for the device
+            else:  # with a factor that is 0 for a skipped step, to avoid a synchronisation
                 increments = torch._foreach_sub(weights, averages)
                 torch._foreach_mul_(increments, (1 - decay) * finite.to(averages[0].dtype))
                 torch._foreach_add_(averages, increments)
@@ -105,14 +105,14 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self.updates:  # not after a micro-batch that has only accumulated gradients
+        if trainer.global_step != self.updates:  # not after a micro-batch that only accumulated gradients
             self.update(pl_module.denoiser.network, pl_module.gradient_norm.isfinite())
             self.updates = trainer.global_step
 
     @contextmanager
     @torch.no_grad()
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """Gives the network the averaged weights, in its own dtype, and restores its own at the end, also on errors."""
+        """Copies the averages into the network, in its dtype, and restores its weights at exit, also on errors."""
         if not self.weights:
             yield
             return
@@ -137,17 +137,17 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class HalfLifeEMA(EMA):
-    """decay = 2^(-batch_size/h), h = min(half_life, ramp times the images seen so far): EDM's.
+    """decay = 2^(-batch_size/h), h = min(half_life, ramp times the number of images seen so far): EDM's average.
 
     As in the code of Karras et al. 2022, with half_life 500,000 and ramp 0.05 for CIFAR-10.
 
     Args:
-        half_life: images after which a weight's share has halved.
-        ramp: bounds the half-life by this share of the images seen.
-        batch_size: images of one optimiser step.
+        half_life: number of images after which the share of past weights has halved.
+        ramp: bounds the half-life by this fraction of the images seen so far.
+        batch_size: images per optimiser step.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: an argument is not positive.
     """
 
     def __init__(self, half_life: float = 500_000, ramp: float = 0.05, batch_size: int = 512):
@@ -165,16 +165,17 @@ class HalfLifeEMA(EMA):
 class PowerEMA(EMA):
     """decay = (1 - 1/n)^(gamma + 1) at update n = 1, 2, ...: the weight of update t in the average is ~ t^gamma.
 
-    EDM2 (Karras et al. 2024, arXiv:2312.02696, sec. 3.1). `std`, the relative standard deviation of that profile,
-    states the length: 0.10 averages over about the last tenth of the run, however long it gets. From snapshots of
-    several lengths any other one can be made afterwards: `weights=0.07` when a run is sampled (`post_hoc`).
+    EDM2 (Karras et al. 2024, arXiv:2312.02696, sec. 3.1). The length of an average is given by `std`, the relative
+    standard deviation of that profile: 0.10 averages over about the last tenth of the run, at any time. From snapshots
+    of several lengths, averages of other lengths can be computed after training, e.g. with `weights=0.07` when sampling
+    (`post_hoc`).
 
     Args:
-        stds: lengths, each in (0, 0.28]; the first is the one that is sampled from and scored.
+        stds: lengths, each in (0, 0.28]; the first is used for sampling and scoring.
         snapshot_every: optimiser steps between two snapshots of all averages, in <run folder>/ema; 0 for none.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, stds: Sequence[float] = (0.05, 0.10), snapshot_every: int = 1000):
@@ -184,7 +185,7 @@ class PowerEMA(EMA):
         self.exponents = [post_hoc.exponent(std) for std in stds]
         if snapshot_every < 0:
             raise ValueError(f"snapshot_every must be at least 0, got {snapshot_every}")
-        self.decay = None  # it has no constant one
+        self.decay = None  # not constant
         self.stds, self.snapshot_every = list(stds), snapshot_every
 
     @property

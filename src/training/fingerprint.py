@@ -1,8 +1,9 @@
-"""Fingerprints of the code on which the numbers of a training depend.
+"""Fingerprints of the code on which the results of a training depend.
 
-The code is that of the classes of the training's objects and of all modules that these import, at the top or inside
-functions. A module counts by its syntax tree without docstrings and comments. `from package import name` leads to the
-module that defines the name, not to all that the package's __init__ imports.
+The code consists of the modules that define the classes of the training's objects and of all modules they import, at
+the top level or inside functions. A module's fingerprint is a hash of its syntax tree without docstrings and comments.
+`from package import name` is resolved to the module that defines the name, not to all imports of the package's
+__init__.
 """
 
 import ast
@@ -18,20 +19,20 @@ from typing import Any
 
 from torch import nn
 
-# Trees are written differently by each version of Python.
+# The dump of a syntax tree depends on the Python version.
 FORMAT = f"syntax trees 1, Python {sys.version_info.major}.{sys.version_info.minor}"
-# Modules in which no numbers are computed.
+# Modules that do not affect the results.
 UNRELATED = ("src.errors", "src.runs")
-# Sequences longer than this hold data, not parts.
+# Longer sequences are assumed to hold data, of which only this many elements are searched.
 MOST_PARTS = 100
 
 
 def code_fingerprints(objects: Iterable[Any], packages: Sequence[str] = ("src",)) -> dict[str, Any]:
-    """The code behind objects.
+    """Fingerprints of the modules on which objects depend.
 
     Args:
-        objects: for example a LightningModule and a data module; their attributes count too.
-        packages: only modules of these count.
+        objects: for example a LightningModule and a data module; their attributes are included recursively.
+        packages: only modules of these packages are included.
 
     Returns:
         {"format": `FORMAT`, "modules": {name: start of the SHA-256 of its syntax tree}}.
@@ -49,7 +50,7 @@ def code_fingerprints(objects: Iterable[Any], packages: Sequence[str] = ("src",)
 
 
 def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
-    """The modules of the packages that define the classes of objects and of the parts that they hold."""
+    """The modules of the packages that define the classes of objects and, recursively, of their attributes."""
     found: set[str] = set()
     seen: dict[int, Any] = {}
     todo = list(objects)
@@ -74,7 +75,7 @@ def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules that a module imports, anywhere in its text."""
+    """The modules that a module imports, anywhere in its source."""
     found = set()
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.Import):
@@ -92,7 +93,7 @@ def _counts(name: str, packages: Sequence[str]) -> bool:
 
 
 def _home(module: str, name: str) -> str:
-    """The module that defines what `from module import name` gives."""
+    """The module that defines the `name` of `from module import name`."""
     source = _source(module)
     if source is None or source.name != "__init__.py":
         return module
@@ -107,7 +108,7 @@ def _home(module: str, name: str) -> str:
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:
-    """The module that `from ... import` names, seen from a module."""
+    """The absolute name of the module in a `from ... import` statement of `module`."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")
@@ -116,7 +117,7 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module; None if it has none or there is no such module."""
+    """The source file of a module; None if it has none or does not exist."""
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as factors of the optimiser's rate by step k = 0, 1, 2, ..."""
+"""Learning-rate schedules: factors of the optimiser's learning rate at step k = 0, 1, 2, ..."""
 
 import math
 
@@ -7,11 +7,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmUp(LambdaLR):
-    """min(1, (k + 1) / warmup_steps): a linear rise, then constant (Ho et al. 2020, app. B: 5,000 steps).
+    """min(1, (k + 1) / warmup_steps): linear warmup, then constant (Ho et al. 2020, app. B: 5,000 steps).
 
     Args:
-        optimizer: whose rate is set.
-        warmup_steps: length of the rise; 0 for none.
+        optimizer: the optimiser.
+        warmup_steps: length of the warmup; 0 for none.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int):
@@ -20,11 +20,11 @@ class WarmUp(LambdaLR):
 
 
 class WarmUpCosine(LambdaLR):
-    """A linear rise, then half a cosine down to `final` at total_steps (Loshchilov & Hutter 2017).
+    """Linear warmup, then cosine decay to `final` at total_steps (Loshchilov & Hutter 2017).
 
     Args:
-        optimizer: whose rate is set.
-        warmup_steps: length of the rise; 0 for none.
+        optimizer: the optimiser.
+        warmup_steps: length of the warmup; 0 for none.
         total_steps: length of the training.
         final: factor at the end, in [0, 1].
     """

@@ -1,7 +1,7 @@
-"""The LightningModule: steps and optimiser, nothing else.
+"""The LightningModule: training and validation steps, and the optimiser.
 
-Every random draw of a step is a function of (seed, purpose, place in the training stream), made for the
-global batch and sliced by place: resuming, sharding and callbacks cannot change it.
+Every random draw of a step is a function of (seed, purpose, position in the training stream). Draws are made for the
+global batch and sliced by position, so resuming, sharding and callbacks do not change them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,21 +30,22 @@ VALIDATION_SEED = 0
 class DiffusionModule(LightningModule):
     """Trains the network of a `Loss`.
 
-    An optimiser step whose loss or gradient is not finite on any rank updates nothing, on all ranks.
+    If the loss or gradient of an optimiser step is not finite on any rank, the step is skipped on all ranks.
 
     Args:
-        loss: owns the denoiser and draws the times; all its parameters are trained.
-        optimizer: parameters -> optimiser.
-        lr_schedule: optimiser -> learning-rate schedule, stepped with it; None for a constant rate.
-        ema: average of the network's weights, used wherever the network is judged; None for none.
+        loss: contains the denoiser and draws the times; all its parameters are trained.
+        optimizer: maps parameters to an optimiser.
+        lr_schedule: maps the optimiser to a learning-rate schedule, stepped every optimiser step; None for a constant
+            rate.
+        ema: average of the network's weights, used for previews, scores and validation; or None.
         seed: the run's seed.
         batch_size: the global batch size.
         codec: encodes the images for the network.
-        conditioning: what of the data's condition the network is given; None for nothing.
+        conditioning: selects the condition passed to the network; None for unconditional training.
 
     Attributes:
-        gradient_norm: of the latest optimiser step, before clipping, shape (), on the device; not finite if the step
-            was skipped.
+        gradient_norm: gradient norm of the latest optimiser step before clipping, shape (), on the device; not finite
+            if the step was skipped.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class DiffusionModule(LightningModule):
         self.conditioning = conditioning
         self.gradient_norm = torch.zeros(())
         self._remembered: list[Tensor] = []
-        # means over images, which Lightning's own reduction misses where ranks have unequal shares
+        # means over images; Lightning's reduction weights ranks equally, even with unequal numbers of images
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
         self.validation_losses = MetricCollection(
             {name: MeanMetric(nan_strategy="disable") for name in names}
@@ -80,27 +81,27 @@ class DiffusionModule(LightningModule):
         return self.loss.denoiser
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The `loss`, and for callbacks, detached, shape (b,): each image's loss, on the device, as `losses`, and its
-        time as a quantile of the schedule's range, in [0, 1], as `times`."""
+        """Returns `loss` and, for callbacks, detached tensors of shape (b,): `losses`, the loss of each image, on the
+        device, and `times`, its time as a quantile of the schedule's range, in [0, 1]."""
         x0, positions = self.encode(batch), batch.positions
         draws = draws_at(positions, self.batch_size, self._draws)
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
         condition = None
         if self.conditioning is not None:
             condition = self.conditioning.of_training(batch.condition, positions, self.seed, self.batch_size)
-        # Dropout draws from the global stream, which therefore starts anew from the place in the stream.
+        # Dropout uses the global generator, which is therefore seeded by the position in the training stream.
         torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
         losses = self.loss(x0, draws, eps, condition)
         self._remember(positions, draws, losses.detach())
         losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)
         loss = losses.mean()
-        # The factor is 1, or NaN if the loss is not finite: then the gradients are not either, and the sum of
-        # gradients over the ranks passes that on to all of them without a further collective.
+        # The factor is 1, or NaN if the loss is not finite. In that case the gradients are NaN too, and the gradient
+        # reduction propagates this to all ranks without another collective.
         loss = loss * (1 + 0 * loss.detach())
         return {"loss": loss, "losses": losses.detach(), "times": self.loss.quantile(draws)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs `val/loss` (raw weights) and `val/loss_ema`, at times and noise that never change."""
+        """Logs `val/loss` (raw weights) and `val/loss_ema`, with fixed times and noise per image."""
         x0 = self.encode(batch)
         keyed = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
         draws = torch.cat([self.loss.draw_for_validation(1, g) for g in keyed])
@@ -110,12 +111,12 @@ class DiffusionModule(LightningModule):
         if self.ema is not None:
             with self.averaged():
                 self.validation_losses["val/loss_ema"].update(self.loss(x0, draws, eps, condition))
-        # to the loggers by TrainingCurves: Lightning would log it one step too early
+        # TrainingCurves passes it to the loggers, since Lightning would log it one step too early
         self.log_dict(dict(self.validation_losses), on_epoch=True, on_step=False, logger=False)
 
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:
-        """The denoiser as it is judged: averaged weights, eval mode. Both are put back whatever happens."""
+        """The denoiser with averaged weights in eval mode. Weights and mode are restored at exit, also on errors."""
         network = self.denoiser.network
         was_training = network.training
         network.eval()
@@ -129,11 +130,11 @@ class DiffusionModule(LightningModule):
             network.train(was_training)
 
     def encode(self, batch: Batch) -> Tensor:
-        """The batch's images as the network sees them, in the precision of its weights, shape (b, C, H, W)."""
+        """The encoded images of a batch in the precision of the network's weights, shape (b, C, H, W)."""
         return self.codec.encode(batch.images).to(self.dtype)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Gives a loss that learns from losses those of the global batch: here, before a checkpoint can be written."""
+        """Passes the losses of the global batch to `Loss.observe`, before a checkpoint can be written."""
         if not self._remembered:
             return
         rows = self.all_gather(torch.cat(self._remembered))
@@ -159,9 +160,9 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and keeps it; a step whose norm is not finite updates nothing."""
+        """Clips the global norm and stores it; a step whose norm is not finite is skipped."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision=16-mixed
         self.gradient_norm = clip_or_skip(optimizer, self.loss.parameters(), limit, scaler)
 
     def configure_optimizers(self):

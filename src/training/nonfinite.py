@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: they update nothing, are counted, and are limited in a row.
+"""Skips, counts and limits optimiser steps whose loss or gradient is not finite.
 
-Reading a number of an accelerator makes the host wait for the device, which costs more than the number is worth if it
-happens at every step. So on an accelerator the decision stays on the device; on the CPU reading is free.
+Reading a tensor of an accelerator on the host synchronises with the device, which is too slow for every step. So on an
+accelerator the decision is made on the device; on the CPU reading is free.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from src.runs.folder import CHECKPOINTS, checkpoints_by_step
 
 
 def is_free_to_read(number: Tensor) -> bool:
-    """Whether the host can read a tensor without waiting for a device."""
+    """Whether the host can read a tensor without synchronising with a device."""
     return number.device.type == "cpu"
 
 
@@ -28,17 +28,17 @@ def clip_or_skip(
     limit: float,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Clips the gradient's norm; if it is not finite, the next `optimizer.step()` leaves weights and its state alone.
+    """Clips the gradient norm; if it is not finite, the next `optimizer.step()` changes neither weights nor state.
 
     A fused optimiser on an accelerator reads the flag `found_inf` on the device, the protocol of
-    `torch.amp.GradScaler`. Otherwise the host reads the norm, and waits for the device: with optimisers that are not
-    fused, and with a scaler (precision=16-mixed), which owns the flag.
+    `torch.amp.GradScaler`. Otherwise the host reads the norm and synchronises with the device: for optimisers that are
+    not fused, and with a scaler (precision=16-mixed), which sets the flag itself.
 
     Args:
-        optimizer: about to make a step.
-        parameters: all that it updates, with their gradients.
-        limit: of the global norm; infinite for none.
-        scaler: by which the loss was scaled, if it was.
+        optimizer: the optimiser.
+        parameters: all parameters it updates, with gradients.
+        limit: largest global norm; infinite for no clipping.
+        scaler: the scaler of the loss, if any.
 
     Returns:
         The norm before clipping, shape (), on the device of the gradients.
@@ -47,27 +47,27 @@ def clip_or_skip(
     if scaler is not None and fused:
         scaler.unscale_(
             optimizer
-        )  # Lightning leaves that to fused optimisers, which do it after the clipping
+        )  # Lightning leaves this to fused optimisers, which unscale only after the clipping
     norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     if fused and scaler is None and not is_free_to_read(norm):
         optimizer.found_inf = (~norm.isfinite()).float()
     elif not bool(norm.isfinite()):
-        # without a gradient an optimiser leaves the weight and its state alone
+        # without gradients, an optimiser changes neither weights nor state
         optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 class SkipNonFinite(Callback):
-    """Counts the optimiser steps that were skipped, and ends a training that does not recover.
+    """Counts skipped optimiser steps, and stops a training that does not recover.
 
-    A step whose loss or gradient is not finite on any rank updates nothing (see `DiffusionModule`): weights, averages
-    and optimiser stay as they were, and the training continues with the next batch. The number of such steps is logged
-    as `train/skipped_steps`. On an accelerator the counts are read every `stop_after` steps only, so the training may
-    stop up to that many steps later.
+    A step whose loss or gradient is not finite on any rank is skipped (see `DiffusionModule`): weights, averages and
+    optimiser state do not change, and training continues with the next batch. The number of skipped steps is logged as
+    `train/skipped_steps`. On an accelerator the counts are read only every `stop_after` steps, so the training may stop
+    up to that many steps later.
 
     Args:
-        stop_after: skipped steps in a row after which the training is stopped. Loss scaling of precision=16-mixed skips
-            a few steps by design, while it looks for its scale.
+        stop_after: number of consecutive skipped steps after which the training is stopped. The loss scaling of
+            precision=16-mixed skips a few steps by design, until it finds its scale.
 
     Raises:
         ValueError: stop_after is below 1.
@@ -93,7 +93,7 @@ class SkipNonFinite(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # a micro-batch that has only accumulated gradients
+        if trainer.global_step == self._step:  # a micro-batch that only accumulated gradients
             return
         self._step = trainer.global_step
         self._unread.append(pl_module.gradient_norm)
@@ -111,7 +111,7 @@ class SkipNonFinite(Callback):
                 logger.log_metrics({"train/skipped_steps": self.skipped}, step=self._step)
         if self._longest >= self.stop_after:
             kept = checkpoints_by_step(Path(trainer.default_root_dir) / CHECKPOINTS)
-            before = f"the last checkpoint, {kept[-1].name}, is from before; " if kept else ""
+            before = f"the last checkpoint is {kept[-1].name}; " if kept else ""
             raise UserError(
                 f"stopped at step {self._step}: loss or gradient not finite {self._longest} times in a row; {before}"
                 "lower optimizer.lr, or choose trainer.precision=32-true"

@@ -1,8 +1,8 @@
-"""Averages of any length, made after training from stored snapshots (Karras et al. 2024, arXiv:2312.02696, sec. 3.2).
+"""Post-hoc averages of any length from stored snapshots (Karras et al. 2024, arXiv:2312.02696, sec. 3.2).
 
 The power-function average at step n has the profile p(t) = (gamma + 1) t^gamma / n^(gamma + 1) over the steps t in
-[0, n]. A linear combination of the stored profiles approximates a wanted one in the least-squares sense; the same
-combination of the stored weights is the wanted average.
+[0, n]. A linear combination of the stored profiles approximates the requested one in the least-squares sense; the same
+combination of the stored weights approximates the requested average.
 """
 
 import json
@@ -20,7 +20,7 @@ from src.runs.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-# Under the run folder.
+# In the run folder.
 FOLDER = "ema"
 # The relative standard deviation of gamma = 0, the plain mean of all steps.
 LARGEST_STD = 12**-0.5
@@ -41,27 +41,29 @@ def exponent(std: float) -> float:
 
 
 def coefficients(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> np.ndarray:
-    """The combination of stored averages that is closest to the wanted one (app. C).
+    """Coefficients of the combination of stored averages that is closest to the requested one (app. C).
 
     Args:
-        stored: (step, gamma) of each.
-        wanted: (step, gamma); no stored one should be later.
+        stored: (step, gamma) of each stored average.
+        wanted: (step, gamma) of the requested average; no stored step should be later.
 
     Returns:
-        float64, one number for each stored average.
+        float64, one coefficient per stored average.
     """
     steps, gammas = np.array(stored, dtype=np.float64).T
     among = _inner_product(steps[:, None], gammas[:, None], steps, gammas)
     with_wanted = _inner_product(steps, gammas, *wanted)
-    # profiles of neighbouring snapshots are nearly parallel: the smallest solution
+    # lstsq, since profiles of neighbouring snapshots are nearly parallel: the solution of least norm
     return np.linalg.lstsq(among, with_wanted, rcond=1e-12)[0]
 
 
 def save(folder: Path, step: int, stds: Sequence[float], averages: Sequence[dict[str, Tensor]]) -> None:
-    """Writes the averages at a step to <folder>/step_<k>.safetensors, whole or not at all; only finite ones.
+    """Writes the averages at a step to <folder>/step_<k>.safetensors, atomically.
+
+    If an average is not finite, nothing is written and an error is logged.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the file cannot be written.
     """
     path = folder / f"step_{step:08d}.safetensors"
     tensors = {
@@ -74,13 +76,13 @@ def save(folder: Path, step: int, stds: Sequence[float], averages: Sequence[dict
         log.error("%s is not written: %s is not finite", path, broken[0])
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):  # of a killed process
+    for leftover in folder.glob(".*.tmp"):  # from a killed process
         leftover.unlink()
     write_atomically(path, serialised(tensors, {"step": str(step), "stds": json.dumps(list(stds))}))
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """The files of `save`, oldest first."""
+    """The files written by `save`, oldest first."""
     return sorted(folder.glob("step_*.safetensors"), key=step_of)
 
 
@@ -90,23 +92,23 @@ def step_of(snapshot: Path) -> int:
 
 
 def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
-    """The average of length `std` at a step, from the snapshots up to it.
+    """The average of length `std` at a step, from the snapshots up to that step.
 
     Args:
-        folder: of the snapshots.
-        std: relative standard deviation of its profile.
+        folder: the folder of the snapshots.
+        std: relative standard deviation of the profile.
         step: optimiser step at which the average ends.
 
     Returns:
         Weights by parameter name, in the snapshots' dtype.
 
     Raises:
-        UserError: there are no snapshots, none of that step, or std is out of range.
+        UserError: there is no snapshot of that step, or std is out of range.
     """
     paths = [path for path in snapshots(folder) if step_of(path) <= step]
     if not paths or step_of(paths[-1]) != step:
         raise UserError(
-            f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, which makes snapshots"
+            f"weights={std:g}: {folder} has no snapshot of step {step}; train with ema=power, which writes snapshots"
             " every ema.snapshot_every steps and at the end"
         )
     try:
@@ -134,9 +136,9 @@ def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
 
 
 def _inner_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
-    """Of two profiles, the integral of p_a p_b, broadcast."""
+    """The integral of p_a p_b for two profiles; the arguments broadcast."""
     step_a, gamma_a, step_b, gamma_b = np.broadcast_arrays(step_a, gamma_a, step_b, gamma_b)
-    # t^(gamma_a + gamma_b) integrated up to the earlier end, written so that no power overflows
+    # the integral of t^(gamma_a + gamma_b) up to the earlier step, in a form that does not overflow
     earlier, later = np.minimum(step_a, step_b), np.maximum(step_a, step_b)
     gamma_of_later = np.where(step_a < step_b, gamma_b, gamma_a)
     shape = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)

@@ -1,11 +1,11 @@
-"""What a resumed training has in common with the one that it continues.
+"""How exactly a resumed training continues its run.
 
-bit-exact      the numbers are those of the uninterrupted run
-order-exact    the same images in the same order, none left out or repeated. Times, flips and noise are the same too and
-               sums are rounded differently, with these exceptions: another batch size means other times, flips and
-               noise (they are drawn for the whole batch), another type of device other noise (its generator has other
-               numbers), another size of the micro-batches other dropout
-approximate    the data, the code or the experiment itself has changed, or it is not known whether they have
+bit-exact      the results are those of the uninterrupted run
+order-exact    the same images in the same order, none skipped or repeated. Times, flips and noise are the same and only
+               the rounding of sums differs, with these exceptions: another batch size changes times, flips and noise
+               (they are drawn for the whole batch), another type of device changes the noise (its generator differs),
+               another micro-batch size changes dropout
+approximate    the data, the code or the experiment has changed, or may have changed
 """
 
 import logging
@@ -24,7 +24,7 @@ from src.training.fingerprint import code_fingerprints
 
 log = logging.getLogger(__name__)
 
-# Lightning's callbacks that do not change the numbers; those of `src` do not either.
+# Lightning's callbacks that do not change the results; those of `src` do not either.
 PASSIVE = (
     "DeviceStatsMonitor",
     "EarlyStopping",
@@ -42,13 +42,13 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class Origin:
-    """What the numbers of a training depend on besides its configuration; stored in every checkpoint.
+    """What the results of a training depend on besides its configuration; stored in every checkpoint.
 
     Attributes:
         data: fingerprint of the training set; None if the data module has no source.
-        code: of `code_fingerprints`.
+        code: the result of `code_fingerprints`.
         world_size: number of processes.
-        accumulation: micro-batches of an optimiser step.
+        accumulation: micro-batches per optimiser step.
         machine: versions and devices by name.
     """
 
@@ -61,13 +61,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between a checkpoint and the training that continues from it, in words.
+    """Descriptions of the differences between a checkpoint and the training that continues from it.
 
     Attributes:
-        experiment: options and data on which the numbers depend.
-        code: modules.
+        experiment: changed options and data on which the results depend.
+        code: changed modules.
         unknown: what cannot be compared.
-        rounding: what changes order or rounding only.
+        rounding: changes that affect only draws or rounding.
     """
 
     experiment: list[str]
@@ -84,17 +84,17 @@ class Comparison:
 
     @property
     def differences(self) -> list[str]:
-        """Those that decide the level."""
+        """The differences that determine the level."""
         return [*self.experiment, *self.code, *self.unknown] or self.rounding
 
 
 def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], str]) -> Comparison:
-    """How exactly a run continues.
+    """Compares a checkpoint with the training that continues from it.
 
     Args:
         then: the stored `Origin` as a dictionary, and the flat `config` of the checkpoint.
-        now: the same of this training, and whether its kernels are `deterministic`.
-        effects: dotted option -> what changing it does: "none" or "once" (nothing), "order", "tuning" or
+        now: the same for this training, and whether its kernels are `deterministic`.
+        effects: maps a dotted option to the effect of changing it: "none" or "once" (no effect), "order", "tuning" or
             "experiment".
     """
     callbacks = _unknown_callbacks(then["config"]) | _unknown_callbacks(now["config"])
@@ -107,23 +107,25 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
             experiment.append(f"{key}: {then['config'].get(key)} -> {now['config'].get(key)}")
     if then["data"] != now["data"]:
         experiment.append(f"training images: fingerprint {_short(then['data'])} -> {_short(now['data'])}")
-    unknown = [f"{name}: {target} may change the numbers" for name, target in sorted(callbacks.items())]
+    unknown = [f"{name}: {target} may change the results" for name, target in sorted(callbacks.items())]
     code = []
     if then["code"].get("format") == now["code"]["format"]:
         changed = _different(then["code"]["modules"], now["code"]["modules"])
         code = [f"code: {module} has changed" for module in changed]
     else:
-        unknown.append("code: cannot be compared with that of an earlier release or another Python")
+        unknown.append(
+            "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
+        )
     rounding += [name for name in ("world_size", "accumulation") if then[name] != now[name]]
     for name in _different(then["machine"], now["machine"]):
         rounding.append(f"{name}: {then['machine'].get(name)} -> {now['machine'].get(name)}")
     if not now["deterministic"]:
-        rounding.append("kernels that are not deterministic (trainer.deterministic=false)")
+        rounding.append("nondeterministic kernels (trainer.deterministic=false)")
     return Comparison(experiment, code, unknown, rounding)
 
 
 def _unknown_callbacks(config: dict[str, Any]) -> dict[str, str]:
-    """callbacks.<name> -> class, of the callbacks that are not known to leave the numbers alone."""
+    """callbacks.<name> -> class, for callbacks that may change the results."""
     found = {}
     for key, target in config.items():
         parts = key.split(".")
@@ -148,7 +150,7 @@ def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by dotted name."""
+    """The leaves of nested dictionaries by their dotted names."""
     leaves: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -159,7 +161,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def machine(trainer: Trainer) -> dict[str, str]:
-    """What rounding depends on."""
+    """The versions and devices on which rounding depends."""
     device = trainer.strategy.root_device
     cuda = device.type == "cuda"
     return {
@@ -170,16 +172,16 @@ def machine(trainer: Trainer) -> dict[str, str]:
 
 
 def retune(trainer: Trainer, configured: Any) -> None:
-    """Replaces the options that came with an optimiser's state by new ones.
+    """Replaces the restored optimiser options by the configured ones.
 
     Args:
         trainer: its optimiser and schedule have been restored.
-        configured: what the module's `configure_optimizers` returns.
+        configured: the result of the module's `configure_optimizers`.
     """
     fresh, schedule = configured, None
     if isinstance(configured, dict):
         fresh, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-        with warnings.catch_warnings(action="ignore"):  # there are no optimiser steps in between
+        with warnings.catch_warnings(action="ignore"):  # warns that there are no optimiser steps in between
             for _ in range(trainer.global_step):
                 schedule.step()
     for group, options in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
@@ -189,18 +191,18 @@ def retune(trainer: Trainer, configured: Any) -> None:
 
 
 class ResumeCheck(Callback):
-    """Stores the origin of a training in its checkpoints, and compares it with that of a run that is continued.
+    """Stores the origin of a training in its checkpoints, and compares it with that of a resumed run.
 
-    If optimiser or learning-rate schedule have changed, they continue as if they had been so from the start: the state
-    (moments) is the checkpoint's, the options are the new ones, and the rate is that of the new schedule at this step.
+    If the optimiser or the learning-rate schedule has changed, the state (moments) is the checkpoint's, the options are
+    the new ones, and the learning rate is that of the new schedule at this step.
 
     Args:
         config: the composed configuration, primitives only.
         checkpoint: the file to continue from; None for a new run.
-        allow_changes: continue even if data, code or the experiment have changed.
-        effects: dotted option -> what changing it does, see `compare`.
-        upgrade: applied to a stored configuration, for options that have been renamed since.
-        packages: whose code counts: `src`, and those that the user trusts.
+        allow_changes: continue even if the data, the code or the experiment has changed.
+        effects: maps a dotted option to the effect of changing it, see `compare`.
+        upgrade: converts a configuration stored by an earlier release.
+        packages: packages whose code is compared: `src`, and those trusted by the user.
     """
 
     def __init__(
@@ -227,22 +229,22 @@ class ResumeCheck(Callback):
         self._origin = self._origin_of(trainer, pl_module, data, _data_fingerprint(data))
 
     def check(self, trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
-        """Refuses what must not continue, and logs how exactly the rest does; to be called before anything is written.
+        """Checks whether the training may continue and logs how exactly; call before anything is written.
 
-        In a SLURM job that was put back into the queue, changed code is not refused: nobody is there to answer.
+        In a requeued SLURM job, changed code is not an error, since the user cannot react to it.
 
         Raises:
-            UserError: data, code or the experiment have changed, and it is not allowed; names what differs. Or the
-                weights are of other shapes.
+            UserError: the data, the code or the experiment has changed without `allow_changes`; the message lists the
+                differences. Or the weights have other shapes.
         """
         if self.checkpoint is None:
             return
-        # mapped, not read: the weights are not needed here
+        # memory-mapped, since the weights are not needed here
         stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if "origin" not in stored:
-            raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project's trainings")
+            raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project")
         then = {**stored["origin"], "config": flat(self.upgrade(stored["config"]))}
-        fingerprint = then["data"]  # the machine of another process may not have the data yet
+        fingerprint = then["data"]  # on other machines the data may not be prepared yet
         if trainer.is_global_zero:
             data.prepare_data()
             fingerprint = _data_fingerprint(data)
@@ -259,8 +261,8 @@ class ResumeCheck(Callback):
         unfit = _different(_shapes(stored["state_dict"]), _shapes(module.state_dict()))
         if unfit:
             raise UserError(
-                f"ckpt={self.checkpoint}: {len(unfit)} of its weights do not fit ({unfit[0]} is the first), which"
-                " allow_changes=true cannot change: choose model, data, variance and weighting as they were"
+                f"ckpt={self.checkpoint}: {len(unfit)} weights have other shapes, the first is {unfit[0]}; this is an"
+                " error even with allow_changes=true: choose the same model, data, variance and weighting"
             )
         if trainer.is_global_zero:
             for warning in [*found.code, *found.unknown]:

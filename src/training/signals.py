@@ -1,4 +1,4 @@
-"""Signals: the training is saved at the next step boundary and ends with the usual exit status."""
+"""Signal handling: the training saves a checkpoint after the current step and exits with status 128 + signal."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 30.0
-"""Seconds after a signal in which a step does not move; then the process ends without a save."""
+"""Seconds without progress after a signal until the process exits without saving."""
 
 
 class Stopped(SystemExit):
-    """Ends the training because of a signal; the exit status is 128 + its number, as in a shell.
+    """Stops the training because of a signal; the exit status is 128 + the signal number, as in a shell.
 
     Args:
         signum: the signal.
-        rank: of this process. Only rank 0 has the signal's status: Lightning would take another status of a child for a
-            crash, and kill rank 0 while it is still closing its logs.
+        rank: rank of this process. Only rank 0 exits with the signal's status: Lightning treats a nonzero status of a
+            child as a crash and would kill rank 0 while it is still closing its logs.
     """
 
     def __init__(self, signum: int, rank: int):
@@ -37,10 +37,10 @@ class Stopped(SystemExit):
 
 
 class Watch:
-    """Ends the process if a signal has come and the step does not move: loading hangs, or a collective does.
+    """Ends the process after a signal if the step makes no progress, e.g. if data loading or a collective hangs.
 
-    A thread learns of the signal from C (`signal.set_wakeup_fd`), since a blocked main thread runs no handlers. It
-    waits at least `PATIENCE` seconds, and three times the longest batch, forward or backward pass so far.
+    A thread is notified of signals by `signal.set_wakeup_fd`, since a blocked main thread runs no Python handlers. It
+    waits for `PATIENCE` seconds or three times the longest part of a step so far, whichever is longer.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Watch:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Watches from now on; in the main thread."""
+        """Starts watching; must be called in the main thread."""
         self._ended.clear()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -57,16 +57,16 @@ class Watch:
         threading.Thread(target=self._wait_for_signals, args=(self._reader,), daemon=True).start()
 
     def end(self) -> None:
-        """Ends what `start` has started."""
+        """Stops watching."""
         self._ended.set()
         signal.set_wakeup_fd(self._previous)
         os.close(self._writer)
 
     def moved(self, waiting: bool = True) -> None:
-        """Notes that a part of a step has ended.
+        """Records that a part of a step has finished.
 
         Args:
-            waiting: whether the next part is watched. Saves, scores and previews are not, however long they take.
+            waiting: whether the next part is watched. Saves, scores and previews are not, since they may take long.
         """
         now = time.monotonic()
         if self._since is not None:
@@ -86,7 +86,7 @@ class Watch:
             patience = max(PATIENCE, 3 * self._longest)
             if since is not None and time.monotonic() - max(since, came) > patience:
                 log.error(
-                    "%s: nothing has moved for %.0f s; leaving without a save. If loading hangs, try workers=0",
+                    "%s: no progress for %.0f s; exiting without saving. If data loading hangs, try workers=0",
                     signal.Signals(signum).name,
                     patience,
                 )
@@ -96,13 +96,13 @@ class Watch:
 class StopOnSignal(Checkpoint):
     """SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop the training after the current optimiser step.
 
-    The handler only sets a flag: a save inside a handler may come in the middle of an update, and a collective inside
-    one waits for ever if the other ranks are elsewhere. At each step boundary the ranks agree, so that one signalled
-    process is enough. Validation, previews and scores are finished first. A second SIGINT ends the process at once,
-    and so does any signal if no step ends for a while (`Watch`). SIGHUP that is ignored (nohup) stays ignored.
-    SIGUSR1 in a SLURM job also puts the job back into the queue.
+    The handler only sets a flag: a save in the handler could happen in the middle of an update, and a collective in the
+    handler would deadlock if the other ranks are elsewhere. After each step the ranks reduce the flag, so it is enough
+    to signal one process. Validation, previews and scores are finished first. A second SIGINT ends the process
+    immediately, and so does any signal if there is no progress (`Watch`). If SIGHUP was ignored (nohup), it stays
+    ignored. In a SLURM job, SIGUSR1 also requeues the job.
 
-    A `Checkpoint` by class only so that Lightning calls it last, when the step is complete.
+    It is a subclass of `Checkpoint` so that Lightning calls it after all other callbacks.
     """
 
     def __init__(self) -> None:
@@ -120,13 +120,13 @@ class StopOnSignal(Checkpoint):
         self._listen()
         self._watch.start()
         if trainer.world_size > 1:
-            # On the CPU: agreeing must not make the step wait for an accelerator.
+            # On the CPU, so that the reduction does not synchronise with an accelerator.
             self._group = torch.distributed.new_group(backend="gloo")
-            # Lightning's own agreement on SIGTERM waits for the device at every step.
+            # Lightning's own SIGTERM broadcast synchronises with the device at every step.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen()  # again, in place of Lightning's own handlers
+        self._listen()  # again, to replace Lightning's handlers
         self._step = trainer.global_step
         self._stop_if_signalled(trainer)
         self._watch.moved()
@@ -140,21 +140,21 @@ class StopOnSignal(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._step:  # not after a micro-batch that has only accumulated gradients
+        if trainer.global_step != self._step:  # not after a micro-batch that only accumulated gradients
             self._step = trainer.global_step
             if not _validation_is_due(trainer):
                 self._stop_if_signalled(trainer)
         self._watch.moved()
 
     def on_validation_start(self, *_: Any) -> None:
-        self._watch.moved(waiting=False)  # this rank may wait at its end for one that makes a preview
+        self._watch.moved(waiting=False)  # this rank may wait here for rank 0 to finish a preview
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_signalled(trainer)
         self._watch.moved()
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        self._watch.moved(waiting=False)  # the end of the training: the last save follows
+        self._watch.moved(waiting=False)  # the end of the training, before the last save
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Stopped):
@@ -191,21 +191,21 @@ class StopOnSignal(Checkpoint):
         if signum:
             if trainer.is_global_zero:
                 name = signal.Signals(signum).name
-                log.warning("%s: saving at step %d and leaving", name, trainer.global_step)
+                log.warning("%s: saving at step %d and exiting", name, trainer.global_step)
             raise Stopped(signum, trainer.global_rank)
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether Lightning validates between this step and the next: if stopped before, it would not make up for it."""
+    """Whether Lightning validates after this step. A stop before it would skip this validation for good."""
     batches = trainer.global_step * trainer.accumulate_grad_batches
     return sum(trainer.num_val_batches) > 0 and batches % trainer.val_check_interval == 0
 
 
 def requeue() -> None:
-    """Puts this SLURM job back into the queue; its next start finds the run by the job's number."""
+    """Requeues this SLURM job; after the restart the run is found by the job id."""
     job = slurm_job()
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=30)
-        log.warning("job %s is requeued", job)
+        log.warning("job %s requeued", job)
     except (OSError, subprocess.SubprocessError) as error:
-        log.error("not requeued: %s", error)
+        log.error("job %s could not be requeued: %s", job, error)

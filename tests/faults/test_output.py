@@ -47,7 +47,7 @@ QUIET = ("metrics=none", "callbacks.sample_images.every=3")
 def test_preview_is_skipped_without_memory(tmp_path, uninterrupted):
     done = train(tmp_path, *QUIET, faults=[Replacement(TRAJECTORY, no_memory_for_three)])
     assert done.status == 0, done.output
-    assert done.output.count("preview: no memory for 4 images at once") == 1
+    assert done.output.count("preview: out of memory with 4 images per batch") == 1
     assert not list(run_folder(tmp_path).glob("samples/*.png"))
     state = training_state(run_folder(tmp_path), STEPS)
     assert not [leaf for leaf in differences(uninterrupted, state) if leaf.startswith("/state_dict")]

@@ -122,7 +122,7 @@ def test_hang_is_ended(tmp_path, place, how):
     patience = Replacement("src.training.signals:StopOnSignal.on_fit_start", one_second)
     ended = train(tmp_path, faults=[patience, Replacement(place, how)])
     assert ended.status == 128 + signal.SIGTERM, ended.output
-    assert "SIGTERM: nothing has moved for" in ended.output
+    assert "SIGTERM: no progress for" in ended.output
     assert find_run(run_folder(tmp_path)).checkpoint.name == "step_00000003.ckpt"
 
 

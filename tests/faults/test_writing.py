@@ -82,7 +82,7 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, uninterrupte
     done = resume(tmp_path, f"trainer.max_steps={STEPS}")
     assert done.status == 0, done.output
     assert "from step 6" in done.output
-    assert "is set aside" in done.output
+    assert "renamed to" in done.output
     assert not differences(uninterrupted, training_state(run_folder(tmp_path), STEPS))
 
 

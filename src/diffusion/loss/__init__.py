@@ -1,4 +1,4 @@
-"""Training losses: what is minimised over the images, the times and the noise of a batch."""
+"""Training losses."""
 
 from .base import Loss, TimedLoss
 from .denoising import DenoisingLoss

@@ -1,4 +1,4 @@
-"""What a loss promises: it draws what it needs besides the noise, and gives the loss of each image."""
+"""The interface of losses."""
 
 from abc import ABC, abstractmethod
 
@@ -12,13 +12,13 @@ from ..time_sampling import AdaptiveTimeSampling, TimeSampling
 
 
 class Loss(nn.Module, ABC):
-    """A loss over images x0, its own draws and noise eps. All its parameters are trained.
+    """A loss of images x0, random times and noise eps. All its parameters are trained.
 
-    The trainer makes the draws of a whole global batch, keyed by the number of the batch, and slices them by place: so
-    they do not depend on devices or micro-batches. It calls the loss once for each micro-batch.
+    The trainer draws the times of a whole global batch, keyed by the batch number, and slices them by position, so that
+    they do not depend on devices or micro-batches. It calls the loss once per micro-batch.
 
     Args:
-        denoiser: whose network is trained.
+        denoiser: the denoiser whose network is trained.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -27,14 +27,14 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """The random times of n images: float64, on the CPU, a row for each image.
+        """The random times of n images, float64, on the CPU, one row per image.
 
         Returns:
-            Shape (n,) for a loss of one time t; (n, k) for a loss that draws more, e.g. columns t and s.
+            Shape (n,) for a loss of one time t; (n, k) for a loss of several, e.g. columns t and s.
         """
 
     def draw_for_validation(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws from the distribution on which losses of different trainings are compared; by default `draw`'s."""
+        """Draws for validation, from a fixed distribution so that runs can be compared; by default `draw`."""
         return self.draw(n, generator)
 
     @abstractmethod
@@ -42,21 +42,21 @@ class Loss(nn.Module, ABC):
         """The loss of each image.
 
         Args:
-            x0: clean images as the network's codec encodes them, in [-1, 1] for pixels, shape (B, C, H, W).
+            x0: clean images as encoded by the codec, in [-1, 1] for pixels, shape (B, C, H, W).
             draws: rows of `draw`, on the CPU.
             eps: standard normal noise, x0's shape.
-            condition: what the images are conditioned on, or None for nothing.
+            condition: the condition of the images, or None.
 
         Returns:
-            Shape (B,), x0's dtype: mean over pixels, weighted by noise level.
+            The mean over pixels, weighted by noise level; shape (B,), x0's dtype.
         """
 
     def importance(self, draws: Tensor) -> Tensor:
-        """Factors that undo a preference of `draw` for some times, float64, shape (B,); multiplied before the mean."""
+        """Importance weights of the draws, float64, shape (B,); the losses are multiplied by them before the mean."""
         return torch.ones(len(draws), dtype=torch.float64)
 
     def quantile(self, draws: Tensor) -> Tensor:
-        """Where the draws lie in the range of noise levels, in [0, 1], shape (B,); curves are split by it."""
+        """Position of the draws in the range of noise levels, in [0, 1], shape (B,); used to split loss curves."""
         return self.denoiser.schedule.quantile(draws if draws.dim() == 1 else draws[:, 0])
 
     @property
@@ -65,19 +65,19 @@ class Loss(nn.Module, ABC):
         return False
 
     def observe(self, draws: Tensor, losses: Tensor) -> None:
-        """Learns from the losses of a whole global batch, in the same order on all ranks.
+        """Updates the distribution of times from the losses of a global batch, in the same order on all ranks.
 
         Args:
             draws: shape (n, ...), on the CPU.
-            losses: without `importance`, shape (n,), on the CPU.
+            losses: without importance weights, shape (n,), on the CPU.
         """
 
 
 class TimedLoss(Loss):
-    """A loss of one time, which a `TimeSampling` draws.
+    """A loss of one time, drawn by a `TimeSampling`.
 
     Args:
-        denoiser: whose network is trained.
+        denoiser: the denoiser whose network is trained.
         time_sampling: the distribution of times.
     """
 

@@ -1,4 +1,4 @@
-"""The denoising loss: L_simple and its weighted relatives."""
+"""The denoising loss: L_simple and weighted variants."""
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ class DenoisingLoss(TimedLoss):
     For eps-prediction with `Simple` weighting and squared distance this is L_simple of DDPM (Ho et al. 2020, eq. 14).
 
     Args:
-        denoiser: whose network is trained; its variance is fixed.
+        denoiser: the denoiser whose network is trained; its variance must be fixed.
         weighting: weight on the error of x0, by noise level.
         time_sampling: the distribution of times.
         distance: between output and target (default: `Squared`).
 
     Raises:
-        ValueError: the denoiser's variance is learned, which this loss does not train, or a time sampling that
-            learns from the losses is given losses that are balanced.
+        ValueError: the denoiser's variance is learned, which this loss does not train, or adaptive time sampling is
+            combined with `LearnedUncertainty`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DenoisingLoss(TimedLoss):
             )
 
     def check_variance(self) -> None:
-        """Raises a ValueError where the loss and the kind of variance do not fit."""
+        """Raises ValueError if the loss does not support the denoiser's variance."""
         if self.denoiser.variance.outputs > 1:
             raise ValueError(
                 "denoiser has a learned variance, which loss=denoising does not train: choose loss=hybrid or vlb,"

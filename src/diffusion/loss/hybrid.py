@@ -1,4 +1,4 @@
-"""The loss of improved DDPM: the denoising loss, and the bound for the variance."""
+"""The hybrid loss of improved DDPM: the denoising loss plus the variational bound, which trains the variance."""
 
 from ..denoiser import Denoiser
 from ..distance import Distance
@@ -10,19 +10,20 @@ from .denoising import DenoisingLoss
 
 
 class HybridLoss(DenoisingLoss):
-    """L_simple + vlb_weight L_vlb, the mean stopped in L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16).
+    """L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16).
 
-    L_vlb is T times the step's bits per dimension, as in their code, so that it estimates the whole bound.
+    L_vlb has a stop-gradient on the mean. It is T times the step's bits per dimension, as in the authors' code, so that
+    it estimates the whole bound.
 
     Args:
-        denoiser: whose network is trained; its variance is learned.
-        weighting: of the denoising part.
+        denoiser: the denoiser whose network is trained; its variance must be learned.
+        weighting: weighting of the denoising loss.
         time_sampling: the distribution of times.
-        distance: of the denoising part (default: `Squared`).
-        vlb_weight: 0.001 in the paper.
+        distance: distance of the denoising loss (default: `Squared`).
+        vlb_weight: weight of L_vlb; 0.001 in the paper.
 
     Raises:
-        ValueError: the variance is fixed, so that L_vlb would have nothing to train.
+        ValueError: the variance is fixed, or vlb_weight is not positive.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class HybridLoss(DenoisingLoss):
     def check_variance(self):
         if self.denoiser.variance.outputs == 1:
             raise ValueError(
-                "denoiser has a fixed variance, so loss=hybrid trains nothing more: choose variance=learned_range, or"
+                "denoiser has a fixed variance, which loss=hybrid cannot train: choose variance=learned_range, or"
                 " loss=denoising"
             )
 

@@ -10,15 +10,15 @@ from .base import TimedLoss
 class VariationalLoss(TimedLoss):
     """T L_{t-1} in bits per dimension: with uniform times the variational bound, up to its constant prior term.
 
-    L_vlb of improved DDPM (Nichol & Dhariwal 2021, sec. 3.1), best with importance-sampled times. It trains the
-    variance too, where that is learned. It has its own weights and distance.
+    L_vlb of improved DDPM (Nichol & Dhariwal 2021, sec. 3.1), best with importance-sampled times. It also trains a
+    learned variance. The weighting and the distance options do not apply.
 
     Args:
-        denoiser: whose network is trained.
+        denoiser: the denoiser whose network is trained.
         time_sampling: the distribution of times.
 
     Raises:
-        ValueError: the schedule has no steps.
+        ValueError: the schedule is not discrete.
     """
 
     def __init__(self, denoiser: Denoiser, time_sampling: TimeSampling):

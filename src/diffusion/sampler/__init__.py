@@ -1,4 +1,4 @@
-"""Samplers: from noise to images along falling times. `base.py` has the only loop; one file for each family."""
+"""Samplers: from noise to images along decreasing times. `base.py` has the sampling loop; one file per family."""
 
 from .adams import DEIS, LMS
 from .base import Path, Sampler, State, Visit, last_image

@@ -1,9 +1,9 @@
-"""Adams-Bashforth methods: eps of the last steps, extrapolated over the next step by a polynomial.
+"""Adams-Bashforth methods: a polynomial through the last estimates of eps, extrapolated over the next step.
 
     x_s/alpha_s = x_t/alpha_t + sum_j eps_j integral of L_j d(sigma/alpha)
 
-with L_j the Lagrange polynomials of the visited levels in a variable that each method chooses. The weights are exact
-integrals on any grid; one evaluation a step, and the order rises from 1 at the first step.
+where L_j are the Lagrange polynomials of the visited levels in a variable that depends on the method. The weights are
+exact integrals on any grid. One evaluation per step; the order increases from 1 at the first step.
 """
 
 import math
@@ -21,7 +21,7 @@ class AdamsBashforth(Sampler):
     """An Adams-Bashforth method.
 
     Args:
-        order: the number of estimates that a step uses, 1 to 4.
+        order: the number of estimates used by a step, 1 to 4.
 
     Raises:
         ValueError: the order is out of range.
@@ -36,7 +36,7 @@ class AdamsBashforth(Sampler):
 
     @abstractmethod
     def weights(self, visited: list[NoiseLevel], s: NoiseLevel) -> list[float]:
-        """Integrals of the Lagrange polynomials from visited[0] to s over sigma/alpha, one for each visited level."""
+        """Integrals of the Lagrange polynomials over sigma/alpha from visited[0] to s, one per visited level."""
 
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
@@ -50,7 +50,7 @@ class AdamsBashforth(Sampler):
 
 
 class LMS(AdamsBashforth):
-    """Polynomials in sigma/alpha: k-diffusion's linear multi-step method, with its order."""
+    """Polynomials in sigma/alpha: k-diffusion's linear multi-step method."""
 
     def __init__(self, order: int = 4):
         super().__init__(order)
@@ -64,8 +64,8 @@ class LMS(AdamsBashforth):
 class DEIS(AdamsBashforth):
     """Polynomials in ln(sigma/alpha): exponential Adams-Bashforth (Zhang & Chen 2023, arXiv:2204.13902, eq. 15).
 
-    The paper's tAB has polynomials in its time, rho-AB in sigma/alpha (`LMS`); the logarithm is diffusers' variable.
-    The step to clean data, where it is infinite, is of first order.
+    The paper's tAB uses polynomials in t, rho-AB in sigma/alpha (`LMS`); diffusers uses the logarithm.
+    The step to clean data, where the logarithm is infinite, is of first order.
     """
 
     def __init__(self, order: int = 3):
@@ -80,14 +80,14 @@ class DEIS(AdamsBashforth):
 
 
 def _gauss_legendre(start: float, end: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of Gauss's quadrature from start to end, shape (24,)."""
+    """Nodes and weights of Gauss-Legendre quadrature from start to end, shape (24,)."""
     nodes, weights = (torch.tensor(values, dtype=torch.float64) for values in _unit_rule())
     return start + nodes * (end - start), weights * (end - start)
 
 
 @cache
 def _unit_rule(points: int = 24) -> tuple[list[float], list[float]]:
-    """Nodes and weights of Gauss's quadrature on [0, 1] (Golub & Welsch 1969); exact to degree 47."""
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1] (Golub & Welsch 1969); exact to degree 47."""
     i = torch.arange(1, points, dtype=torch.float64)
     off_diagonal = i / (4 * i**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(off_diagonal.diag(1) + off_diagonal.diag(-1))
@@ -95,7 +95,7 @@ def _unit_rule(points: int = 24) -> tuple[list[float], list[float]]:
 
 
 def _lagrange(nodes: list[float], at: Tensor) -> Tensor:
-    """L_j at these points, shape (len(nodes), len(at))."""
+    """The polynomials L_j at the points `at`, shape (len(nodes), len(at))."""
     rows = []
     for j, node in enumerate(nodes):
         factors = [(at - other) / (node - other) for i, other in enumerate(nodes) if i != j]

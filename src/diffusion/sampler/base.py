@@ -1,4 +1,4 @@
-"""The only sampling loop. A sampler is one `step` from x_t to x_s."""
+"""The sampling loop, shared by all samplers. A sampler implements one `step` from x_t to x_s."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -21,13 +21,13 @@ from .noise import NoiseSource, global_noise
 
 
 class State(NamedTuple):
-    """A point of a sampling trajectory.
+    """The state after a sampling step.
 
     Attributes:
         x: the image x_s, shape (B, C, H, W).
         prediction: the prediction at x_t that led to it; None at the start.
-        origin: the x_t from which the step was made, where a corrector had moved it; else None.
-        evaluations: of the network for each image, on the way here; guidance may take several in a step.
+        origin: the corrected x_t from which the step was made, if a corrector changed it; else None.
+        evaluations: network evaluations per image so far; guidance may use several per step.
     """
 
     x: Tensor
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """An earlier step as multi-step methods use it: its level, its starting point and the prediction there."""
+    """An earlier step, for multi-step methods: the level and image where it started and the prediction there."""
 
     level: NoiseLevel
     x: Tensor
@@ -49,11 +49,11 @@ class Path:
     """The position of a step in its trajectory.
 
     Attributes:
-        times: all times of the trajectory, falling.
+        times: all times of the trajectory, decreasing.
         levels: their levels, of Python floats.
-        index: number of the step, from 0: it goes from levels[index] to levels[index + 1].
-        past: the visits before it, the newest last, at most the sampler's `memory`.
-        detour: whether a sampler has left the requested trajectory and will return to it.
+        index: 0-based number of the step, which leads from levels[index] to levels[index + 1].
+        past: the earlier visits, the newest last, at most the sampler's `memory`.
+        detour: whether the step belongs to a restart outside the requested times.
     """
 
     times: Sequence[float]
@@ -69,7 +69,7 @@ class Path:
 
     @property
     def remaining(self) -> int:
-        """Number of steps from here to the end, this one included."""
+        """Number of remaining steps, including this one."""
         return self.steps - self.index
 
     @property
@@ -84,10 +84,10 @@ class Path:
 
 
 class Sampler(ABC):
-    """Turns noise into images: sampler(denoiser, x_T, times) -> x_0.
+    """Generates images from noise: sampler(denoiser, x_T, times) -> x_0.
 
     Attributes:
-        memory: the number of earlier visits that a step uses.
+        memory: the number of earlier visits used by a step.
     """
 
     memory = 0
@@ -109,12 +109,12 @@ class Sampler(ABC):
         """From x_t to x_s, s < t.
 
         Args:
-            denoiser: has its condition filled in.
+            denoiser: a denoiser with a fixed condition.
             x_t: shape (B, C, H, W).
             t: level of x_t, of Python floats.
             s: level of the result; s.sigma == 0 at the step to clean data.
-            noise: called only where noise is used.
-            path: the whole trajectory and the visits so far.
+            noise: called only if the step uses noise.
+            path: the whole trajectory and the earlier visits.
         """
 
     def trajectory(
@@ -125,22 +125,22 @@ class Sampler(ABC):
         condition: Condition | None = None,
         noise: NoiseSource = global_noise,
     ) -> Iterator[State]:
-        """Yields the start and then the state after each step; progress bars and pictures are left to the caller.
+        """Yields the initial state and then the state after each step.
 
         Args:
-            denoiser: makes the predictions; must be in eval mode.
-            x_T: the start, noise of standard deviation sigma at times[0], shape (B, C, H, W).
-            times: falling, the last usually 0 (clean); see `spacing`.
-            condition: what the images are conditioned on; None for nothing.
+            denoiser: must be in eval mode.
+            x_T: initial noise with standard deviation sigma at times[0], shape (B, C, H, W).
+            times: decreasing, the last usually 0 (clean); see `spacing`.
+            condition: the condition of the images, or None.
             noise: source of the steps' noise.
 
         Raises:
-            ValueError: the times do not fall, or are out of the schedule's range.
-            UserError: an image is not finite. Checked after the last step, so that no step waits for the device.
+            ValueError: the times are not decreasing, or out of the schedule's range.
+            UserError: an image is not finite. This is checked after the last step only, to avoid synchronisation.
         """
         times = as_times(times)
         if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
-            raise ValueError(f"times must be at least two falling values, got {times.tolist()}")
+            raise ValueError(f"times must be at least two decreasing values, got {times.tolist()}")
         levels = denoiser.schedule(times).scalars()
         conditioned = Conditioned(denoiser, condition)
         before = conditioned.evaluated_images
@@ -166,12 +166,12 @@ class Sampler(ABC):
         condition: Condition | None = None,
         noise: NoiseSource = global_noise,
     ) -> Tensor:
-        """The last state of `trajectory`, same arguments: images, nominally in [-1, 1], shape (B, C, H, W)."""
+        """The last image of `trajectory`, with the same arguments; nominally in [-1, 1], shape (B, C, H, W)."""
         return last_image(self.trajectory(denoiser, x_T, times, condition, noise))
 
 
 def last_image(states: Iterator[State]) -> Tensor:
-    """The x of the last of at least one state, shape (B, C, H, W); earlier states are freed on the way."""
+    """The x of the last state, shape (B, C, H, W); each earlier state is freed before the next step."""
     for state in states:
         x = state.x
         del state  # frees its memory for the next step
@@ -179,39 +179,39 @@ def last_image(states: Iterator[State]) -> Tensor:
 
 
 def level_between(schedule: Schedule, t: NoiseLevel, s: NoiseLevel, share: float, path: Path) -> NoiseLevel:
-    """The level at this share of the log-SNR step from t to s, as floats; see `level_near`."""
+    """The level at the fraction `share` of the log-SNR step from t to s, as floats; see `level_near`."""
     return level_near(schedule, t.log_snr + share * (s.log_snr - t.log_snr), path)
 
 
 def level_near(schedule: Schedule, log_snr: float, path: Path) -> NoiseLevel:
-    """The schedule's level at a log-SNR, of Python floats; a table's rows are interpolated.
+    """The schedule's level at a log-SNR, of Python floats; tables are interpolated.
 
-    Never below both the schedule's t_min and the path's last noisy time, nor above t_max: the nearest level is taken.
+    The time is clamped to [min(t_min, the path's last noisy time), t_max].
     """
     return schedule(schedule.nearest_time([log_snr], path.lowest)).scalars()[0]
 
 
 def is_endless(t: NoiseLevel, s: NoiseLevel) -> bool:
-    """Whether the log-SNR step is infinite (from pure noise or to clean data): only the first-order step is defined."""
+    """Whether the log-SNR step is infinite (from pure noise or to clean data), so that only order 1 is defined."""
     return t.alpha == 0 or s.sigma == 0
 
 
 def ancestral_split(t: NoiseLevel, s: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
-    """A level below s, and the standard deviation of the noise that leads from there to s.
+    """A level below s, and the standard deviation of the noise to add to get from it to s.
 
         std = eta sigma_{t|s} sigma_s / sigma_t,    sigma_down = sqrt(sigma_s^2 - std^2)
 
-    DDIM's eta (Song et al. 2021, eq. 16), in unscaled coordinates k-diffusion's ancestral step.
+    DDIM's eta (Song et al. 2021, eq. 16); in unscaled coordinates, k-diffusion's ancestral step.
     """
     if eta == 0:
         return s, 0.0
     std = eta * conditional_variance(t, s) ** 0.5 * s.sigma / t.sigma
-    # rounding may fall below 0 where alpha_t is 0
+    # may round below 0 if alpha_t is 0
     return replace(s, sigma=max(s.sigma**2 - std**2, 0.0) ** 0.5), std
 
 
 def weighted_sum(*terms: tuple[float, Tensor]) -> Tensor:
-    """The sum of coefficient times tensor, in one new tensor."""
+    """The sum of coefficient * tensor as a new tensor."""
     (first, x), *others = terms
     total = torch.mul(x, first)
     for coefficient, y in others:
@@ -220,10 +220,10 @@ def weighted_sum(*terms: tuple[float, Tensor]) -> Tensor:
 
 
 def check_order(order: int, highest: int, lowest: int = 1) -> int:
-    """The order, if it is in [lowest, highest].
+    """Returns the order.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the order is not in [lowest, highest].
     """
     if not isinstance(order, int) or not lowest <= order <= highest:
         raise ValueError(f"order must be a whole number in [{lowest}, {highest}], got {order}")
@@ -231,10 +231,10 @@ def check_order(order: int, highest: int, lowest: int = 1) -> int:
 
 
 def check_memoryless(sampler: Sampler, name: str) -> Sampler:
-    """The sampler, if it is a single-step method, whose steps can start anywhere.
+    """Returns the sampler.
 
     Raises:
-        ValueError: it is a multi-step method.
+        ValueError: the sampler is a multi-step method, whose steps cannot start at any level.
     """
     if sampler.memory:
         raise ValueError(f"{name} must be a single-step method, and {type(sampler).__name__} is multi-step")
@@ -242,7 +242,9 @@ def check_memoryless(sampler: Sampler, name: str) -> Sampler:
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Waits for the device; NaN and infinity persist to the end of a trajectory, so that one look there is enough.
+    """Checks a final state; synchronises with the device.
+
+    NaN and infinity persist to the end of a trajectory, so one check at the end is enough.
 
     Raises:
         UserError: x is not finite.
@@ -252,7 +254,7 @@ def check_finite(x: Tensor, what: str) -> None:
 
 
 def not_finite(what: str, since: str = "") -> UserError:
-    """The error for states that are not finite, e.g. "sampling: the images", " from t = 0.3 on"."""
+    """The error for states that are not finite, e.g. not_finite("sampling: the images", " from t = 0.3 on")."""
     return UserError(
         f"{what} are not finite (NaN or infinite){since}: the network's weights have diverged, or a step is too large"
     )

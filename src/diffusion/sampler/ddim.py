@@ -8,12 +8,12 @@ class DDIM(Sampler):
 
         x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z,    std = eta sigma_{t|s} sigma_s / sigma_t
 
-    with x0 and eps the denoiser's estimates at x_t. eta = 0 is deterministic and of order 1 in the
-    log-SNR step; eta = 1 is ancestral DDPM sampling with the small variance, and in unscaled coordinates
-    k-diffusion's Euler ancestral.
+    where x0 and eps are the denoiser's estimates at x_t. eta = 0 is deterministic and of order 1 in the log-SNR step.
+    eta = 1 is ancestral DDPM sampling with the small variance; in unscaled coordinates it is k-diffusion's Euler
+    ancestral sampler.
 
     Args:
-        eta: stochasticity, in [0, 1].
+        eta: amount of noise, in [0, 1]; 0 is deterministic.
 
     Raises:
         ValueError: eta is out of range.

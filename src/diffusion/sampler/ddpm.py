@@ -8,8 +8,8 @@ class DDPM(Sampler):
 
         x_s = posterior_mean(x0, x_t) + std z,    std^2 = the denoiser's variance (small, large or learned)
 
-    with x0 the denoiser's estimate at x_t; no noise on the step to clean data. With the large variance
-    this is the sigma-hat row of the DDIM paper.
+    where x0 is the denoiser's estimate at x_t. The step to clean data adds no noise. With the large variance this is
+    the sigma-hat row of the DDIM paper.
     """
 
     def step(self, denoiser, x_t, t, s, noise, path):

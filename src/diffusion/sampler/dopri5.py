@@ -9,23 +9,24 @@ from .base import Sampler, State, level_near, not_finite
 
 
 class Dopri5(Sampler):
-    """Dormand and Prince's method of order 5 with adaptive steps on the probability-flow ODE (Song et al. 2021).
+    """The Dormand-Prince method of order 5 with adaptive steps on the probability-flow ODE (Song et al. 2021).
 
-    In the angle phi = arctan(sigma/alpha), with x/r for r^2 = alpha^2 + sigma^2, the ODE is regular from pure
-    noise to clean data on every schedule:
+    With the angle phi = arctan(sigma/alpha) and x/r, r^2 = alpha^2 + sigma^2, the ODE is regular from pure noise to
+    clean data on every schedule:
 
         d(x/r)/d phi = cos(phi) eps - sin(phi) x0
 
-    Between two times of the spacing the solver chooses its steps, so that one time is enough; the last stretch ends at
-    the schedule's t_min (or the last noisy time, if that is smaller), where the estimate of x0 is taken. A batch shares
-    its steps: the images of another split into batches agree to the tolerance. `State.evaluations` counts evaluations.
+    The solver chooses its steps between two times of the spacing, so a spacing of one step is enough. The last interval
+    ends at the schedule's t_min (or the last noisy time, if smaller), where the estimate of x0 is returned. All images
+    of a batch share the steps, so images agree only to the tolerance if the batch size changes. `State.evaluations`
+    gives the number of evaluations.
 
     Args:
-        tolerance: bound of each step's error per image (root mean square), relative and absolute.
-        max_evaluations: of the denoiser between two times.
+        tolerance: relative and absolute bound of each step's error per image (root mean square).
+        max_evaluations: largest number of denoiser evaluations between two times.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: an argument is not positive.
         UserError: when sampling, the tolerance is not reached, or the network's output is not finite.
     """
 

@@ -11,23 +11,24 @@ from ..schedule import Schedule
 from .base import Path, Sampler, State, ancestral_split, check_order, is_endless, level_between, weighted_sum
 from .exponential import form, phi_2, phi_3
 
-# in which power of the time the inner levels of a single step are even
+# the power of the time in which the inner levels of a single step are uniform
 POWERS = {"time": 1.0, "sqrt_time": 0.5}
 
 
 class SinglestepDPMSolver(Sampler):
     """DPM-Solver-2 and -3 (Lu et al. 2022a, arXiv:2206.00927, alg. 1 and 2), DPM-Solver++(2S), (3S) (Lu et al. 2022b).
 
-    The order is also the number of evaluations a step (one at infinite ends): at t and at the inner levels. These
-    divide the step evenly in the log-SNR (r1 = 1/2, or r1 = 1/3 and r2 = 2/3), as in the papers; the authors' code
-    divides it in the variable in which its grid is even (skip_type logSNR, time_uniform, time_quadratic). With eta > 0
-    each step goes to a lower level and returns by noise: k-diffusion's DPM++ 2S ancestral.
+    The order is also the number of evaluations per step, at t and at the inner levels; steps from pure noise or to
+    clean data take one. The inner levels divide the step uniformly in the log-SNR (r1 = 1/2, or r1 = 1/3 and
+    r2 = 2/3), as in the papers; the authors' code divides it in the variable in which its grid is uniform (skip_type
+    logSNR, time_uniform, time_quadratic). With eta > 0 each step goes to a lower level and adds noise back:
+    k-diffusion's DPM++ 2S ancestral.
 
     Args:
         order: 2 or 3.
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
-        eta: stochasticity as DDIM's, in [0, 1]; 0 is deterministic.
-        nodes: the variable in which the inner levels are even: log_snr, time or sqrt_time.
+        eta: amount of noise as in DDIM, in [0, 1]; 0 is deterministic.
+        nodes: the variable in which the inner levels are uniform: log_snr, time or sqrt_time.
 
     Raises:
         ValueError: an argument is out of range.
@@ -99,22 +100,22 @@ class MultistepDPMSolver(Sampler):
         x_s = (a_s/a_t) e^(-eta h) x_t - b_s (expm1(k) m + c D1 + phi_3(k) D2) + std z
         k = -(1 + eta) h for x0 (h for eps),    std^2 = sigma_s^2 (1 - e^(-2 eta h))
 
-    with D1, D2 the first and second derivative of m by the last `order` visits, in units of the step, and c either
-    expm1(k)/2, as in the published second-order step, or phi_2(k). One evaluation a step. eta = 0 is the ODE, eta = 1
-    SDE-DPM-Solver++ (k-diffusion's 2M SDE and 3M SDE). The first step is of order 1.
+    where D1, D2 are the first and second derivative of m estimated from the last `order` visits, in units of the step,
+    and c is expm1(k)/2, as in the published second-order step, or phi_2(k). One evaluation per step. eta = 0 is the
+    ODE, eta = 1 SDE-DPM-Solver++ (k-diffusion's 2M SDE and 3M SDE). The first step is of order 1.
 
     Args:
         order: 1, 2 or 3.
         plus_plus: integrate x0 (DPM-Solver++) instead of eps (DPM-Solver).
-        eta: stochasticity, at least 0.
+        eta: amount of noise, at least 0.
         midpoint: second-order steps with c = expm1(k)/2, as published, instead of phi_2(k).
-        lower_order_final: limit the order of a step to the number of steps left, this one included: always (True),
-            never (False), or in trajectories of fewer steps than this (15 in diffusers, 10 in the authors' code).
-            The step to clean data is always of first order.
-        half_curvature: take half of D2, as DPM-Solver's code, diffusers and k-diffusion do: "3M" is then of order 2.
+        lower_order_final: limit the order of a step to the number of remaining steps, including this one: always
+            (True), never (False), or in trajectories of fewer steps than this (15 in diffusers, 10 in the authors'
+            code). The step to clean data is always of first order.
+        half_curvature: use half of D2, as DPM-Solver's code, diffusers and k-diffusion do; "3M" is then of order 2.
 
     Raises:
-        ValueError: a number is out of range, or eta without plus_plus.
+        ValueError: an argument is out of range, or eta without plus_plus.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class MultistepDPMSolver(Sampler):
     def step(self, denoiser, x_t, t, s, noise, path):
         prediction = denoiser(x_t, t)
         if self.eta > 0 and t.alpha == 0 and s.sigma > 0:
-            # the limit of the infinite step, in which x_t has no weight
+            # the limit of the infinite step, in which the weight of x_t is 0
             return State(weighted_sum((s.alpha, prediction.x0), (s.sigma, noise(x_t))), prediction)
         if is_endless(t, s):
             return State(prediction.mix(s.alpha, s.sigma), prediction)
@@ -164,7 +165,7 @@ class MultistepDPMSolver(Sampler):
         return State(x_s, prediction)
 
     def _past(self, path):
-        """The visits that this step uses, the newest first."""
+        """The visits used by this step, the newest first."""
         visits = [visit for visit in reversed(path.past) if visit.level.alpha > 0]
         lowers = self.lower_order_final
         if lowers is True or path.steps < lowers:

@@ -1,7 +1,7 @@
 """Euler, Heun and midpoint steps with the churn of EDM (Karras et al. 2022, arXiv:2206.00364, algorithm 2).
 
-The probability-flow ODE without derivatives of the schedule: dx = x0 d alpha + eps d sigma. In unscaled
-coordinates x/alpha it reads d(x/alpha) = eps d(sigma/alpha).
+The probability-flow ODE is written without derivatives of the schedule: dx = x0 d alpha + eps d sigma. In unscaled
+coordinates x/alpha this is d(x/alpha) = eps d(sigma/alpha).
 """
 
 import math
@@ -14,19 +14,19 @@ from .base import Sampler, State, is_endless, level_between, weighted_sum
 
 
 class Churned(Sampler):
-    """A deterministic step after noise has raised the level.
+    """A deterministic step after churn: noise is added to raise the level.
 
         sigma_hat = (1 + min(s_churn/S, sqrt(2) - 1)) sigma   in unscaled coordinates, for sigma in [s_min, s_max]
 
-    with S the number of steps (Karras et al. 2022, algorithm 2).
+    where S is the number of steps (Karras et al. 2022, algorithm 2).
 
     Args:
-        s_churn: amount of stochasticity, at least 0; 0 is deterministic.
+        s_churn: amount of noise added, at least 0; 0 is deterministic.
         s_min, s_max: the range of sigma/alpha in which noise is added.
         s_noise: standard deviation of the added noise.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Churned(Sampler):
 
     @abstractmethod
     def deterministic_step(self, denoiser, x_t, t, s, path) -> State:
-        """From x_t to x_s without noise; arguments as those of `step`."""
+        """From x_t to x_s without noise; the arguments are those of `step`."""
 
 
 class Euler(Churned):
-    """Euler's step in unscaled coordinates: order 1. Without churn it is DDIM."""
+    """The Euler step in unscaled coordinates: order 1. Without churn it equals DDIM."""
 
     def deterministic_step(self, denoiser, x_t, t, s, path):
         prediction = denoiser(x_t, t)
@@ -62,13 +62,13 @@ class Euler(Churned):
 
 
 class Heun(Churned):
-    """Heun's trapezoidal step, EDM's sampler: order 2, two evaluations a step, one at the step to clean data.
+    """Heun's trapezoidal step, EDM's sampler: order 2, two evaluations per step, one at the step to clean data.
 
         x_s = x_t + (x0_t + x0_s)/2 (alpha_s - alpha_t) + (eps_t + eps_s)/2 (sigma_s - sigma_t)
 
-    in unscaled coordinates (x, alpha and sigma over alpha), where only eps matters. On straight schedules (flows) it is
-    Heun's method in t, as published for flows. Trajectories from pure noise (alpha 0), where unscaled coordinates are
-    undefined, use the schedule's coordinates too.
+    in unscaled coordinates (x, alpha and sigma divided by alpha), where the x0 term vanishes. On straight schedules
+    (flows) the schedule's own coordinates are used, which gives Heun's method in t as published for flows. So do
+    trajectories from pure noise (alpha = 0), where unscaled coordinates are undefined.
     """
 
     def deterministic_step(self, denoiser, x_t, t, s, path):
@@ -90,9 +90,9 @@ class Heun(Churned):
 
 
 class DPM2(Churned):
-    """The midpoint step in ln(sigma/alpha): order 2, two evaluations a step, one at its infinite ends.
+    """The midpoint step in ln(sigma/alpha): order 2, two evaluations per step, one from pure noise or to clean data.
 
-    k-diffusion's DPM2, which is DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) with churn.
+    k-diffusion's DPM2, i.e. DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) with churn.
     """
 
     def deterministic_step(self, denoiser, x_t, t, s, path):
@@ -106,7 +106,7 @@ class DPM2(Churned):
 
 
 def _raised(schedule: Schedule, t: NoiseLevel, factor: float) -> NoiseLevel:
-    """The schedule's level at factor times sigma/alpha; beyond its noisiest level, that one with a larger sigma."""
+    """The level at `factor` times sigma/alpha; beyond t_max, the level of t_max with a larger sigma."""
     wanted = factor * t.sigma / t.alpha
     (noisiest,) = schedule([schedule.t_max]).scalars()
     if wanted * noisiest.alpha > noisiest.sigma * (1 + 1e-6):

@@ -1,4 +1,4 @@
-"""The reverse SDE, discretised."""
+"""Euler-Maruyama discretisation of the reverse SDE."""
 
 import torch
 
@@ -6,12 +6,12 @@ from .base import Sampler, State
 
 
 class EulerMaruyama(Sampler):
-    """Euler and Maruyama's method on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6).
+    """The Euler-Maruyama method on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6).
 
         x_s = x_t + (f x_t - g^2 score)(s - t) + g sqrt(t - s) z,    score = -eps/sigma_t
 
-    with f and g^2 of the schedule at t (`Schedule.drift_and_diffusion`). Steps to clean data and from pure noise
-    are DDIM's, with the estimates of x0 and eps.
+    with f and g^2 of the schedule at t (`Schedule.drift_and_diffusion`). Steps to clean data and from pure noise are
+    DDIM steps.
     """
 
     def step(self, denoiser, x_t, t, s, noise, path):

@@ -1,10 +1,10 @@
-"""Shared parts of exponential integrators of the diffusion ODE (Lu et al. 2022, arXiv:2206.00927 and 2211.01095).
+"""Exponential integrators of the diffusion ODE (Lu et al. 2022, arXiv:2206.00927 and 2211.01095).
 
-Over a step of h = lambda_s - lambda_t in the log-SNR the linear part is solved exactly,
+For a step h = lambda_s - lambda_t in the log-SNR the linear part is solved exactly,
 
     x_s = (a_s/a_t) x_t - b_s (expm1(k) m + phi_2(k) m' + phi_3(k) m'' + ...)
 
-with the derivatives of m taken in units of the step, for either of two estimates m:
+where the derivatives of m are in units of the step, and m is one of two estimates:
 
     of x0 ("++"):  a = sigma, b = alpha, k = -h
     of eps:        a = alpha, b = sigma, k = h
@@ -20,7 +20,7 @@ from ..parameterization import Prediction
 
 
 class Form(ABC):
-    """The estimate that is integrated, and its coefficients."""
+    """The integrated estimate and its coefficients."""
 
     @abstractmethod
     def estimate(self, prediction: Prediction) -> Tensor:
@@ -40,7 +40,7 @@ class Form(ABC):
 
 
 class X0Form(Form):
-    """Integrates x0, bounded where the noise is strong: DPM-Solver++'s choice."""
+    """Integrates x0, which stays bounded at high noise levels: DPM-Solver++'s choice."""
 
     def estimate(self, prediction):
         return prediction.x0
@@ -72,7 +72,7 @@ class EpsForm(Form):
 
 
 def form(plus_plus: bool) -> Form:
-    """The form of DPM-Solver++ or of DPM-Solver."""
+    """`X0Form` for DPM-Solver++, `EpsForm` for DPM-Solver."""
     return X0Form() if plus_plus else EpsForm()
 
 

@@ -1,4 +1,4 @@
-"""From images to noise: DDIM inversion, interpolation between latents, starting from a given image."""
+"""DDIM inversion, interpolation between latents, and sampling from a noised image."""
 
 import math
 from collections.abc import Iterator
@@ -23,27 +23,27 @@ def encode(
     condition: Condition | None = None,
     tolerance: float | None = None,
 ) -> Iterator[State]:
-    """The latents of images: deterministic DDIM backwards (Song et al. 2021, arXiv:2010.02502, sec. 4.3).
+    """Encodes images into latents by deterministic DDIM in reverse (Song et al. 2021, arXiv:2010.02502, sec. 4.3).
 
-    Yields the image and then the state at each rising time; the last holds x_T, which DDIM with eta 0 decodes.
-    Each step takes eps at the level where it starts (clean images at the first noisy level), an error of order 1 in the
-    number of steps. With a tolerance each step is solved by fixed-point iteration for the x_t whose DDIM step leads
-    exactly back, and decoding returns the images.
+    Yields the images and then the state at each increasing time; the last state holds x_T, which DDIM with eta = 0
+    decodes. Each step uses eps at the level where it starts (for clean images, at the first noisy level), an error of
+    order 1 in the step size. With a tolerance, each step is solved by fixed-point iteration for the x_t whose DDIM step
+    leads back exactly, so that decoding reproduces the images.
 
     Args:
-        denoiser: makes the predictions; without clipping, which cannot be inverted.
+        denoiser: must not clip x0, since clipping cannot be inverted.
         x0: images in [-1, 1], shape (B, C, H, W).
-        times: falling, as for sampling; visited in reverse.
-        condition: what the images are conditioned on; None for nothing.
-        tolerance: the largest change of a pixel at which an iteration stops; None for one evaluation a step.
+        times: decreasing, as for sampling; visited in reverse.
+        condition: the condition of the images, or None.
+        tolerance: an iteration stops if no pixel changes by more than this; None for one evaluation per step.
 
     Raises:
-        ValueError: the times do not fall, the tolerance is not positive, or is not reached in 1,000 iterations.
+        ValueError: the times are not decreasing, the tolerance is not positive or not reached in 1,000 iterations.
         UserError: a latent is not finite; checked after the last step.
     """
     times = as_times(times)
     if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
-        raise ValueError(f"times must be at least two falling values, got {times.tolist()}")
+        raise ValueError(f"times must be at least two decreasing values, got {times.tolist()}")
     if tolerance is not None and tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     denoiser = Conditioned(denoiser, condition)
@@ -63,7 +63,7 @@ def encode(
 
 
 def _raise(x_s: Tensor, eps: Tensor, s: NoiseLevel, t: NoiseLevel) -> Tensor:
-    """From level s up to t along one eps."""
+    """The step from level s up to t with a fixed eps."""
     ratio = t.alpha / s.alpha
     return linear_combination(ratio, x_s, t.sigma - ratio * s.sigma, eps)
 
@@ -71,12 +71,12 @@ def _raise(x_s: Tensor, eps: Tensor, s: NoiseLevel, t: NoiseLevel) -> Tensor:
 def _solve(
     denoiser: BaseDenoiser, x_s: Tensor, x_t: Tensor, s: NoiseLevel, t: NoiseLevel, tolerance: float
 ) -> tuple[Tensor, int]:
-    """The x_t from which DDIM leads to x_s, and the evaluations spent."""
+    """The x_t whose DDIM step leads to x_s, and the number of evaluations."""
     for iteration in range(1, 1001):
         prediction = denoiser(x_t, t)
         if t.sigma < t.alpha or s.sigma == 0:
             proposal = _raise(x_s, prediction.eps, s, t)
-        else:  # the same equation in x0, which contracts where the one in eps hardly does
+        else:  # the same equation in x0, which converges where the one in eps hardly contracts
             ratio = t.sigma / s.sigma
             proposal = linear_combination(ratio, x_s, t.alpha - ratio * s.alpha, prediction.x0)
         change = (proposal - x_t).abs().max().item()
@@ -93,10 +93,10 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
 
     Args:
         a, b: latents, shape (B, C, H, W).
-        weight: w in [0, 1], one or of shape (B,); 0 gives a.
+        weight: w in [0, 1], a float or a tensor of shape (B,); 0 gives a.
 
     Returns:
-        Shape (B, C, H, W); theta is the angle between each pair. Between parallel latents it is a straight line.
+        Shape (B, C, H, W). theta is the angle between each pair; parallel latents are interpolated linearly.
     """
     flat_a, flat_b = (x.flatten(1).cpu().double() for x in (a, b))  # not every device has float64
     norms = flat_a.norm(dim=1) * flat_b.norm(dim=1)
@@ -116,13 +116,13 @@ def renoise(
     strength: float,
     noise: NoiseSource = global_noise,
 ) -> tuple[Tensor, Tensor]:
-    """The start of sampling from a given image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073).
+    """Noises images to start sampling from them (SDEdit, Meng et al. 2022, arXiv:2108.01073).
 
     Args:
-        denoiser: whose schedule the times belong to.
+        denoiser: the denoiser whose schedule the times belong to.
         x0: images in [-1, 1], shape (B, C, H, W).
-        times: falling, as for sampling.
-        strength: the share of the steps that is taken, in (0, 1]; at 1 least of the image remains.
+        times: decreasing, as for sampling.
+        strength: the fraction of the steps that is run, in (0, 1]; larger values change the image more.
         noise: source of the noise.
 
     Returns:

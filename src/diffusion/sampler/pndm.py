@@ -9,11 +9,11 @@ from .base import Sampler, State, weighted_sum
 class PLMS(Sampler):
     """Pseudo linear multi-step: PNDM (Liu et al. 2022, arXiv:2202.09778, eq. 11 to 13).
 
-    Adams-Bashforth of order 4 on eps with the coefficients of equal steps, whatever the spacing, and DDIM's transfer
-    from level to level. The first three steps, before there are four estimates, are
+    Adams-Bashforth of order 4 on eps with the coefficients of equal steps, whatever the spacing, and DDIM's step from
+    level to level. The first three steps, before four estimates are available, are
 
-    - with `runge_kutta`, pseudo Runge-Kutta steps of four evaluations each (the paper's F-PNDM): S + 9 in all;
-    - otherwise an improved Euler step, then orders 2 and 3 (Stable Diffusion's PLMS): S + 1 in all.
+    - with `runge_kutta`, pseudo Runge-Kutta steps of four evaluations each (the paper's F-PNDM): S + 9 in total;
+    - otherwise an improved Euler step, then orders 2 and 3 (Stable Diffusion's PLMS): S + 1 in total.
 
     Args:
         runge_kutta: start with Runge-Kutta steps.
@@ -56,6 +56,6 @@ COEFFICIENTS = {
 
 
 def _transfer(x_t: Tensor, eps: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
-    """From level t to s along a constant eps (eq. 11): DDIM's step."""
+    """From level t to s with a constant eps (eq. 11): DDIM's step."""
     ratio = s.alpha / t.alpha
     return weighted_sum((ratio, x_t), (s.sigma - ratio * t.sigma, eps))

@@ -6,21 +6,22 @@ from .base import Sampler, check_memoryless
 
 
 class PredictorCorrector(Sampler):
-    """Langevin steps at each level before the step to the next (Song et al. 2021, arXiv:2011.13456, alg. 4 and 5).
+    """Langevin steps at each level, then a predictor step (Song et al. 2021, arXiv:2011.13456, alg. 4 and 5).
 
         x <- x + step score + sqrt(2 step) z,    step = 2 a (snr |z|/|score|)^2,    score = -eps/sigma_t
 
-    with a = (alpha_t/alpha_s)^2, which is 1 - beta for VP and 1 for VE. 1 + `corrections` evaluations a step.
+    with a = (alpha_t/alpha_s)^2, which is 1 - beta for VP and 1 for VE. Each step takes `corrections` evaluations plus
+    those of the predictor.
 
     Args:
         predictor: a single-step sampler, e.g. DDPM.
         corrections: Langevin steps at each level, at least 1.
         snr: the signal-to-noise ratio of a Langevin step (0.16 for VP and VE on CIFAR-10).
-        batch_norms: average the norms over the batch, as the paper's code does; images then depend on the others of
-            their batch. False: each image has its norms.
+        batch_norms: average the norms over the batch, as the paper's code does, so that an image depends on the rest
+            of its batch. If False, norms are per image.
 
     Raises:
-        ValueError: a number is out of range, or the predictor is a multi-step method.
+        ValueError: an argument is out of range, or the predictor is a multi-step method.
     """
 
     def __init__(

@@ -15,18 +15,18 @@ class Restart(Sampler):
     """Adds noise and solves the ODE again over one interval (Xu et al. 2023, arXiv:2306.14878, alg. 1 and 2).
 
     After the step to the level nearest to sigma_min, forward noise raises the images to sigma_max, and
-    `restart_steps` steps of the solver on a Karras grid lead back; this is repeated. For several intervals, use a
-    Restart as the solver of another; each interval restarts once on the way down, and not within the other.
+    `restart_steps` solver steps on a Karras grid lead back. This is repeated `repeats` times. For several intervals,
+    use a Restart as the solver of another; restarts of one interval are not repeated within those of the other.
 
     Args:
         solver: a single-step sampler, Heun in the paper.
         sigma_min, sigma_max: the interval, in sigma/alpha (0.06 to 0.30 for CIFAR-10 at 43 evaluations).
-        restart_steps: steps down the interval, one less than the paper's count of grid points.
+        restart_steps: solver steps per restart, one less than the paper's number of grid points.
         repeats: K, the number of restarts.
-        rho: of the Karras grid.
+        rho: rho of the Karras grid.
 
     Raises:
-        ValueError: a number is out of range, or the solver is a multi-step method.
+        ValueError: an argument is out of range, or the solver is a multi-step method.
         UserError: when sampling, the steps are too coarse for the interval, or it leaves the schedule's range.
     """
 
@@ -70,7 +70,7 @@ class Restart(Sampler):
         return state
 
     def _bottom(self, path: Path) -> int:
-        """Index of the level where the interval ends: the nearest to sigma_min except the first and the clean one."""
+        """Index of the interval's lower level: the nearest to sigma_min, excluding the first and the clean one."""
         distance = {
             i: abs(level.sigma / level.alpha - self.sigma_min)
             for i, level in enumerate(path.levels)
@@ -79,7 +79,7 @@ class Restart(Sampler):
         return min(distance, key=distance.get, default=0)
 
     def _interval(self, schedule: Schedule, bottom: NoiseLevel, time: float) -> Path:
-        """The Karras grid from sigma_max down to this level, at this time."""
+        """The Karras grid from sigma_max down to `bottom`, the level at `time`."""
         (noisiest,) = schedule([schedule.t_max]).scalars()
         if self.sigma_max * noisiest.alpha > noisiest.sigma * (1 + 1e-6):
             raise UserError(

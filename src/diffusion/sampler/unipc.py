@@ -13,20 +13,20 @@ class UniPC(Sampler):
 
         x_s = (a_s/a_t) x_t - b_s (expm1(k) m_0 + B(h) sum_j rho_j (m_j - m_0)/r_j)
 
-    in the notation of `exponential`. The evaluation at the predicted point serves both its corrector and the next
-    predictor, so that a step costs one evaluation. The predictor is of order p, with the corrector of order p + 1. A
-    state's x is the predicted point; the corrected one is the next state's `origin`.
+    in the notation of `exponential`. The evaluation at the predicted point is used by its corrector and by the next
+    predictor, so a step takes one evaluation. The predictor is of order p; with the corrector, the order is p + 1. A
+    state's x is the predicted point; the corrected point is the next state's `origin`.
 
     Args:
         order: p, 1 to 3.
         bh: the choice of B(h): 1 for h, 2 for e^h - 1 (the paper advises 1 for few unguided steps, 2 otherwise).
         plus_plus: integrate x0 instead of eps.
-        lower_order_final: limit the order of a step to the number of steps left, this one included.
-        count_clean_step: count the step to clean data among the steps left, as diffusers does. False gives the states
-            of the authors' code, which ends at a last noisy time.
+        lower_order_final: limit the order of a step to the number of remaining steps, including this one.
+        count_clean_step: count the step to clean data among the remaining steps, as diffusers does. False gives the
+            states of the authors' code, which ends at a last noisy time.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class UniPC(Sampler):
         return State(x_s, prediction, origin=x_t)
 
     def _order(self, visits: int, remaining: int) -> int:
-        """The order of a step with this many visits, its own included, and this many steps left, itself included."""
+        """The order of a step, given the numbers of visits and of remaining steps, both including this one."""
         return min(self.order, visits, remaining) if self.lower_order_final else min(self.order, visits)
 
     def _linear(self, x_t, t, m, s):
@@ -74,7 +74,7 @@ class UniPC(Sampler):
         return weighted_sum((ratio, x_t), (f.b(s) - ratio * f.b(t), m))
 
     def _solve(self, x_t, t, m, s, older, at_s=None):
-        """From x_t to x_s with the estimates m at t and at older visits, for the corrector also (level, m) at s."""
+        """From x_t to x_s with the estimates m at t and at older visits; the corrector also uses (level, m) at s."""
         f = form(self.plus_plus)
         h = s.log_snr - t.log_snr
         others = [(visit.level, f.estimate(visit.prediction)) for visit in older]
@@ -89,7 +89,7 @@ class UniPC(Sampler):
         return weighted_sum((f.a(s) / f.a(t), x_t), (of_m, m), *terms)
 
     def _rho(self, k: float, r: list[float]) -> list[float]:
-        """B(h) rho_j: exact for polynomials (eq. 9 and 10); rho = 1/2 where there is only one, as in the paper."""
+        """B(h) rho_j: exact for polynomials (eq. 9 and 10); a single rho is 1/2, as in the paper."""
         B = k if self.bh == 1 else math.expm1(k)
         if len(r) == 1:
             return [B / 2]

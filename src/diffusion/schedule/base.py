@@ -11,12 +11,12 @@ from ..noise_level import NoiseLevel, as_times
 
 
 class Schedule(ABC):
-    """Maps times to noise levels; t grows with noise and t = 0 is clean data.
+    """Maps times to noise levels. The noise increases with t; t = 0 is clean data.
 
     Attributes:
-        t_min: the smallest time of training, and of sampling by the spacings.
+        t_min: the smallest time used in training and by the spacings.
         t_max: the largest time.
-        straight: whether alpha and sigma are both linear in t, so that noise is added along straight lines.
+        straight: whether alpha and sigma are both linear in t, so that x_t moves along a straight line.
     """
 
     t_min: float
@@ -39,25 +39,25 @@ class Schedule(ABC):
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor | Sequence[float]) -> Tensor:
-        """The inverse of `self(t).log_snr`, float64, of the argument's shape; never clamped.
+        """The inverse of `self(t).log_snr`, float64, with the argument's shape, not clamped.
 
-        A continuous schedule follows its formula, also to times below t_min and above t_max.
+        For continuous schedules the result may be below t_min or above t_max.
 
         Raises:
-            ValueError: a table has no such level.
+            ValueError: the value is outside the range of a table.
         """
 
     def nearest_time(self, log_snr: Tensor | Sequence[float], lowest: float = math.inf) -> Tensor:
-        """The time in [min(lowest, t_min), t_max] whose ln(alpha / sigma) is nearest to this value, float64."""
+        """The time in [min(lowest, t_min), t_max] whose ln(alpha / sigma) is nearest to the argument, float64."""
         return self.time_of_log_snr(log_snr).clamp(min(lowest, self.t_min), self.t_max)
 
     @abstractmethod
     def drift_and_diffusion(self, t: float) -> tuple[float, float]:
-        """f and g^2 of the forward process dx = f x dt + g dw at a time with alpha > 0.
+        """f and g^2 of the forward SDE dx = f x dt + g dw at a time with alpha > 0.
 
             f = d ln(alpha)/dt,    g^2 = d sigma^2/dt - 2 f sigma^2
 
-        Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 5); for any alpha and sigma.
+        Score SDE (Song et al. 2021, arXiv:2011.13456, eq. 5), written for any alpha and sigma.
         """
 
     @abstractmethod
@@ -68,8 +68,8 @@ class Schedule(ABC):
     def quantile(self, t: Tensor) -> Tensor:
         """The inverse of `time_at`: t -> u in [0, 1].
 
-        A time between two rows of a table counts as its nearest row: time_at(quantile(t)) is the training time
-        next to t.
+        A time between two rows of a table is rounded to the nearest row: time_at(quantile(t)) is the training time
+        nearest to t.
         """
 
 
@@ -77,8 +77,8 @@ class DiscreteSchedule(Schedule):
     """A variance-preserving table: alpha_t = sqrt(alphabar_t), sigma_t = sqrt(1 - alphabar_t), t = 0, 1, ..., T.
 
     Row 0 is the clean image (alphabar 1); rows 1..T are DDPM's x_1..x_T (Ho et al. 2020, arXiv:2006.11239, eq. 4).
-    The network's label is t - 1, the index of the published checkpoints. At times between two rows (which
-    solvers of higher order visit) the log-SNR is interpolated linearly.
+    The network's label is t - 1, the index used by published checkpoints. Between two rows, where higher-order
+    solvers evaluate the network, the log-SNR is interpolated linearly.
 
     Args:
         alphabar: alphabar_1 ... alphabar_T, shape (T,), float64, strictly decreasing, in [0, 1).
@@ -91,14 +91,14 @@ class DiscreteSchedule(Schedule):
         alphabar = torch.cat([torch.ones(1, dtype=torch.float64), alphabar.double()])
         if alphabar.numel() < 2 or not (alphabar.diff() < 0).all() or alphabar[-1] < 0:
             raise ValueError(
-                "T and the noise range must give an alphabar that falls strictly from 1 towards 0"
+                "T and the noise range must give an alphabar that decreases strictly from 1 towards 0"
             )
         self.alphabar = alphabar
         self.T = alphabar.numel() - 1
         self.t_min, self.t_max = 1.0, float(self.T)
         self.log_snr = (alphabar.log() - (1 - alphabar).log()) / 2
         if alphabar[-1] == 0 and self.T > 1:
-            # pure noise: only for times between the last two rows, which an infinite value would make alike
+            # pure noise: a finite value, to interpolate between the last two rows
             self.log_snr[-1] = self.log_snr[-2] - 10
 
     @property
@@ -138,7 +138,7 @@ class DiscreteSchedule(Schedule):
         return above + ((wanted - low) / (high - low)).clamp(0, 1)
 
     def drift_and_diffusion(self, t: float) -> tuple[float, float]:
-        # central differences: between both neighbours of a row, or the two rows around a time between rows
+        # central differences between the neighbours of a row, or between the two rows around t
         low, high = max(math.ceil(t) - 1, 0), min(math.floor(t) + 1, self.T)
         below, level, above = self([low, t, high]).scalars()
         f = (above.alpha - below.alpha) / (high - low) / level.alpha

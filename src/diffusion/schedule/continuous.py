@@ -12,14 +12,14 @@ from .base import Schedule
 
 
 class ContinuousSchedule(Schedule):
-    """alpha and sigma as functions of t in (0, t_max]; t = 0 is clean data, even where the formula differs.
+    """alpha and sigma as functions of t in (0, t_max]; t = 0 is always clean data, even if the formula differs.
 
-    The label is 999 t, as score SDE feeds its VP networks: time embeddings made for the indices 0 ... 999 of
-    published checkpoints then resolve all of [0, 1].
+    The label is 999 t, as for score SDE's VP networks, so that time embeddings designed for the indices 0 ... 999 of
+    published checkpoints cover [0, 1].
 
     Args:
-        t_min: the smallest time of training and of the spacings, in (0, t_max). Smaller times are valid where they
-            are passed explicitly.
+        t_min: the smallest time used in training and by the spacings, in (0, t_max). Smaller times may be passed
+            explicitly.
         t_max: the largest time.
 
     Raises:
@@ -33,10 +33,10 @@ class ContinuousSchedule(Schedule):
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The closed form at float64 times t > 0."""
+        """alpha and sigma in closed form at float64 times t > 0."""
 
     def label(self, t: Tensor) -> Tensor:
-        """The time as it is fed to the network."""
+        """The time passed to the network."""
         return 999 * t
 
     def __call__(self, t: Tensor | Sequence[float]) -> NoiseLevel:
@@ -82,7 +82,7 @@ class VP(ContinuousSchedule):
         t_max: the largest, at most 1.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class VP(ContinuousSchedule):
     def time_of_log_snr(self, log_snr):
         minus_log_alpha = torch.nn.functional.softplus(-2 * as_times(log_snr)) / 2
         slope = self.beta_max - self.beta_min
-        # the root of the quadratic that does not cancel at small t
+        # the form of the root without cancellation at small t
         root = (self.beta_min**2 / 4 + slope * minus_log_alpha).sqrt()
         t = 2 * minus_log_alpha / (self.beta_min / 2 + root)
         return t.where(minus_log_alpha.isfinite(), torch.inf)
@@ -112,12 +112,12 @@ class VE(ContinuousSchedule):
 
     Args:
         sigma_min: sigma at the smallest time, for images in [-1, 1].
-        sigma_max: sigma at t = 1: about the largest distance between two images (50 for CIFAR-10).
+        sigma_max: sigma at t = 1, about the largest distance between two images (50 for CIFAR-10).
         t_min: the smallest time.
         t_max: the largest, at most 1.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class VE(ContinuousSchedule):
 class EDM(ContinuousSchedule):
     """alpha = 1, sigma = t: the time is the noise level itself (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    The label is ln(sigma)/4. Uniform time sampling is uniform in ln(sigma); the paper's is `log_normal`.
+    The label is ln(sigma)/4. Uniform time sampling is uniform in ln(sigma); the paper uses `log_normal`.
 
     Args:
         sigma_min: the smallest noise level.
@@ -174,17 +174,17 @@ class EDM(ContinuousSchedule):
 class ContinuousCosine(ContinuousSchedule):
     """ln(alpha/sigma) = -ln tan(pi t/2) + ln(base_size/image_size), alpha^2 + sigma^2 = 1.
 
-    The cosine schedule in continuous time (Kingma & Gao 2023, arXiv:2303.00848), shifted with the resolution as
-    in simple diffusion (Hoogeboom et al. 2023, arXiv:2301.11093, eq. 4): large images need more noise.
+    The cosine schedule in continuous time (Kingma & Gao 2023, arXiv:2303.00848), shifted with the resolution as in
+    simple diffusion (Hoogeboom et al. 2023, arXiv:2301.11093, eq. 4), since larger images need more noise.
 
     Args:
-        image_size: side of the images in pixels, or [height, width], whose geometric mean counts.
-        base_size: the side at which the schedule is not shifted.
+        image_size: side length of the images in pixels, or [height, width], of which the geometric mean is used.
+        base_size: the side length at which the schedule is not shifted.
         t_min: the smallest time.
         t_max: the largest, below 1, where ln(alpha/sigma) is infinite. The defaults bound |ln(alpha/sigma)| by 8.8.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -213,15 +213,15 @@ class ContinuousCosine(ContinuousSchedule):
 class RectifiedFlow(ContinuousSchedule):
     """alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747).
 
-    The papers' time runs the other way; here t = 1 is noise, as in all schedules. t_max = 1 is pure noise, where only
-    parameterisations that never divide by alpha are defined (velocity, v, x0, edm).
+    The papers use the opposite direction of time; here t = 1 is noise, as in all schedules. At t_max = 1, pure noise,
+    only parameterisations that do not divide by alpha are defined (velocity, v, x0, edm).
 
     Args:
         t_min: the smallest time (1e-3 in the rectified flow code).
         t_max: the largest, at most 1.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     straight = True

@@ -26,8 +26,8 @@ def _linspace(start: float, end: float, T: int) -> Tensor:
 class Linear(DiscreteSchedule):
     """beta evenly spaced from beta_start 1000/T to beta_end 1000/T.
 
-    DDPM (Ho et al. 2020, sec. 4) for T = 1000; the factor 1000/T, which keeps the total noise, is improved
-    DDPM's (Nichol & Dhariwal 2021, arXiv:2102.09672).
+    DDPM (Ho et al. 2020, sec. 4) for T = 1000. The factor 1000/T, which preserves the total noise, is from improved
+    DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672).
 
     Args:
         T: number of steps.
@@ -68,13 +68,13 @@ class Quadratic(ScaledLinear):
 class Cosine(DiscreteSchedule):
     """alphabar(u) = f(u) / f(0), f(u) = cos^2((u + s) / (1 + s) pi / 2), u = t/T, with beta_t <= beta_max.
 
-    Improved DDPM (Nichol & Dhariwal 2021, eq. 17). Only the last beta meets the bound, which leaves
-    alphabar_T = 2.4e-9 at T = 1000: predicting eps there multiplies errors of x0 by 20,000, so clip x0.
+    Improved DDPM (Nichol & Dhariwal 2021, eq. 17). Only the last beta reaches the bound, which gives
+    alphabar_T = 2.4e-9 at T = 1000. There, errors of a predicted eps are multiplied by 20,000 in x0, so clip x0.
 
     Args:
         T: number of steps.
-        s: offset that keeps beta_1 from vanishing.
-        beta_max: bound of beta_t.
+        s: offset that prevents beta_1 from being too small.
+        beta_max: upper bound of beta_t.
     """
 
     def __init__(self, T: int = 1000, s: float = 0.008, beta_max: float = 0.999):
@@ -83,11 +83,11 @@ class Cosine(DiscreteSchedule):
 
 
 class Sigmoid(DiscreteSchedule):
-    """alphabar a sigmoid of u = t/T (Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972).
+    """alphabar is a sigmoid of u = t/T (Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972).
 
         alphabar(u) = (sig(end/tau) - sig((u (end - start) + start)/tau)) / (sig(end/tau) - sig(start/tau))
 
-    This is the sigmoid in alphabar; other codes use the same name for a sigmoid in beta (`SigmoidBeta`).
+    Other code uses the same name for a sigmoid in beta (`SigmoidBeta`).
 
     Args:
         T: number of steps.
@@ -107,10 +107,10 @@ class Sigmoid(DiscreteSchedule):
 
 
 class SigmoidBeta(DiscreteSchedule):
-    """beta a sigmoid: beta_start + (beta_end - beta_start) sig(x), x evenly spaced in [-6, 6].
+    """beta is a sigmoid: beta_start + (beta_end - beta_start) sig(x), x evenly spaced in [-6, 6].
 
-    "sigmoid" in the DDIM code (Song et al. 2021) and in diffusers; not `Sigmoid`, which is one in alphabar. Not
-    scaled with T.
+    "sigmoid" in the DDIM code (Song et al. 2021) and in diffusers; `Sigmoid` is a sigmoid in alphabar. Not scaled
+    with T.
 
     Args:
         T: number of steps.
@@ -127,7 +127,7 @@ class Constant(DiscreteSchedule):
 
     Args:
         T: number of steps.
-        beta: of every step; not scaled with T.
+        beta: beta of every step; not scaled with T.
     """
 
     def __init__(self, T: int = 1000, beta: float = 0.02):
@@ -148,9 +148,9 @@ class JSD(DiscreteSchedule):
 
 
 class ZeroTerminalSNR(DiscreteSchedule):
-    """Another table with sqrt(alphabar) shifted and scaled: alphabar_T = 0, alphabar_1 unchanged.
+    """A table with sqrt(alphabar) shifted and scaled so that alphabar_T = 0 and alphabar_1 is unchanged.
 
-    Lin et al. 2023 (arXiv:2305.08891, alg. 1). The network is then trained on pure noise too, where sampling starts;
+    Lin et al. 2023 (arXiv:2305.08891, alg. 1). The network is then also trained on pure noise, where sampling starts;
     its parameterisation must be defined there: v, x0, velocity or edm.
 
     Args:

@@ -1,4 +1,4 @@
-"""What happens beside the training step: curves, previews, scores, bars."""
+"""Callbacks: training curves, previews, scores and the progress bar."""
 
 from .curves import TrainingCurves
 from .progress import StepProgressBar

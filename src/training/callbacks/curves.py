@@ -1,6 +1,6 @@
-"""The training curves, accumulated on the device and written every N steps.
+"""Training curves, accumulated on the device and logged every N steps.
 
-`self.log` at every step would double Lightning's own cost; here a step costs a few additions.
+Calling `self.log` at every step would double Lightning's overhead; this costs a few additions per step.
 """
 
 import time
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from src.training.callbacks.every import EverySteps
 
-# Quarters of the schedule's range, as in the curves of improved DDPM: quarter 0 has the least noise.
+# Quarters of the schedule's range, as in the curves of improved DDPM; quarter 0 has the least noise.
 QUARTERS = 4
 
 
 class TrainingCurves(EverySteps):
-    """Logs, as means over the last `every` steps and all devices:
+    """Logs the training and validation curves.
 
-    `train/loss`, `train/loss_q0` ... `train/loss_q3` (by quarters of the time range), and, as of the last step,
-    `train/gradient_norm` (before clipping), `train/learning_rate`; `train/images_per_second`, `train/samples` and
-    `train/passes` (samples over the size of the training set); `val/loss` (raw weights) and `val/loss_ema` after each
-    validation.
+    - means over the last `every` steps and all devices: `train/loss`, `train/loss_q0` ... `train/loss_q3` (quarters of
+      the time range), `train/images_per_second`;
+    - values at the last step: `train/gradient_norm` (before clipping), `train/learning_rate`, `train/samples`,
+      `train/passes` (samples divided by the size of the training set);
+    - after each validation: `val/loss` (raw weights) and `val/loss_ema`.
 
     Args:
         every: optimiser steps between two points of the curves.
@@ -43,9 +44,9 @@ class TrainingCurves(EverySteps):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def add(self, losses: Tensor, times: Tensor) -> None:
-        """Accumulates the losses of images at these times; both of shape (b,), times in [0, 1]."""
+        """Accumulates losses and their times; both of shape (b,), times in [0, 1]."""
         quarters = (times * QUARTERS).long().clamp(0, QUARTERS - 1).to(losses.device, non_blocking=True)
-        finite = losses.isfinite()  # a step that was skipped must not hide the others of the mean
+        finite = losses.isfinite()  # losses of skipped steps are excluded from the mean
         self.sums.index_add_(0, quarters, losses.float().nan_to_num(0, 0, 0))
         self.counts.index_add_(0, quarters, finite.float())
 

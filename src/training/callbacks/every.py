@@ -1,4 +1,4 @@
-"""A callback that acts every N optimiser steps."""
+"""The base class of callbacks that act every N optimiser steps."""
 
 from abc import abstractmethod
 from typing import Any
@@ -24,7 +24,7 @@ class EverySteps(Callback):
 
     @abstractmethod
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called at global step trainer.global_step, on all ranks."""
+        """Called on all ranks at step trainer.global_step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._acted = trainer.global_step

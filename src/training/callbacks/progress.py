@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class _Forgiving:
-    """A stream that is discarded once it cannot be written to (a closed pipe, a full disk)."""
+    """A stream that is redirected to the null device if a write fails (a closed pipe, a full disk)."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -41,12 +41,12 @@ class _Forgiving:
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Counts optimiser steps towards max_steps.
+    """Shows the optimiser steps out of max_steps.
 
-    A standard output that is lost ends the bar, not the training.
+    If the standard output cannot be written to, the bar ends and the training continues.
 
     Args:
-        every: optimiser steps between two updates; in a file, which gets at most 200 of them, it may be more.
+        every: optimiser steps between two updates; larger if the output is not a terminal, for at most 200 updates.
     """
 
     def __init__(self, every: int = 10):
@@ -70,7 +70,7 @@ class StepProgressBar(TQDMProgressBar):
         )
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The latest loss and score, without the logger's version number."""
+        """The progress bar metrics without the logger's version number."""
         return {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -91,4 +91,4 @@ class StepProgressBar(TQDMProgressBar):
             bar.refresh()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: there are no epochs."""
+        """Does nothing, since there are no epochs."""

@@ -18,21 +18,21 @@ log = logging.getLogger(__name__)
 
 
 class SampleImages(EverySteps):
-    """Every N steps a grid of images, always from the same noise, with the averaged weights.
+    """Generates a grid of images every N steps, always from the same noise, with the averaged weights.
 
-    Written to <folder>/step_<k>.png and, as `samples`, to the loggers that can show pictures. A preview that runs out
-    of memory is left out, with one warning; the training continues.
+    The grid is written to <folder>/step_<k>.png and logged as `samples` to W&B and TensorBoard. If a preview runs out
+    of memory, it is skipped with one warning, and the training continues.
 
     Args:
-        recipe: how the images are made.
-        folder: where the grids are written.
+        recipe: the sampling recipe.
+        folder: the output folder.
         every: optimiser steps between two grids.
-        n: number of images of a grid.
-        device_batch: images that fit on a device at once.
-        batch_size: images made at once; None for `device_batch`.
+        n: number of images in a grid.
+        device_batch: number of images that fit on a device.
+        batch_size: images per batch; None for `device_batch`.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: an argument is below 1.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class SampleImages(EverySteps):
             if not self._warned:
                 self._warned = True
                 log.warning(
-                    "preview: no memory for %d images at once; training continues without. Set "
-                    "callbacks.sample_images.batch_size to fewer",
+                    "preview: out of memory with %d images per batch; training continues without previews. Lower "
+                    "callbacks.sample_images.batch_size",
                     min(self.batch_size, self.n),
                 )
             return
@@ -88,5 +88,5 @@ class SampleImages(EverySteps):
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether an accelerator, PyTorch's allocator on the CPU or Python has run out of memory."""
+    """Whether the error means out of memory on an accelerator, in PyTorch's CPU allocator or in Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

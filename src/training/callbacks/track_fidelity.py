@@ -1,4 +1,4 @@
-"""Scores during training, and the best checkpoint by the first of them."""
+"""Scores during training, and the best checkpoint."""
 
 import logging
 import math
@@ -23,32 +23,31 @@ log = logging.getLogger(__name__)
 
 
 class TrackFidelity(EverySteps):
-    """Every N steps, on all ranks: generates images with the averaged weights and scores them.
+    """Generates images with the averaged weights and scores them every N steps, on all ranks.
 
-    Scores are logged under their names. The checkpoint with the best value of the first score is kept as `best`,
-    with a `Record` beside it. Scoring that runs out of memory, or whose result is not finite, is reported in the log
-    and training continues.
+    Scores are logged under their names. The checkpoint with the best value of the first score is written to `best`,
+    with its `Record` in a .json file. If scoring runs out of memory, or a result is not finite, an error is logged and
+    the training continues.
 
     Args:
-        scores: what is measured; the first decides which checkpoint is the best.
-        recipe: how the images are made.
+        scores: the scores; the first selects the best checkpoint.
+        recipe: the sampling recipe.
         source: the data with the reference sets.
         best: file of the best checkpoint.
-        record: how the images are made as primitives, from the number of training steps and the network evaluations
-            per image.
+        record: maps the number of training steps and the network evaluations per image to the recipe's record.
         cache: folder of the cached reference statistics; None for no cache.
-        device_batch: images per call of the network that fit on a device, e.g. the micro-batch of training.
+        device_batch: number of images that fit on a device, e.g. the micro-batch of training.
         every: optimiser steps between two scores.
         n: number of generated images, over all ranks.
         batch_size: images generated at once on each device; None for `device_batch`.
-        at_end: score after the last step too, even if `every` does not divide it.
+        at_end: also score after the last step if `every` does not divide it.
 
     Attributes:
-        latest: the scores of the latest scoring and their protocol; None before the first.
+        latest: the latest scores and their protocol; None before the first scoring.
         best_value: the best value of the first score so far.
 
     Raises:
-        ValueError: a number is out of range, or n is too small for a score.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class TrackFidelity(EverySteps):
         self.latest: Record | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check before the first step that both sets of images are large enough."""
+        """Checks that the generated and the reference set are large enough."""
         try:
             self.scores.check_counts(self.n, self.source)
         except UserError as error:
@@ -102,7 +101,7 @@ class TrackFidelity(EverySteps):
             return
         try:
             found = scores.compute()
-        except UserError as error:  # on all ranks alike
+        except UserError as error:  # raised on all ranks
             log.error("step %d: %s; training continues", trainer.global_step, error)
             return
         made = self.record(trainer.global_step, evaluations)
@@ -112,15 +111,15 @@ class TrackFidelity(EverySteps):
         name = scores.monitored.name
         trainer.progress_bar_metrics[name] = found[name]
         if not trainer.strategy.broadcast(self.best.is_file()):
-            self.best_value = None  # the file was set aside
+            self.best_value = None  # the file was renamed, since the training continues from an earlier step
         if self._is_best(found[name]):
             self._keep(trainer, self.latest, found[name])
 
     def _generate(self, trainer: Trainer, module: LightningModule) -> int | None:
-        """Add this rank's share of the images to the scores.
+        """Generates this rank's images and adds them to the scores.
 
         Returns:
-            The network evaluations per image; None if memory ran out on a rank.
+            The network evaluations per image; None if a rank ran out of memory.
         """
         is_main = trainer.is_global_zero
         if is_main:
@@ -144,20 +143,20 @@ class TrackFidelity(EverySteps):
             fits = False
         if not trainer.strategy.reduce_boolean_decision(fits):
             log.error(
-                "step %d: no memory to score batches of %d images; lower callbacks.track_fidelity.batch_size; training"
-                " continues",
+                "step %d: out of memory while scoring with %d images per batch; training continues. Lower"
+                " callbacks.track_fidelity.batch_size",
                 trainer.global_step,
                 self.batch_size,
             )
             return None
-        # an adaptive solver's number differs between batches, and so between ranks
+        # with an adaptive solver the number differs between batches and ranks
         return int(trainer.strategy.reduce(torch.tensor(evaluations, device=module.device), reduce_op="max"))
 
     def _keep(self, trainer: Trainer, record: Record, value: float) -> None:
         before, self.best_value = self.best_value, value
         trainer.save_checkpoint(self.best, weights_only=False)
         if trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures):
-            self.best_value = before  # the file is still that of the earlier value
+            self.best_value = before  # the file still holds the previous best
         elif trainer.is_global_zero:
             with forgiving("record of the best score"):
                 record.write(self.best.with_suffix(".json"))
@@ -174,6 +173,6 @@ class TrackFidelity(EverySteps):
         return {"best_value": self.best_value, "score": self.scores.monitored.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # the best value of another score says nothing about this one
+        # the best value of another score is not comparable
         if state_dict.get("score", self.scores.monitored.name) == self.scores.monitored.name:
             self.best_value = state_dict["best_value"]

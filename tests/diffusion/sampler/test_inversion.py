@@ -61,7 +61,7 @@ def test_unreachable_tolerance_is_an_error():
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=1e-30)
     with pytest.raises(ValueError, match=r"^tolerance must be positive"):
         _round_trip(Cosine(), [1000.0, 500.0, 0.0], tolerance=0.0)
-    with pytest.raises(ValueError, match=r"^times must be at least two falling values"):
+    with pytest.raises(ValueError, match=r"^times must be at least two decreasing values"):
         _round_trip(Cosine(), [0.0, 500.0])
 
 
