@@ -124,5 +124,5 @@ def test_early_names_of_the_attention_layers_are_read(pair):
 
 @pytest.mark.parametrize("convert", [unet_from_diffusers, unet_to_diffusers])
 def test_unknown_weight_is_named_in_the_error(convert):
-    with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight is no weight of a DDPM U-Net"):
+    with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight is not a weight of a DDPM U-Net"):
         convert({"add_embedding.linear_1.weight": torch.zeros(1)})

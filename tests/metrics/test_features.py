@@ -129,7 +129,7 @@ def test_invalid_file_is_a_user_error(tmp_path, content):
 
 
 def test_too_many_pooling_layers_are_refused():
-    with pytest.raises(ValueError, match="widths: 3 poolings reduce 4 pixels to none"):
+    with pytest.raises(ValueError, match="widths: 3 poolings reduce 4 pixels to 0"):
         SmallClassifier(1, 4, [2, 2, 2], 4, 2)
 
 

@@ -165,7 +165,7 @@ def test_lack_of_memory_is_reported_and_training_continues(fit, tmp_path, caplog
     )
     fit(9, full, 5, max_steps=3)
     assert (
-        "step 2: no memory to score batches of 20 images; lower callbacks.track_fidelity.batch_size"
+        "step 2: out of memory while scoring with 20 images per batch"
         in caplog.text
     )
     assert best_step(tmp_path) == 3

@@ -145,7 +145,7 @@ def test_images_that_are_not_finite_are_an_error(sampler, call, value):
 
 @pytest.mark.parametrize("times", [[1.0], [1.0, 2.0], [5.0, 5.0, 0.0], [[3.0, 0.0]]])
 def test_times_must_decrease(times):
-    with pytest.raises(ValueError, match=r"^times must be at least two falling values"):
+    with pytest.raises(ValueError, match=r"^times must be at least two decreasing values"):
         DDIM()(Denoiser(Wavy(), Linear(), Eps()), standard_normal((1, 1, 2, 2)), times)
 
 
