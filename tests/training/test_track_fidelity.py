@@ -164,10 +164,7 @@ def test_lack_of_memory_is_reported_and_training_continues(fit, tmp_path, caplog
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
     )
     fit(9, full, 5, max_steps=3)
-    assert (
-        "step 2: out of memory while scoring with 20 images per batch"
-        in caplog.text
-    )
+    assert "step 2: out of memory while scoring with 20 images per batch" in caplog.text
     assert best_step(tmp_path) == 3
     with pytest.raises(RuntimeError, match="a bug"):
         fit(RuntimeError("a bug"), max_steps=1)
