@@ -45,6 +45,10 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
     log.info("run         %s\n%s", folder, experiment.summary)
     record = environment()
     if trainer.is_global_zero:
+        source = experiment.data.source
+        if source.num_classes:  # which label is which class
+            source.prepare()
+            record["classes"] = list(source.class_names)
         write_overrides(folder, list(HydraConfig.get().overrides.task))
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)

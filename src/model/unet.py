@@ -1,6 +1,7 @@
 """The network of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,49 +79,63 @@ class UNet(Network):
 
         self.second_time_embedding = None
 
-        def block(in_channels: int, width: int, attention: bool) -> ResidualBlock:
-            return ResidualBlock(
-                in_channels,
-                width,
-                embedding_channels=embedding_channels,
-                attention=attention,
-                dropout=dropout,
-                groups=groups,
-            )
-
+        block = partial(ResidualBlock, embedding_channels=embedding_channels, dropout=dropout, groups=groups)
         self.conv_in = xavier(nn.Conv2d(channels, base_channels, 3, padding=1))
-        skip_widths = [base_channels]
-        self.encoder = nn.ModuleList()
-        self.downsample = nn.ModuleList()
-        for width, factor in zip(widths, factors, strict=True):
-            if factor > 1:
-                self.downsample.append(Downsample(skip_widths[-1]))
-                skip_widths.append(skip_widths[-1])
-            level = nn.ModuleList()
-            for _ in range(blocks_per_level):
-                level.append(block(skip_widths[-1], width, factor in attention_factors))
-                skip_widths.append(width)
-            self.encoder.append(level)
-
-        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
-
-        self.decoder = nn.ModuleList()
-        self.upsample = nn.ModuleList()
-        in_width = widths[-1]
-        for width, factor in zip(reversed(widths), reversed(factors), strict=True):
-            level = nn.ModuleList()
-            for _ in range(blocks_per_level + 1):
-                level.append(block(in_width + skip_widths.pop(), width, factor in attention_factors))
-                in_width = width
-            self.decoder.append(level)
-            if factor > 1:
-                self.upsample.append(Upsample(width))
-
+        attention = [factor in attention_factors for factor in factors]
+        skip_widths = self._add_encoder(block, base_channels, widths, attention, blocks_per_level)
+        width = widths[-1]
+        self.middle = nn.ModuleList(
+            [block(width, width, attention=True), block(width, width, attention=False)]
+        )
+        self._add_decoder(block, skip_widths, widths, attention, blocks_per_level)
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = zero(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
         if second_time:  # created last, so that the initial weights of the other layers do not depend on it
             self.second_time_embedding = TimeEmbedding(base_channels, embedding_channels)
             zero(self.second_time_embedding.linear2)
+
+    def _add_encoder(
+        self,
+        block: Callable[..., ResidualBlock],
+        base_channels: int,
+        widths: Sequence[int],
+        attention: Sequence[bool],
+        blocks_per_level: int,
+    ) -> list[int]:
+        """Adds the encoder; returns the channels of its outputs, which the decoder concatenates in reverse order."""
+        skip_widths = [base_channels]
+        self.encoder = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for index, width in enumerate(widths):
+            if index > 0:
+                self.downsample.append(Downsample(skip_widths[-1]))
+                skip_widths.append(skip_widths[-1])
+            level = nn.ModuleList()
+            for _ in range(blocks_per_level):
+                level.append(block(skip_widths[-1], width, attention=attention[index]))
+                skip_widths.append(width)
+            self.encoder.append(level)
+        return skip_widths
+
+    def _add_decoder(
+        self,
+        block: Callable[..., ResidualBlock],
+        skip_widths: list[int],
+        widths: Sequence[int],
+        attention: Sequence[bool],
+        blocks_per_level: int,
+    ) -> None:
+        self.decoder = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        in_width = widths[-1]
+        for index in reversed(range(len(widths))):
+            level = nn.ModuleList()
+            for _ in range(blocks_per_level + 1):
+                level.append(block(in_width + skip_widths.pop(), widths[index], attention=attention[index]))
+                in_width = widths[index]
+            self.decoder.append(level)
+            if index > 0:
+                self.upsample.append(Upsample(in_width))
 
     def forward(self, x, label, condition=None, to_label=None):
         """See `Network`. Class labels of -1 (`NO_CLASS`) or num_classes mean "no class".
