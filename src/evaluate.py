@@ -1,5 +1,8 @@
 """Score a trained run: python -m src.evaluate run=<run folder or checkpoint> (see --help)."""
 
+if not __package__:
+    raise SystemExit("error: start it from the repository's folder as python -m src.evaluate")
+
 from src.app.cli import run
 
 

@@ -1,5 +1,8 @@
 """Sample images from a trained run: python -m src.sample run=<run folder or checkpoint> n=64 (see --help)."""
 
+if not __package__:
+    raise SystemExit("error: start it from the repository's folder as python -m src.sample")
+
 from src.app.cli import run
 
 

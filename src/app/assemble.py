@@ -50,25 +50,27 @@ from src.training.signals import StopOnSignal
 
 log = logging.getLogger(__name__)
 
-# Trainer options that the framework decides, and what to type instead.
+# Trainer options that the framework decides, and what to do instead.
 DECIDED = {
-    "accumulate_grad_batches": "max_device_batch=... (batch_size is global)",
-    "val_check_interval": "validate_every=...",
-    "check_val_every_n_epoch": "validate_every=...",
-    "limit_train_batches": "trainer.max_steps=..., or debug=quick",
-    "overfit_batches": "debug=overfit",
-    "fast_dev_run": "debug=quick",
-    "max_epochs": "trainer.max_steps=...",
-    "min_epochs": "trainer.max_steps=...",
-    "logger": "logger=...",
-    "callbacks": "callbacks=... or +callbacks.mine={_target_: ...}",
-    "plugins": "nothing: checkpoints are written by the framework",
-    "default_root_dir": "runs=... or hydra.run.dir=...",
-    "enable_progress_bar": "~callbacks.progress",
-    "enable_checkpointing": "callbacks.checkpoints.every=...",
-    "enable_model_summary": "nothing: the summary is printed",
-    "use_distributed_sampler": "nothing: the stream shares out its positions",
-    "num_sanity_val_steps": "nothing: everything is checked before the first step",
+    "accumulate_grad_batches": "use max_device_batch=... (batch_size is global)",
+    "val_check_interval": "use validate_every=...",
+    "check_val_every_n_epoch": "use validate_every=...",
+    "limit_train_batches": "use trainer.max_steps=..., or debug=quick",
+    "overfit_batches": "use debug=overfit",
+    "fast_dev_run": "use debug=quick",
+    "max_epochs": "use trainer.max_steps=...",
+    "min_epochs": "use trainer.max_steps=...",
+    "min_steps": "use trainer.max_steps=...",
+    "reload_dataloaders_every_n_epochs": "there are no epochs",
+    "logger": "use logger=...",
+    "callbacks": "use callbacks=... or '+callbacks.mine={_target_: ...}'",
+    "plugins": "checkpoints and environment are its own",
+    "default_root_dir": "use runs=... or hydra.run.dir=...",
+    "enable_progress_bar": "use ~callbacks.progress",
+    "enable_checkpointing": "use callbacks.checkpoints.every=...",
+    "enable_model_summary": "a summary is printed",
+    "use_distributed_sampler": "the stream shares out its positions",
+    "num_sanity_val_steps": "everything is checked before the first step",
 }
 
 
@@ -154,6 +156,9 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if config.compile:
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = summary_of(config, denoiser, trainer, accumulation)
+    tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
+    if tracker is not None:
+        summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
     return Experiment(module, data, trainer, recipe, checkpoint, summary)
 
 
@@ -252,7 +257,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     launch_by_command_line()
     for name in config.trainer:
         if name in DECIDED:
-            raise UserError(f"trainer.{name}: the framework decides this; use {DECIDED[name]}")
+            raise UserError(f"trainer.{name}: the framework decides this; {DECIDED[name]}")
     check_value(PositiveInt, config.trainer.max_steps, "trainer.max_steps")
     check_value(PositiveFloat | None, config.trainer.gradient_clip_val, "trainer.gradient_clip_val")
     make = partial(

@@ -26,6 +26,8 @@ def run(entry_point: str) -> None:
     Args:
         entry_point: "train", "sample" or "evaluate".
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     # first, wherever they were typed: Hydra's parser takes flags only before all overrides or after them
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     if any(argument in ("--help", "-h") for argument in arguments):
@@ -101,7 +103,7 @@ def help_text(entry_point: str) -> str:
     text += ["", "Single options, with their defaults:"]
     for option in OPTIONS[entry_point]:
         default = option.default if isinstance(option.default, str) else json.dumps(option.default)
-        text.append(f"    {f'{option.name}={default}':<34}{option.help}")
+        text.append(f"    {f'{option.name}={default}':<32}  {option.help}")
     text += [
         "",
         "Choose with group=choice, set numbers with group.option=value, sweep with -m and commas:",

@@ -130,7 +130,7 @@ def _redacted_log() -> Iterator[None]:
     root = logging.getLogger()
     level, formatters = root.level, {handler: handler.formatter for handler in root.handlers}
     for handler, formatter in formatters.items():
-        handler.setFormatter(_Redacting(formatter))
+        handler.setFormatter(Redacting(formatter))
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         root.setLevel(logging.WARNING)
     try:
@@ -141,7 +141,7 @@ def _redacted_log() -> Iterator[None]:
             handler.setFormatter(formatter)
 
 
-class _Redacting(logging.Formatter):
+class Redacting(logging.Formatter):
     """Another formatter's lines, without the values that came from the environment."""
 
     def __init__(self, plain: logging.Formatter | None):

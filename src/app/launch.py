@@ -4,6 +4,7 @@ import logging
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def launch(job: Job, config: DictConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as exchange:
         threads = max(1, torch.get_num_threads() // config.devices)
         arguments = (job, content, config.devices, address, on_gpus, threads, exchange)
+        # it would announce that it ends the other processes
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         try:
             torch.multiprocessing.spawn(_process, arguments, nprocs=config.devices)
         except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException):
@@ -69,19 +72,21 @@ def _process(
     exchange: str,
 ) -> None:
     from src.app.build import trusting
-    from src.app.jobs import register
+    from src.app.jobs import Redacting, register
 
     register()
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout
-    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(Redacting(logging.Formatter("%(message)s")))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, handlers=[handler])
+    warnings.filterwarnings("ignore", ".*compute.* method of metric .* was called before .*update.*")
     torch.set_num_threads(threads)
+    if on_gpus:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
         "nccl" if on_gpus else "gloo", init_method=address, world_size=world_size, rank=rank
     )
     config = OmegaConf.create(content)
-    if not on_gpus:
-        config.device = "cpu"
+    config.device = f"cuda:{rank}" if on_gpus else "cpu"
     try:
         with trusting(config.trust):
             scores = job(config)

@@ -41,7 +41,10 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     chosen.pop("data", None)
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
-    own = OmegaConf.create(upgrade(content["config"]))
+    try:
+        own = OmegaConf.create(upgrade(content["config"]))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     variance = build(merged.variance, Variance, "variance")

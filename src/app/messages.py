@@ -10,6 +10,8 @@ from src.errors import UserError
 
 # Groups and nodes to which any name can be added.
 OPEN = ("callbacks", "logger", "wrappers")
+# Options of the network that the framework sets.
+FOLLOWING = ("model.channels", "model.image_size", "model.num_classes")
 
 
 def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> None:
@@ -30,6 +32,8 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
         root = key.partition(".")[0]
         if root in ("hydra", *OPEN) or key.startswith("hydra/"):
             continue
+        if key == "runs" and override.value() is None:
+            raise UserError("runs=null: give a folder, e.g. runs=runs")
         if (CONF / key).is_dir():
             _check_choices(override, key, groups, entry_point, places)
         elif root not in groups and root not in own:
@@ -99,6 +103,14 @@ def explain(error: Exception, entry_point: str, arguments: list[str]) -> str | N
     if not isinstance(error, HydraException | OmegaConfBaseException):
         # a folder that cannot be made, a full disk: not our bug either
         return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else None
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        group, _, choice = missing.rpartition("/")
+        choices = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        advice = "choices of your own package need trust=[mypackage]"
+        if group == "metrics":
+            advice = f"by default the score is named as the data; choose metrics=none, or {advice}"
+        return f"{group}={choice}: no such choice; choose from {choices}; {advice}"
     try:
         found = _wrong_option(entry_point, arguments)
     except UserError as another:
@@ -130,12 +142,15 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
             return None
         for override in overrides:
             key = override.key_or_group
-            added = override.is_add() or override.is_force_add()
-            if (CONF / key).is_dir() or key.startswith("hydra.") or added:
+            if (CONF / key).is_dir() or key.startswith("hydra.") or override.is_force_add():
                 continue
             parent, _, name = key.rpartition(".")
             node = OmegaConf.select(config, parent) if parent else config
-            if isinstance(node, DictConfig) and name not in node:
+            if override.is_add():
+                if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118
+                    return f"{key}: this option exists; type it without the plus"
+                continue
+            if isinstance(node, DictConfig) and name not in node.keys():  # noqa: SIM118 - `in` misses ???
                 line = _missing(key, node, config.hydra.runtime.choices.get(parent), entry_point)
                 swept = any(o.key_or_group == parent and o.is_sweep_override() for o in overrides)
                 return f"{line}; not every choice of the sweep has this option" if swept else line
@@ -159,6 +174,8 @@ def _missing(key: str, node: Any, choice: str | None, entry_point: str) -> str:
     from hydra.utils import get_class
 
     group, _, name = key.rpartition(".")
+    if key in FOLLOWING:
+        return f"{key}: it follows the data and the conditioning; leave it out"
     if choice is None:
         return f"{key}: no such option{_nearest(name, list(map(str, node)))}; {_help(entry_point)} lists them"
     target = node.get("_target_")

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from src.app.messages import check_names
-from src.app.options import CONF, effect_of
+from src.app.options import CONF, OPTIONS, effect_of
 from src.errors import UserError
 from src.runs.files import write_atomically
 from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, checkpoints_by_step, find_run, newest_run
@@ -62,6 +62,8 @@ def written_out(argument: str) -> list[str]:
     """An argument in Hydra's words: `metrics=[a,b]` as several choices, class_conditional as `conditioning`."""
     if match := re.fullmatch(r"metrics=\[(.*)\]", argument):
         names = [name.strip() for name in match[1].split(",") if name.strip()]
+        if len(set(names)) < len(names) or "none" in names:
+            raise UserError(f"{argument}: give different scores, without none, e.g. metrics=[fid,kid]")
         return ["metrics=none", *(f"+metrics@metrics.{name}={name}" for name in names)]
     if match := re.fullmatch(r"class_conditional=([\w,]+)", argument):
         words = {"true": "class", "false": "none"}
@@ -130,7 +132,8 @@ def _harmless(key: str, package: str | None, value: str) -> bool:
     if {"hydra", "trust"} & set(re.split(r"[^a-zA-Z0-9_]+", f"{key}.{package}")):
         return False
     # a choice of a group is the name of a file
-    return not (CONF / key).is_dir() or re.search(r"[./\\$]", value) is None
+    options = {option.name for option in OPTIONS["train"]}
+    return "." in key or key in options or re.search(r"[./\\$]", value) is None
 
 
 def _name(override: str) -> str:

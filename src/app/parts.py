@@ -27,7 +27,7 @@ from src.evaluation.likelihood import Likelihood
 from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Recipe
 from src.metrics.fidelity import FidelityScore
-from src.model import Network, adapted
+from src.model import ForeignNetwork, Network, adapted
 
 
 def source_of(config: DictConfig) -> ImageSource:
@@ -87,8 +87,12 @@ def denoiser_of(
 
 def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int) -> Network:
     """The network, checked against what it is given; `outputs` for each channel."""
-    channels = codec.shape[0]
-    offered: dict[str, Any] = {"num_classes": getattr(conditioning, "num_classes", 0)}
+    channels, height, width = codec.shape
+    offered: dict[str, Any] = {
+        "num_classes": getattr(conditioning, "num_classes", 0),
+        "channels": channels,
+        "image_size": height if height == width else [height, width],
+    }
     if outputs > 1:
         offered["out_channels"] = channels * outputs
     joined = {
@@ -109,6 +113,11 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
         raise UserError(
             f"model: {_name(network)} does not read {', '.join(sorted(unread))}, which conditioning="
             f"{type(conditioning).__name__} gives it; choose conditioning=none or another model"
+        )
+    if conditioning is not None and conditioning.dropout and isinstance(network, ForeignNetwork):
+        raise UserError(
+            f"conditioning.dropout={conditioning.dropout:g}: {_name(network)} is of another package, whose embedding has"
+            " no row for dropped labels; choose conditioning.dropout=0, or write a subclass of src.model.Network"
         )
     return network
 
@@ -178,6 +187,8 @@ def recipe_of(
             inner = wrap(inner)
     except ValueError as error:
         raise UserError(f"{option}.{error}") from None
+    except TypeError as error:  # a wrapper without a needed argument
+        raise UserError(f"{option}: {error}") from None
     return recipe
 
 
@@ -185,11 +196,15 @@ def wrappers_of(config: DictConfig) -> dict[str, Wrapper]:
     """What makes the denoisers around the network's, by option, the innermost first: your own, then clipping."""
     nodes = {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
     nodes["clipping"] = config.clipping
-    return {
-        option: build(OmegaConf.merge(node, {"_partial_": True}), WrappedDenoiser, option)
-        for option, node in nodes.items()
-        if node
-    }
+    wrappers = {}
+    for option, node in nodes.items():
+        if node and not isinstance(node, DictConfig):
+            raise UserError(f"{option}={node}: give a class, e.g. {{_target_: mypackage.Mine}}")
+        if node:
+            content = {**OmegaConf.to_container(node, resolve=False), "_partial_": True}
+            resolved = OmegaConf.create(content, parent=node._get_parent())
+            wrappers[option] = build(resolved, WrappedDenoiser, option)
+    return wrappers
 
 
 def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
@@ -224,7 +239,7 @@ def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:
         return {}
     if "_target_" in config.metrics:
         return {"metrics": config.metrics}
-    return {f"metrics.{name}": node for name, node in config.metrics.items()}
+    return {f"metrics.{name}": node for name, node in config.metrics.items() if node}
 
 
 def is_likelihood(node: DictConfig) -> bool:

@@ -27,6 +27,11 @@ def sample(config: DictConfig) -> dict[str, float]:
     Returns:
         Nothing: pictures have no score.
     """
+    task = build(config.task, Task, "task")
+    if config.devices > 1 and not task.shared:
+        raise UserError(
+            f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
+        )
     return launch(sample_on_this_process, config)
 
 

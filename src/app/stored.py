@@ -17,6 +17,10 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
         config: primitives only; left as it is.
     """
     config = _renamed(config)
+    model, data = config["model"], config["data"]
+    for name in ("image_size", "channels"):
+        if name in model and model[name] == data.get(name):
+            del model[name]  # follows the data
     if "class_conditional" in config:
         by_class = {
             "_target_": "src.conditioning.ByClass",

@@ -64,11 +64,11 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         tracker = experiment.tracker
         latest = tracker.latest if tracker else None
         Record(scores, latest.protocol if latest else {}).write(folder / SCORES_FILE)
-        log.info("%s", closing_summary(folder, trainer.global_step, scores))
+        log.info("%s", closing_summary(folder, trainer.global_step, scores, config))
     return scores
 
 
-def closing_summary(folder: Path, step: int, scores: dict[str, float]) -> str:
+def closing_summary(folder: Path, step: int, scores: dict[str, float], config: DictConfig) -> str:
     """The results of a training, and the exact commands that continue from it."""
     results = {name: f"{value:.4g}" for name, value in scores.items()}
     grids = sorted((folder / "samples").glob("step_*.png"))
@@ -77,15 +77,15 @@ def closing_summary(folder: Path, step: int, scores: dict[str, float]) -> str:
     following = []
     if (folder / CHECKPOINTS).is_dir():
         results["checkpoint"] = str(find_run(folder).checkpoint)
-        run_option, ckpt_option = (
-            shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt")
-        )
+        run, ckpt = (shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt"))
+        trust = f"'trust=[{','.join(config.trust)}]' " if config.trust else ""
         following = [
             "Next:",
-            f"  python -m src.sample {run_option} sampler=ddim sampler.steps=50 n=64 seed=0",
-            f"  python -m src.evaluate {run_option}",
-            f"  python -m src.train {ckpt_option} trainer.max_steps={2 * step}",
+            f"  python -m src.sample {trust}{run} sampler=ddim sampler.steps=50 n=64 seed=0",
         ]
+        if config.metrics:
+            following.append(f"  python -m src.evaluate {trust}{run}")
+        following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}")
     width = max(map(len, results), default=0) + 2
     return "\n".join(
         ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]

@@ -10,7 +10,7 @@ from torch import Tensor
 NO_CLASS = -1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins rebuild it field by field
 class Condition:
     """The condition of a batch of B images: any of class labels, token embeddings and images.
 

@@ -19,7 +19,7 @@ from src.data.source import ImageSet
 from src.randomness import generator
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins rebuild it field by field
 class Batch:
     """What a step gets.
 

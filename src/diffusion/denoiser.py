@@ -156,10 +156,16 @@ class Denoiser(BaseDenoiser):
         label = self._label(level, x_t)
         second = {} if to is None else {"to_label": self._label(to, x_t)}
         weight = next(self.network.parameters(), x_t)
-        # with bfloat16 weights only the network runs in bfloat16; the sampler stays in float32
-        output = self.network(x_t.to(weight.dtype), label, condition, **second).to(x_t.dtype)
+        # float32 images pass through a network of bfloat16 weights, and the sampler's arithmetic stays in float32
+        network_input = x_t.to(weight.dtype) if weight.is_floating_point() else x_t
+        output = self.network(network_input, label, condition, **second).to(x_t.dtype)
         channels = x_t.shape[1]
-        if output.shape[1] <= channels:
+        if output.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"network: its output has {output.shape[1]} channels for images of {channels}; it needs {channels}, or"
+                f" {2 * channels} with a learned variance"
+            )
+        if output.shape[1] == channels:
             return output, None
         return output[:, :channels], output[:, channels:]
 

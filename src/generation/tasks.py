@@ -97,6 +97,7 @@ class Draw(Task):
         evaluations = max(gathered(evaluations))
         if rank() > 0:
             return Made([], evaluations)
+        origin.keep(evaluations)
         lines = _save_grid(image_grid(read_images(folder / "images", range(min(n, GRID)), channels)), folder)
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:

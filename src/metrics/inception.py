@@ -57,7 +57,7 @@ def find_weights(weights: str | None, layer: str) -> Path:
             fix = (
                 f"fetch {URL_INCEPTION_V3} to {downloaded} (no other file has the logits)"
                 if layer == "logits_unbiased"
-                else "run `make inception`, or choose metrics=fd_digits"
+                else "run `make inception`, or choose metrics=none"
             )
             raise UserError(
                 f"metrics.features.weights: no InceptionV3 weights in {pool3} or {downloaded}, "

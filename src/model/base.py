@@ -17,13 +17,11 @@ class Network(nn.Module, ABC):
         image_shape: (C, H, W) of the input, not necessarily square; None if it accepts any shape.
         out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
         reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
-        second_time: whether it accepts the label of a second time s, for a step from t to s.
     """
 
     image_shape: tuple[int, int, int] | None = None
     out_channels: int
     reads: frozenset[str] = frozenset()
-    second_time = False
 
     @abstractmethod
     def forward(
@@ -39,7 +37,7 @@ class Network(nn.Module, ABC):
             x: noisy images, scaled by the parameterisation's c_in, shape (B, C, H, W).
             label: the label of the time, float, shape (B,); not necessarily an integer.
             condition: the condition of the images, only with kinds in `reads`; or None.
-            to_label: label of the second time s, shape (B,); only if `second_time` is True.
+            to_label: label of the second time s, shape (B,); only for networks that are built for steps from t to s.
 
         Returns:
             Shape (B, out_channels, H, W).

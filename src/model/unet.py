@@ -64,7 +64,6 @@ class UNet(Network):
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes = num_classes
         self.reads = frozenset({"labels"} if num_classes else ())
-        self.second_time = second_time
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]

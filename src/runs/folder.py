@@ -9,6 +9,7 @@ samples/           previews and sampled images
 lock               locked while a process trains in this folder
 csv/               the curves; also wandb/ and tensorboard/
 scores.json        the last scores and their protocol
+train.log          what was printed
 scores/            scores of src.evaluate, one folder per recipe
 """
 

@@ -131,7 +131,12 @@ class DiffusionModule(LightningModule):
 
     def encode(self, batch: Batch) -> Tensor:
         """The encoded images of a batch in the precision of the network's weights, shape (b, C, H, W)."""
-        return self.codec.encode(batch.images).to(self.dtype)
+        with torch.no_grad():
+            return self.codec.encode(batch.images).to(self.dtype)
+
+    def on_fit_start(self) -> None:
+        """Moves a codec with weights to the device; it is not part of the module, since it is not trained."""
+        self.codec.to(self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Passes the losses of the global batch to `Loss.observe`, before a checkpoint can be written."""

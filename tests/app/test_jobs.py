@@ -60,7 +60,7 @@ def test_a_job_in_a_fresh_process_gives_the_numbers_of_this_one(tmp_path, monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    config = composed(tmp_path / "there")
+    config = composed(tmp_path / "there", "name=x_${unique:}")  # of a resolver that the process must register
     process = context.Process(target=in_a_fresh_process, args=(config, queue))
     process.start()
     there = queue.get(timeout=60)

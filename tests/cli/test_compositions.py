@@ -23,6 +23,13 @@ COMPOSITIONS = {
     ],
     "class-conditional": ["class_conditional=true", "optimizer=adamw", "ema=constant"],
     "bfloat16": ["trainer.precision=bf16-mixed", "lr_schedule=constant", "schedule=linear", "schedule.T=100"],
+    "bfloat16 weights": ["trainer.precision=bf16-true", "class_conditional=true"],
+    "float64 weights": ["trainer.precision=64-true"],
+    "two scores": ["metrics=[fd_digits,kd_digits]", "metrics.kd_digits.subset_size=100"],
+    "a wrapper inside the clipping": [
+        "+wrappers.bound={_target_: src.diffusion.clipping.StaticClipping, bound: 0.5}"
+    ],
+    "guided": ["conditioning=class", "conditioning.dropout=0.2", "guidance=classifier_free"],
     "no score": ["metrics=none"],
     "overfit": ["debug=overfit", "trainer.max_steps=4", "callbacks=none"],
 }

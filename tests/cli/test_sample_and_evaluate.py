@@ -209,6 +209,12 @@ def test_error_names_the_wrong_option(command, run, capsys, override, words):
     assert_one_line(capsys.readouterr().err, words)
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_a_misspelt_option_is_named(command, run, capsys, name):
+    assert command(name, f"run={run}", "sampler.stepz=3") == 2
+    assert_one_line(capsys.readouterr().err, ["sampler.stepz", "did you mean sampler.steps"])
+
+
 def test_sections_as_documented(command, run, tmp_path):
     sections = ["spacing=sections", 'spacing.sections="1,2,3"', "sampler.steps=6"]
     assert command("sample", f"run={run}", *sections, "n=2", f"out={tmp_path}/out") == 0

@@ -153,3 +153,27 @@ def test_condition_dropout_depends_on_the_position_in_the_stream(dropout):
     loader = DataLoader([batch_of(400, labels=labels)], batch_size=None)
     trainer.validate(module, loader, verbose=False)
     assert torch.equal(network.labels[-1], labels)
+
+
+class Halves(Pixels):
+    """Images of 1 x 2 x 2 pixels as two channels of 1 x 2: another shape than the image."""
+
+    def __init__(self):
+        super().__init__((1, 2, 2))
+        self.shape = (2, 1, 2)
+
+    def encode(self, images):
+        assert not torch.is_grad_enabled(), "a codec is not trained"
+        return super().encode(images).reshape(-1, *self.shape)
+
+
+def test_the_loss_is_given_what_the_codec_encodes():
+    class Seen(TimedLoss):
+        def forward(self, x0, draws, eps, condition=None):
+            self.shapes = (x0.shape, eps.shape)
+            return self.denoiser.network.scale * x0.flatten(1).mean(dim=1)
+
+    loss = Seen(Denoiser(Scale(), Cosine(T), V()), Uniform())
+    module = DiffusionModule(loss, lambda p: None, None, None, seed=0, batch_size=4, codec=Halves())
+    module.training_step(batch_of(4), 0)
+    assert loss.shapes == ((4, 2, 1, 2), (4, 2, 1, 2))

@@ -90,6 +90,14 @@ class TrackFidelity(EverySteps):
                 f"{error}; change callbacks.track_fidelity.n={self.n} or metrics (metrics=none for no score)"
             ) from None
 
+    def cost(self, max_steps: int) -> str:
+        """What scoring costs in a training of so many steps, and how to spend less, in one line."""
+        times = max_steps // self.every + (self.at_end and max_steps % self.every > 0)
+        return (
+            f"{self.scores.names} of {self.n:,} images of {self.recipe.steps} steps, {times} times"
+            " (fewer: callbacks.track_fidelity.n, at_end=false; none: metrics=none)"
+        )
+
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.at_end and trainer.global_step % self.every:
             return
