@@ -143,7 +143,7 @@ def test_the_output_equals_that_of_diffusers_guider(rescale):
     conditional, weak = network(x_t, None, condition), network(x_t, None, condition.dropped())
     guider = ClassifierFreeGuidance(guidance_scale=5.0, guidance_rescale=rescale)
     guider.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(900))
-    expected = guider(conditional, weak).pred
+    expected = guider.forward(conditional, weak).pred
     level = Cosine()([300.0]).scalars()[0]
     ours = ClassifierFree(Denoiser(network, Cosine(), Eps()), 5.0, rescale=rescale)(x_t, level, condition)
     torch.testing.assert_close(ours.output, expected)
