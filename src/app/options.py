@@ -189,6 +189,7 @@ EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
     "data.cache": "none",
+    "guidance": "none",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "none",
     "metrics": "none",

@@ -1,6 +1,7 @@
 """The parts that training and loading share. Hydra picks the leaves, these lines join them."""
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from src.data.codec import Codec
 from src.data.source import ImageSource
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
 from src.diffusion.distance import Distance, Squared
+from src.diffusion.guidance import ClassifierFree
 from src.diffusion.loss import Loss
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.sampler import Sampler
@@ -28,6 +30,8 @@ from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Recipe
 from src.metrics.fidelity import FidelityScore
 from src.model import ForeignNetwork, Network, adapted
+
+log = logging.getLogger(__name__)
 
 
 def source_of(config: DictConfig) -> ImageSource:
@@ -170,6 +174,7 @@ def recipe_of(
     if steps is None:
         raise UserError("sampler.steps is missing: give it in the sampler's file or as sampler.steps=...")
     check_value(int, steps, "sampler.steps")
+    check_guidance(config, conditioning)
     wrappers = wrappers_of(config)
     recipe = Recipe(
         sampler=build(OmegaConf.create(numbers), Sampler, "sampler"),
@@ -192,9 +197,31 @@ def recipe_of(
     return recipe
 
 
+def check_guidance(config: DictConfig, conditioning: Conditioning | None) -> None:
+    """Checks guidance against the network's conditioning, and warns of a network that was not trained for it.
+
+    Raises:
+        UserError: guidance of an unconditional network.
+    """
+    found = class_of(config.guidance)
+    if found is None or not issubclass(found, ClassifierFree):
+        return
+    if conditioning is None:
+        raise UserError(
+            "guidance: this network has no condition to be guided by; choose guidance=none, or train with"
+            " conditioning=class conditioning.dropout=0.1"
+        )
+    if not conditioning.dropout and config.guidance.get("scale", 1) != 1:
+        log.warning(
+            "guidance: this network was trained with conditioning.dropout=0, so that its prediction without a condition"
+            " is arbitrary; train with conditioning.dropout=0.1"
+        )
+
+
 def wrappers_of(config: DictConfig) -> dict[str, Wrapper]:
-    """What makes the denoisers around the network's, by option, the innermost first: your own, then clipping."""
-    nodes = {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
+    """What makes the denoisers around the network's, by option, the innermost first: guidance, your own, clipping."""
+    nodes = {"guidance": config.guidance}
+    nodes |= {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
     nodes["clipping"] = config.clipping
     wrappers = {}
     for option, node in nodes.items():

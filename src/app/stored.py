@@ -7,7 +7,11 @@ MOVED = {
     "src.nll.BoundBits": "src.evaluation.likelihood.BoundBits",
     "src.nll.FlowBits": "src.evaluation.likelihood.FlowBits",
 }
-NEW_GROUPS: dict[str, Any] = {"codec": {"_target_": "src.data.codec.Pixels"}, "wrappers": {}}
+NEW_GROUPS: dict[str, Any] = {
+    "codec": {"_target_": "src.data.codec.Pixels"},
+    "guidance": None,
+    "wrappers": {},
+}
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,21 @@ class Prediction:
         of_x_t = of_eps / sigma + of_x0 * self._c_skip
         return linear_combination(of_x_t, self.x_t, of_x0 * self._c_out, self._output)
 
+    @property
+    def output(self) -> Tensor:
+        """F, shape (B, C, H, W)."""
+        return self._output
+
+    def with_output(self, output: Tensor) -> "Prediction":
+        """A copy with another F, whose coefficients are the same."""
+        return Prediction(self.x_t, self.level, output, self._c_skip, self._c_out, self.variance)
+
+    def chunk(self, parts: int) -> list["Prediction"]:
+        """The predictions of equal parts of the batch, whose level is one for all images."""
+        variances = [None] * parts if self.variance is None else self.variance.chunk(parts)
+        pieces = zip(self.x_t.chunk(parts), self._output.chunk(parts), variances, strict=True)
+        return [Prediction(x_t, self.level, F, self._c_skip, self._c_out, v) for x_t, F, v in pieces]
+
     def with_x0(self, x0: Tensor) -> "Prediction":
         """A copy with another x0 and the corresponding eps."""
         return Prediction(self.x_t, self.level, x0, variance=self.variance)
