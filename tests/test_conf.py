@@ -358,6 +358,11 @@ def test_diffusion_choice_trains(group, choice, assembled):
     assert 0 <= parts.scores()["val/loss"] < math.inf
 
 
+def test_sizes_of_the_network_follow_the_data(assembled):
+    parts, _ = assembled("data=fashion_mnist", "model=unet_small")
+    assert parts.module.denoiser.network.image_shape == (1, 28, 28)
+
+
 @pytest.mark.parametrize("choice", choices("callbacks"))
 def test_callbacks(choice, assembled):
     parts, config = assembled(f"callbacks={choice}", "metrics=fd_digits")

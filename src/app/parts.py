@@ -120,8 +120,8 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
         )
     if conditioning is not None and conditioning.dropout and isinstance(network, ForeignNetwork):
         raise UserError(
-            f"conditioning.dropout={conditioning.dropout:g}: {_name(network)} is of another package, whose embedding has"
-            " no row for dropped labels; choose conditioning.dropout=0, or write a subclass of src.model.Network"
+            f"conditioning.dropout={conditioning.dropout:g}: {_name(network)} comes from another package and has no"
+            " embedding of dropped labels; choose conditioning.dropout=0, or write a subclass of src.model.Network"
         )
     return network
 

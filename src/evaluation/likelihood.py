@@ -16,7 +16,7 @@ from src.diffusion.schedule import DiscreteSchedule
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
-from src.generation.recipe import describe
+from src.generation.recipe import CLIPPING, describe, kind_of
 
 
 class Likelihood(ABC):
@@ -122,6 +122,10 @@ def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_si
     """
     loaded.source.prepare()
     n = min(n, len(loaded.source.split(likelihood.split)))
+    if any(kind_of(wrapper) not in CLIPPING for wrapper in loaded.recipe.wrappers):
+        raise UserError(
+            "metrics: a likelihood is of the network's own prediction; choose guidance=none and no wrappers"
+        )
     denoiser = loaded.recipe.around(loaded.denoiser) if likelihood.clipped else loaded.denoiser
     blocks = []
     with tqdm(desc="bits per dimension", total=n, unit="image", delay=2, leave=False) as progress:

@@ -12,15 +12,27 @@ from tests.conftest import QUICK
 # name -> overrides, and text that the error line must contain: the option and a fix
 BAD = {
     "an option that the framework sets": (["model.num_classes=3"], ["model.num_classes", "leave it out"]),
-    "an option that exists, with a plus": (["+trainer.max_steps=2"], ["trainer.max_steps", "without the plus"]),
-    "one score twice": (["metrics=[fd_digits,fd_digits]"], ["metrics=[fd_digits,fd_digits]", "different scores"]),
+    "an option that exists, with a plus": (
+        ["+trainer.max_steps=2"],
+        ["trainer.max_steps", "without the plus"],
+    ),
+    "one score twice": (
+        ["metrics=[fd_digits,fd_digits]"],
+        ["metrics=[fd_digits,fd_digits]", "different scores"],
+    ),
     "a score and none": (["metrics=[fd_digits,none]"], ["metrics=[fd_digits,none]", "without none"]),
     "a wrapper that is a number": (["+wrappers.a=3"], ["wrappers.a=3", "_target_"]),
-    "a wrapper of another kind": (["+wrappers.a={_target_: src.model.UNet}"], ["wrappers.a", "WrappedDenoiser"]),
+    "a wrapper of another kind": (
+        ["+wrappers.a={_target_: src.model.UNet}"],
+        ["wrappers.a", "WrappedDenoiser"],
+    ),
     "no folder for runs": (["runs=null"], ["runs=null", "folder"]),
     "a package that does not exist": (["trust=[nosuchpackage]"], ["trust=nosuchpackage", "imported"]),
     "accumulation by the trainer": (["+trainer.accumulate_grad_batches=2"], ["max_device_batch"]),
-    "batches by the trainer": (["+trainer.limit_train_batches=3"], ["trainer.limit_train_batches", "max_steps"]),
+    "batches by the trainer": (
+        ["+trainer.limit_train_batches=3"],
+        ["trainer.limit_train_batches", "max_steps"],
+    ),
     "epochs": (["+trainer.max_epochs=3"], ["trainer.max_epochs", "trainer.max_steps"]),
     "fast_dev_run": (["+trainer.fast_dev_run=true"], ["trainer.fast_dev_run", "debug=quick"]),
     "an option of another entry point": (["+label=3"], ["label: no such option"]),

@@ -116,6 +116,8 @@ LINES = {
     "a file outside conf/": "experiment={folder}/evil",
     "the same, quoted": "experiment='{folder}/evil'",
     "a flag": "--config-dir={folder}",
+    "trust": "trust=[os]",
+    "a file outside conf/ as a new group": "+newgroup=../../evil",
     "not a string": 5,
 }
 EVIL = "# @package _global_\nhydra:\n  callbacks:\n    evil: {_target_: os.makedirs, name: marker}\n"
