@@ -101,7 +101,8 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
     try:
         return make()
     except ValueError as error:
-        raise UserError(f"{option}.{error}" if named(error) in arguments else f"{option}: {error}") from None
+        known = {**arguments, **joined}
+        raise UserError(f"{option}.{error}" if named(error) in known else f"{option}: {error}") from None
 
 
 def class_of(node: Any) -> type | None:

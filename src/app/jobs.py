@@ -84,6 +84,7 @@ def sweep_job(config: Any) -> float | None:
     """One job of a sweep: its outcome is written to its folder, and a failure is logged, not raised."""
     from hydra.core.hydra_config import HydraConfig
 
+    register()  # a launcher may have started this process anew
     settings = HydraConfig.get()
     outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
     try:

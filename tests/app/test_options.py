@@ -33,7 +33,7 @@ def test_effects(name, effect):
 def test_what_trains_is_an_experiment_and_what_watches_is_not():
     groups = set(groups_of("train")) - {"experiment", "preset", "debug", "trainer"}
     free = {group for group in groups if effect_of(group) == "none"}
-    assert free == {"callbacks", "clipping", "logger", "metrics", "sampler", "spacing"}
+    assert free == {"callbacks", "clipping", "guidance", "logger", "metrics", "sampler", "spacing"}
 
 
 @pytest.mark.parametrize("entry_point", OPTIONS)

@@ -100,7 +100,8 @@ def test_network_without_variance_output_is_refused():
 
     denoiser = Denoiser(Plain(), Cosine(), Eps(), LearnedRange())
     with pytest.raises(
-        ValueError, match=r"^variance: LearnedRange is predicted by the network, .* give it 6, or choose Sm"
+        ValueError,
+        match=r"^variance: LearnedRange is predicted by the network, .* set out_channels=6, or choose Sm",
     ):
         denoiser(torch.zeros(2, 3, 4, 4), Cosine()([500.0]).scalars()[0])
 

@@ -13,13 +13,9 @@ GROUP = Path(__file__).parents[2] / "conf" / "model"
 
 
 def build(name: str, image_size: int, channels: int, **arguments):
-    config = OmegaConf.create(
-        {
-            "data": {"image_size": image_size, "channels": channels},
-            "model": OmegaConf.load(GROUP / f"{name}.yaml"),
-        }
+    return instantiate(
+        OmegaConf.load(GROUP / f"{name}.yaml"), image_size=image_size, channels=channels, **arguments
     )
-    return instantiate(config.model, **arguments)
 
 
 def size(network) -> int:
