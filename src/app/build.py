@@ -67,7 +67,7 @@ def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) ->
             or None gives None.
         kind: what the object must be an instance of (or make, if partial).
         option: the node's place in the configuration, for messages.
-        joined: built objects and derived numbers that the constructor is given besides the node's.
+        joined: further arguments of the constructor: built objects and derived numbers.
 
     Raises:
         UserError: an unknown or forbidden class, an unknown option, a wrong type or number, or an option that is set

@@ -35,7 +35,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     Raises:
         UserError: no such run, or an impossible choice.
     """
-    # what is chosen anew of the run's own groups; null, and for the sampler's group an empty node, keep the run's
+    # groups that replace those of the run; null keeps the run's choice
     chosen = {name: config[name] for name in groups_of("train") if config.get(name) is not None}
     chosen |= {"wrappers": config.wrappers} if config.wrappers else {}
     chosen.pop("data", None)

@@ -158,7 +158,7 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
 
 
 def _variants(groups: list[Any]) -> list[list[str]]:
-    """The choices of the command line; of a sweep over a group each value in turn."""
+    """The group choices of the command line, one list for each value of a sweep over a group."""
     fixed = [override.input_line for override in groups if not override.is_sweep_override()]
     swept = [
         f"{override.key_or_group}={value}"

@@ -110,7 +110,7 @@ def refuse_harmful(overrides: list[str], origin: Path) -> None:
 
     Raises:
         UserError: one addresses Hydra itself, which instantiates whatever its configuration names; or is a flag, or
-            chooses a file outside conf/, through which that could be done as well.
+            chooses a file outside conf/, which could do the same.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -186,7 +186,7 @@ def write_overrides(folder: Path, overrides: list[str]) -> None:
 
 
 def resume_overrides(arguments: list[str]) -> list[str]:
-    """The command line of a run that is continued: that of the run itself, and what is given anew.
+    """The command line of a continued run: the overrides of the run, then those given now.
 
     With `ckpt=` among the arguments, or in a SLURM job that was put back into the queue, the stored overrides of
     that run come first, its folder is used again, and `ckpt` becomes the checkpoint file. Otherwise the

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def sample(config: DictConfig) -> dict[str, float]:
-    """Makes what conf/task names, beside a record of the recipe, with one process or several.
+    """Runs the task of conf/task and writes a record of the recipe beside its results, with one process or several.
 
     Args:
         config: conf/sample.yaml, composed.

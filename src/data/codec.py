@@ -27,7 +27,7 @@ class Codec(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """How generated values become bytes, in words for records."""
+        """A description of how generated values become bytes, for records."""
 
     def to(self, device: torch.device | str) -> "Codec":
         """Moves a codec that has weights to a device; returns itself."""

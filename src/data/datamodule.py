@@ -44,7 +44,7 @@ class ImageDataModule(LightningDataModule):
     `val_check_interval`, `check_val_every_n_epoch=None` and `use_distributed_sampler=False` on the Trainer.
 
     The state is one integer, `samples`: how many samples the optimiser has consumed. It is counted from
-    optimiser steps, so batches that were prefetched but not used do not count, and a resumed run goes on with
+    optimiser steps, so batches that were prefetched but not used do not count, and a resumed run continues with
     the next sample even if batch size, devices or workers have changed.
 
     Args:

@@ -221,7 +221,7 @@ class DecodedFiles(ImageSet):
         return self.pixels.index_select(0, self.rows[torch.as_tensor(indices, dtype=torch.int64)])
 
     def fingerprint(self) -> str:
-        """Of pixels and labels."""
+        """A hash of the pixels and labels."""
         digest = sha256(f"{tuple(self.pixels.shape[1:])}".encode())
         for rows in self.rows.split(1024):
             digest.update(memoryview(self.pixels.index_select(0, rows).numpy()))
