@@ -39,7 +39,7 @@ class ClassifierFree(WrappedDenoiser):
     def __init__(
         self,
         inner: BaseDenoiser,
-        scale: float = 1.0,
+        scale: float,
         interval: Sequence[float] | None = None,
         rescale: float = 0.0,
         batched: bool = True,

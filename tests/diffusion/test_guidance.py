@@ -187,7 +187,7 @@ def test_scale_1_samples_the_class_and_more_moves_away_from_the_others():
 )
 def test_numbers_are_checked(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        ClassifierFree(Exact(VP()), **arguments)
+        ClassifierFree(Exact(VP()), **{"scale": 2.0, **arguments})
 
 
 def test_images_without_a_condition_are_refused():
