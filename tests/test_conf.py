@@ -41,6 +41,7 @@ NEEDS = {
     "loss=vlb": ["variance=learned"],
     "variance=learned": ["loss=hybrid"],
     "variance=learned_range": ["loss=hybrid"],
+    "guidance": ["conditioning=class", "conditioning.dropout=0.1"],
     "model=unet_ddpm": ["data=cifar10"],
     "model=unet_small": ["data=fashion_mnist"],
 }
@@ -52,6 +53,11 @@ SMALL_NETWORK = [
     "model.blocks_per_level=1",
     "model.attention_factors=[2]",
 ]
+
+
+def needs(group: str, choice: str) -> list[str]:
+    """What else to choose beside a choice: for it, or for its whole group."""
+    return NEEDS.get(f"{group}={choice}", NEEDS.get(group, []))
 
 
 def choices(group: str) -> list[str]:
@@ -312,7 +318,7 @@ def test_choice_builds_its_object(group, choice, assembled):
     override = f"{group}={choice}"
     if group == "trainer" and choice == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    parts, config = assembled(override, *NEEDS.get(override, []))
+    parts, config = assembled(override, *needs(group, choice))
     node = config[group]
     if not node:
         return  # the choice is empty; the tests below train with it
@@ -346,7 +352,7 @@ def test_diffusion_choice_trains(group, choice, assembled):
         "callbacks=none",
         "schedule=cosine",
     ]
-    overrides = [*SMALL_NETWORK, *overrides, f"{group}={choice}", *NEEDS.get(f"{group}={choice}", [])]
+    overrides = [*SMALL_NETWORK, *overrides, f"{group}={choice}", *needs(group, choice)]
     parts, _ = assembled(*overrides, "+trainer.limit_val_batches=1")
     weights = parts.module.denoiser.network.state_dict()
     before = {name: weight.clone() for name, weight in weights.items()}

@@ -101,7 +101,7 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
     try:
         return make()
     except ValueError as error:
-        known = {**arguments, **joined}
+        known = {*arguments, *(name for name, value in joined.items() if isinstance(value, int | list))}
         raise UserError(f"{option}.{error}" if named(error) in known else f"{option}: {error}") from None
 
 

@@ -142,7 +142,9 @@ def test_output_files(command, only_run):
         "step_00000020.ckpt",
         "step_00000020.ckpt.json",
     ]
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image_size"] == 8
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["image_size"] == 8
+    assert "${" not in (run / "config.yaml").read_text(), "interpolations are resolved"
     assert set(json.loads((run / "environment.json").read_text())) >= {"git", "versions", "platform"}
     scores = Record.read(run / "scores.json").scores
     assert set(scores) == {"fd_digits", "val/loss", "val/loss_ema"}

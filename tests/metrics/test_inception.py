@@ -120,7 +120,7 @@ def test_order_of_the_locations_of_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
-        UserError, match=r"no network.*run `make inception`, or choose metrics=fd_digits"
+        UserError, match=r"no network.*run `make inception`, or choose metrics=none"
     ) as raised:
         find_weights(None, "2048")
     assert "\n" not in str(raised.value)
