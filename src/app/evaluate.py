@@ -31,6 +31,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Returns:
         The scores by name.
     """
+    likelihoods = [option for option, node in metric_nodes(config).items() if is_likelihood(node)]
+    if likelihoods and config.devices > 1:
+        raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
     return launch(evaluate_on_this_process, config)
 
 

@@ -262,11 +262,12 @@ def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
 
 def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:
     """The chosen metrics by option: one by itself, or several by name."""
-    if not config.metrics:
+    chosen = config.get("metrics")
+    if not chosen:
         return {}
-    if "_target_" in config.metrics:
-        return {"metrics": config.metrics}
-    return {f"metrics.{name}": node for name, node in config.metrics.items() if node}
+    if "_target_" in chosen:
+        return {"metrics": chosen}
+    return {f"metrics.{name}": node for name, node in chosen.items() if node}
 
 
 def is_likelihood(node: DictConfig) -> bool:

@@ -65,7 +65,15 @@ def test_an_adaptive_solver_waits_to_choose_its_steps(sampler):
         assert states(device, denoiser, recipe)[-1].x.device.type == "cuda"
 
 
-@pytest.mark.parametrize("group", ["clipping", "parameterization", "schedule", "spacing", "variance"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        "clipping",
+        "parameterization",
+        "variance",
+        *(pytest.param(group, marks=pytest.mark.slow) for group in ("schedule", "spacing")),
+    ],
+)
 def test_no_part_of_a_recipe_waits(group):
     for choice in choices(group):
         loss = "loss=vlb" if choice.startswith("learned") else "loss=denoising"
