@@ -87,6 +87,8 @@ def _check_choices(
             f"{group}: no such group{_nearest(group, list(groups))}; {_help(entry_point)} lists them"
         )
     choices = sorted(path.stem for place in places for path in (place / group).glob("*.yaml"))
+    if override.value() is None and not override.is_delete():
+        raise UserError(f"{group}=null: choose from {', '.join(choices)}")
     values = override.value() if override.is_sweep_override() else [override.value()]
     if not isinstance(values, list):
         values = list(getattr(values, "list", []))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from src.conditioning import Condition
+
 from .denoiser import BaseDenoiser, WrappedDenoiser
 from .noise_level import NoiseLevel
 from .parameterization import Prediction
@@ -63,7 +65,7 @@ class ClassifierFree(WrappedDenoiser):
         if self.scale == 0:
             return self.inner(x_t, level, condition.dropped(), to)
         if self.batched and isinstance(level.alpha, float):
-            both = type(condition).cat([condition, condition.dropped()])
+            both = Condition.cat([condition, condition.dropped()])
             conditional, weak = self.inner(torch.cat([x_t, x_t]), level, both, to).chunk(2)
         else:
             conditional = self.inner(x_t, level, condition, to)

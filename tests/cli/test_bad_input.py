@@ -26,6 +26,7 @@ BAD = {
         ["+wrappers.a={_target_: src.model.UNet}"],
         ["wrappers.a", "WrappedDenoiser"],
     ),
+    "no choice of a group": (["data=null"], ["data=null", "choose from", "digits"]),
     "no folder for runs": (["runs=null"], ["runs=null", "folder"]),
     "a package that does not exist": (["trust=[nosuchpackage]"], ["trust=nosuchpackage", "imported"]),
     "accumulation by the trainer": (["+trainer.accumulate_grad_batches=2"], ["max_device_batch"]),
