@@ -24,9 +24,12 @@ class ImageSet(ABC):
 
     Attributes:
         labels: int64 (n,), classes in [0, num_classes), or None where the source is unlabelled.
+        captions: one text for each of the n images, "" where an image has none; or None where the source has no
+            captions.
     """
 
     labels: Tensor | None
+    captions: Sequence[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -82,6 +85,7 @@ class ImageSource(ABC):
 
     Attributes:
         name: what the set is called in logs and cache keys.
+        captioned: whether the images have captions.
         image_shape: (C, H, W) of every image.
 
     Raises:
@@ -89,6 +93,7 @@ class ImageSource(ABC):
     """
 
     name: ClassVar[str]
+    captioned: bool = False
 
     def __init__(
         self, image_size: int | Sequence[int], channels: int, num_classes: int, horizontal_flip: bool
@@ -150,6 +155,8 @@ class ImageSource(ABC):
     def _checked(self, split: Split, images: ImageSet) -> ImageSet:
         if (images.labels is None) != (self.num_classes == 0):
             raise RuntimeError(f"{self.name}: labels contradict num_classes={self.num_classes}")
+        if (images.captions is None) == self.captioned or (self.captioned and len(images.captions) != len(images)):
+            raise RuntimeError(f"{self.name}: captions contradict captioned={self.captioned}")
         if images.labels is not None and len(images):
             low, high = int(images.labels.min()), int(images.labels.max())
             if low < 0 or high >= self.num_classes:
