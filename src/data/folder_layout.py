@@ -57,15 +57,20 @@ class FolderLayout:
         if self.split_folders:
             return {split for split, folder in self.split_folders.items() if path.startswith(f"{folder}/")}
         digest = blake2b(os.fsencode(path), digest_size=8).digest()
-        place = int.from_bytes(digest, "little") / 2**64
-        if place < holdout:
-            return {"test"}
-        return {"validation"} if place < 2 * holdout else {"train"}
+        return {held_out(int.from_bytes(digest, "little"), holdout)}
 
     def class_of(self, path: str) -> str | None:
         """The name of the class folder that a file lies in, by its path below the root."""
         folders = path.split("/")[:-1]
         return folders[self._class_level] if len(folders) > self._class_level else None
+
+
+def held_out(hash: int, holdout: float) -> Split:
+    """The split of an image whose hash of 64 bits is `hash`, with a share of `holdout` in validation and in test."""
+    place = hash / 2**64
+    if place < holdout:
+        return "test"
+    return "validation" if place < 2 * holdout else "train"
 
 
 def _subfolders(folder: Path) -> list[str]:

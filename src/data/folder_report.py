@@ -1,10 +1,11 @@
-"""What a user should know about a folder of images before training on it."""
+"""What a user should know about a set of images before training on it."""
 
 from collections.abc import Iterable, Sequence
 from logging import getLogger
 from statistics import median
 
-from src.data.folder_index import Listing, Record, printable
+from src.data.folder_index import Listing, printable
+from src.data.image_index import Record
 
 log = getLogger(__name__)
 
@@ -20,12 +21,16 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def report_left_out(where: str, listing: Listing, faults: list[str]) -> None:
-    """Logs the files that are not used: faulty ones, those of other kinds, repeated links."""
+def report_faults(faults: list[str], count: int) -> None:
+    """Logs the images that are not used because of a fault, of `count` images."""
     if faults:
-        log.warning("left out %d of %d images that cannot be used:", len(faults), len(listing.files))
+        log.warning("left out %d of %d images that cannot be used:", len(faults), count)
         for fault in faults:
             log.warning("  %s", printable(fault))
+
+
+def report_others(where: str, listing: Listing) -> None:
+    """Logs the files that are not used: those of other kinds, repeated links."""
     if listing.others:
         kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in listing.others.most_common(5))
         log.info("%s: left out %d other files (%s)", where, listing.others.total(), printable(kinds))

@@ -1,5 +1,6 @@
 """What a data source is: a shape that is known at once, and splits of images that load on first use."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
@@ -45,7 +46,12 @@ class ImageSet(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash (hexadecimal) of the images' content and labels, equal exactly for equal data."""
+        """A hash (hexadecimal) of the images' content, labels and captions, equal exactly for equal data."""
+
+    def annotations(self) -> bytes:
+        """Labels and captions as bytes, for fingerprints; empty where there are none."""
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        return labels + (b"" if self.captions is None else json.dumps(list(self.captions)).encode())
 
 
 class InMemoryImages(ImageSet):
@@ -54,11 +60,13 @@ class InMemoryImages(ImageSet):
     Args:
         pixels: uint8 (n, C, H, W).
         labels: int64 (n,) or None.
+        captions: n texts or None.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor | None):
+    def __init__(self, pixels: Tensor, labels: Tensor | None, captions: Sequence[str] | None = None):
         self.pixels = pixels.contiguous()
         self.labels = labels
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -69,8 +77,7 @@ class InMemoryImages(ImageSet):
     def fingerprint(self) -> str:
         digest = sha256(f"{tuple(self.pixels.shape)}".encode())
         digest.update(memoryview(self.pixels.numpy()))
-        if self.labels is not None:
-            digest.update(memoryview(self.labels.numpy()))
+        digest.update(self.annotations())
         return digest.hexdigest()
 
 
@@ -144,7 +151,7 @@ class ImageSource(ABC):
         return self._sets[name]
 
     def fingerprint(self, split: Split) -> str:
-        """A hash (hexadecimal) of the split's images and labels, for cache keys and for checks at resume."""
+        """A hash (hexadecimal) of the split's images, labels and captions, for cache keys and for checks at resume."""
         if split not in self._fingerprints:
             self._fingerprints[split] = self.split(split).fingerprint()
         return self._fingerprints[split]
@@ -155,7 +162,9 @@ class ImageSource(ABC):
     def _checked(self, split: Split, images: ImageSet) -> ImageSet:
         if (images.labels is None) != (self.num_classes == 0):
             raise RuntimeError(f"{self.name}: labels contradict num_classes={self.num_classes}")
-        if (images.captions is None) == self.captioned or (self.captioned and len(images.captions) != len(images)):
+        if (images.captions is None) == self.captioned or (
+            self.captioned and len(images.captions) != len(images)
+        ):
             raise RuntimeError(f"{self.name}: captions contradict captioned={self.captioned}")
         if images.labels is not None and len(images):
             low, high = int(images.labels.min()), int(images.labels.max())

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from src.data.datamodule import ImageDataModule
 from src.data.folder_index import FolderIndex
-from src.data.image_folder import DecodedFiles, ImageFolder, StreamedFiles
+from src.data.image_folder import ImageFolder
+from src.data.indexed import DecodedImages, StreamedImages
 from src.data.stream import FixedOrder
 from src.errors import UserError
 
@@ -613,8 +614,8 @@ def test_memory_and_stream_agree(root, tmp_path):
     streamed = source(root, tmp_path, memory_limit_mb=0, **options)
     for split in ("train", "validation", "test"):
         a, b = held.split(split), streamed.split(split)
-        assert isinstance(a, DecodedFiles)
-        assert isinstance(b, StreamedFiles)
+        assert isinstance(a, DecodedImages)
+        assert isinstance(b, StreamedImages)
         assert torch.equal(a.labels, b.labels)
         order = torch.randperm(len(a))
         assert torch.equal(a.images(order), b.images(order))
