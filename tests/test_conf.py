@@ -37,6 +37,7 @@ NEEDS = {
     "schedule=rectified_flow": ["parameterization=velocity"],
     "schedule=zero_terminal_snr": ["parameterization=v"],
     "data=image_folder": ["data.root=${oc.env:PICTURES}"],
+    "data=huggingface": ["data.path=${oc.env:PICTURES}"],
     "loss=hybrid": ["variance=learned_range"],
     "loss=vlb": ["variance=learned"],
     "variance=learned": ["loss=hybrid"],

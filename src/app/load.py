@@ -55,7 +55,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
         )
     outputs = own_variance.outputs
     loaded = load(found, content, merged, config.weights, config.device, config.seed, outputs)
-    if config.data.root:
+    if config.data.root or config.data.path:
         warn_of_other_images(loaded.source, content)
     return loaded, merged
 
@@ -84,7 +84,7 @@ def warn_of_other_images(source: ImageSource, content: Mapping[str, Any]) -> Non
     source.prepare()
     trained_on = (content.get("origin") or {}).get("data")
     if trained_on and source.fingerprint("train") != trained_on:
-        log.warning("data.root: these training images differ from those that the run was trained on")
+        log.warning("data: these training images differ from those that the run was trained on")
 
 
 def load(

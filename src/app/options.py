@@ -159,6 +159,7 @@ LOAD = (
     Option("device", "auto", "auto, cpu, cuda, cuda:1, mps", str),
     Option("devices", 1, "processes that share the work, on as many GPUs or on the CPU", int, least=1),
     Option("data.root", None, "where the run's data lie now, if they have moved", str, optional=True),
+    Option("data.path", None, "the same for data=huggingface", str, optional=True),
     Option(
         "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
     ),
@@ -190,6 +191,7 @@ EFFECTS: dict[str, Effect] = {
     "clipping": "none",
     "data.cache": "none",
     "guidance": "none",
+    "data.path": "none",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "none",
     "metrics": "none",

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from src.data.captions import DIGIT_TEMPLATES, DIGITS, from_templates
 from src.data.source import ImageSet, ImageSource, InMemoryImages, Split, require
 from src.errors import UserError
 
@@ -20,17 +21,24 @@ class Digits(ImageSource):
         channels: 1.
         num_classes: 10, or 0 for no labels.
         horizontal_flip: whether training may mirror the images; mirrored digits are no digits.
+        captions: whether the images have captions, e.g. "the digit three"; see `src.data.captions`.
     """
 
     name = "digits"
 
     def __init__(
-        self, image_size: int = 8, channels: int = 1, num_classes: int = 10, horizontal_flip: bool = False
+        self,
+        image_size: int = 8,
+        channels: int = 1,
+        num_classes: int = 10,
+        horizontal_flip: bool = False,
+        captions: bool = False,
     ):
         require("image_size", image_size, 8)
         require("channels", channels, 1)
         require("num_classes", num_classes, 10, 0)
         super().__init__(image_size, channels, num_classes, horizontal_flip)
+        self.captioned = captions
 
     def check(self) -> None:
         if find_spec("sklearn") is None:
@@ -48,4 +56,6 @@ class Digits(ImageSource):
             members = labels == label
             place[members] = torch.arange(int(members.sum())) % 12
         chosen = {"train": place < 10, "validation": place == 10, "test": place == 11}[split]
-        return InMemoryImages(pixels[chosen], labels[chosen] if self.num_classes else None)
+        labels = labels[chosen]
+        captions = from_templates(labels, DIGITS, DIGIT_TEMPLATES) if self.captioned else None
+        return InMemoryImages(pixels[chosen], labels if self.num_classes else None, captions)

@@ -9,6 +9,12 @@ CLASSES = [
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
 
+PHRASES = [
+    *("a t-shirt", "trousers", "a pullover", "a dress", "a coat"),
+    *("a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot"),
+]
+"""The classes in captions."""
+
 
 class FashionMNIST(IdxSource):
     """Zalando's pictures of clothing (Xiao et al. 2017, arXiv:1708.07747).
@@ -19,6 +25,8 @@ class FashionMNIST(IdxSource):
 
     name = "fashion_mnist"
     system_folder = "/usr/share/datasets/fashion-mnist"
+    caption_names = PHRASES
+    caption_templates = ("a photo of {}", "a grey picture of {}", "{}")
 
     @property
     def class_names(self) -> list[str]:

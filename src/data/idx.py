@@ -3,14 +3,17 @@
 import gzip
 import zlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from src.data.captions import from_templates
 from src.data.source import CACHE, ImageSet, ImageSource, InMemoryImages, Split, require, user_path
 from src.errors import UserError
 
@@ -58,9 +61,16 @@ class IdxSource(ImageSource):
         channels: 1.
         num_classes: 10, or 0 for no labels.
         horizontal_flip: whether training may mirror the images.
+        captions: whether the images have captions, made from their classes; see `src.data.captions`.
+
+    Attributes:
+        caption_names: names of the classes in captions.
+        caption_templates: see `from_templates`.
     """
 
     system_folder: str | None = None
+    caption_names: ClassVar[Sequence[str]]
+    caption_templates: ClassVar[Sequence[str]]
 
     def __init__(
         self,
@@ -69,12 +79,14 @@ class IdxSource(ImageSource):
         channels: int = 1,
         num_classes: int = 10,
         horizontal_flip: bool = False,
+        captions: bool = False,
     ):
         require("image_size", image_size, 28, 32)
         require("channels", channels, 1)
         require("num_classes", num_classes, 10, 0)
         super().__init__(image_size, channels, num_classes, horizontal_flip)
         self.root = root
+        self.captioned = captions
 
     @abstractmethod
     def download(self, folder: Path) -> None:
@@ -111,7 +123,12 @@ class IdxSource(ImageSource):
                 f"labels; {self.name} has 28x28 pixels and one label per image: replace the files"
             )
         border = (self.image_size - 28) // 2
-        return InMemoryImages(pad(pixels.unsqueeze(1), (border,) * 4), labels if self.num_classes else None)
+        captions = None
+        if self.captioned:
+            captions = from_templates(labels, self.caption_names, self.caption_templates)
+        return InMemoryImages(
+            pad(pixels.unsqueeze(1), (border,) * 4), labels if self.num_classes else None, captions
+        )
 
     def _folder(self) -> Path | None:
         roots = [self.root] if self.root is not None else [self.system_folder, CACHE]

@@ -20,6 +20,7 @@ from src.errors import UserError
         ("trainer.max_steps", "none"),
         ("trainer.precision", "experiment"),
         ("data.root", "none"),
+        ("data.path", "none"),
         ("data.image_size", "experiment"),
         ("sampler.steps", "none"),
         ("wrappers.mine.factor", "none"),
