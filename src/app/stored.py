@@ -13,6 +13,12 @@ NEW_GROUPS: dict[str, Any] = {
     "wrappers": {},
 }
 
+# Options that sources have got since.
+NEW_DATA_OPTIONS: dict[str, dict[str, Any]] = {
+    f"src.data.{name}": {"captions": False}
+    for name in ("digits.Digits", "mnist.MNIST", "fashion_mnist.FashionMNIST")
+}
+
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration with the groups and names of this release.
@@ -21,6 +27,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
         config: primitives only; left as it is.
     """
     config = _renamed(config)
+    config["data"] = NEW_DATA_OPTIONS.get(config["data"].get("_target_"), {}) | config["data"]
     model, data = config["model"], config["data"]
     for name in ("image_size", "channels"):
         if name in model and model[name] == data.get(name):
