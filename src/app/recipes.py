@@ -97,15 +97,10 @@ def wrappers_of(config: DictConfig, arguments: dict[str, Any], sampler: Sampler)
         arguments: further arguments of the guidance, from its second run.
         sampler: the sampler.
     """
-    guidance = config.guidance
-    if arguments:
-        guidance = guidance.copy()
-        for name in RUN_OPTIONS:
-            guidance.pop(name, None)
-    nodes = {"guidance": guidance}
+    nodes = {"guidance": config.guidance}
     nodes |= {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
     nodes["clipping"] = config.clipping
-    found = class_of(guidance)
+    found = class_of(config.guidance)
     if found is not None and issubclass(found, ClassifierGuidance) and is_ancestral(sampler):
         nodes["guidance"] = nodes.pop("guidance")
     wrappers = {}
@@ -114,8 +109,10 @@ def wrappers_of(config: DictConfig, arguments: dict[str, Any], sampler: Sampler)
             raise UserError(f"{option}={node}: give a class, e.g. {{_target_: mypackage.Mine}}")
         if node:
             content = {**OmegaConf.to_container(node, resolve=False), "_partial_": True}
-            resolved = OmegaConf.create(content, parent=node._get_parent())
             joined = arguments if option == "guidance" else {}
+            if joined:
+                content = {name: value for name, value in content.items() if name not in RUN_OPTIONS}
+            resolved = OmegaConf.create(content, parent=node._get_parent())
             wrappers[option] = build(resolved, WrappedDenoiser, option, **joined)
     return wrappers
 

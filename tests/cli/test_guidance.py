@@ -38,7 +38,12 @@ RUNS = {
         "data.image_size=16",
         "data.channels=1",
     ],
-    "classifier": ["experiment=classifier_digits", "trainer.max_steps=6", "schedule=linear"],
+    "classifier": [
+        "experiment=classifier_digits",
+        "trainer.max_steps=6",
+        "schedule=linear",
+        "validate_every=3",
+    ],
 }
 
 
@@ -63,7 +68,7 @@ def sampled(command, tmp_path, run, *overrides, n=3):
     return json.loads((out / "recipe.json").read_text()), pixels(out)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_weaker_run_guides(command, runs, tmp_path, sampler):
     choice = ["guidance=auto", f"guidance.run={runs['less_trained']}", f"sampler={sampler}"]
     recipe, images = sampled(command, tmp_path, runs["plain"], *choice, "guidance.scale=3")
@@ -79,11 +84,8 @@ def test_a_weaker_run_guides(command, runs, tmp_path, sampler):
     [
         ("plain", "ddim"),
         ("plain", "ddpm"),
-        ("plain", "heun"),
         ("plain", "predictor_corrector"),
-        ("plain", "restart"),
         ("conditional", "ddim"),
-        ("conditional", "ddpm"),
     ],
 )
 def test_a_classifier_guides(command, runs, tmp_path, run, sampler):
