@@ -188,6 +188,10 @@ BAD = {
         ["run={plain}", "guidance=classifier_free"],
         ["guidance", "no condition"],
     ),
+    "an option of the run's own guidance": (
+        ["run={plain}", "guidance.scale=2"],
+        ["guidance.scale", "guidance=..."],
+    ),
     "a scale below 0": (
         ["run={plain}", "guidance=auto", "guidance.run={plain}", "guidance.scale=-1"],
         ["guidance.scale must be at least 0, got -1"],
