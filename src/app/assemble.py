@@ -26,12 +26,13 @@ from src.app.parts import (
     conditioning_of,
     denoiser_of,
     loss_of,
-    recipe_of,
     scores_of,
     source_of,
 )
+from src.app.recipes import recipe_of
 from src.app.stored import upgrade
 from src.data.datamodule import ImageDataModule, per_device_batch
+from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.generation.recipe import Recipe, describe, warn_of_amplified_errors, warn_of_missing_signal
@@ -76,12 +77,12 @@ DECIDED = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training, ready to run."""
+    """A training, ready to run. A classifier has no recipe."""
 
     module: DiffusionModule
     data: ImageDataModule
     trainer: Trainer
-    recipe: Recipe
+    recipe: Recipe | None
     checkpoint: Path | None
     summary: str
 
@@ -131,9 +132,11 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         codec=codec,
         conditioning=conditioning,
     )
-    recipe = recipe_of(config, config.generation.seed, denoiser, codec, conditioning)
-    warn_of_amplified_errors(denoiser, recipe)
-    warn_of_missing_signal(denoiser, recipe)
+    recipe = None
+    if not isinstance(denoiser, NoiseClassifier):
+        recipe = recipe_of(config, config.generation.seed, denoiser, codec, conditioning)
+        warn_of_amplified_errors(denoiser, recipe)
+        warn_of_missing_signal(denoiser, recipe)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, recipe, denoiser, ema)
     # after all others: they save and exit once the others have finished their step
@@ -211,10 +214,13 @@ def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
 
 
 def callbacks_of(
-    config: DictConfig, folder: Path, source: Any, recipe: Recipe, denoiser: Denoiser, ema: EMA | None
+    config: DictConfig, folder: Path, source: Any, recipe: Recipe | None, denoiser: Denoiser, ema: EMA | None
 ) -> list[Callback]:
-    """The callbacks in the order in which they act: the average first, since the others use it up to date."""
-    scores = scores_of(config, recipe.codec)
+    """The callbacks in the order in which they act: the average first, since the others use it up to date.
+
+    Without a recipe there are no previews and no scores.
+    """
+    scores = scores_of(config, recipe.codec) if recipe else None
 
     def record(step: int, evaluations: int) -> dict[str, Any]:
         weights = ema.name if ema else "raw"
@@ -245,6 +251,8 @@ def callbacks_of(
     for name, node in (config.callbacks or {}).items():
         chosen = "_target_" in node  # a debug preset may set numbers of a callback that was not chosen
         if not chosen or (name == "track_fidelity" and scores is None):
+            continue
+        if name == "sample_images" and recipe is None:
             continue
         option = f"callbacks.{name}"
         callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))

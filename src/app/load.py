@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.app.build import build
 from src.app.options import groups_of
-from src.app.parts import codec_of, conditioning_of, denoiser_of, recipe_of, source_of
-from src.app.stored import upgrade
+from src.app.recipes import recipe_of
+from src.app.restore import config_of, load_weights, parts_of
 from src.data.source import ImageSource
+from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.variance import Variance
 from src.errors import UserError
 from src.generation.loaded import LoadedRun
@@ -19,9 +20,7 @@ from src.generation.recipe import describe, warn_of_amplified_errors
 from src.runs.folder import FoundRun, find_run
 from src.runs.machine import keep_freed_memory
 from src.runs.processes import rank
-from src.training import post_hoc
 from src.training.checkpoint import read_checkpoint
-from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +40,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     chosen.pop("data", None)
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
-    try:
-        own = OmegaConf.create(upgrade(content["config"]))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
+    own = config_of(content, found)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     variance = build(merged.variance, Variance, "variance")
@@ -102,8 +98,7 @@ def load(
         found: its folder and checkpoint.
         content: of the checkpoint.
         config: how the parts are built.
-        weights: "ema" (with a warning the raw weights, if the run kept no average), "raw", or the length of a
-            power-function average, made from the run's snapshots.
+        weights: see `load_weights`.
         device: "auto", or a torch device.
         seed: of the sampling noise.
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
@@ -111,42 +106,22 @@ def load(
     Raises:
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
-    source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
-    denoiser = denoiser_of(config, codec, conditioning, outputs)
-    recipe = recipe_of(config, seed, denoiser, codec, conditioning)
+    parts = parts_of(config, outputs)
+    if isinstance(parts.denoiser, NoiseClassifier):
+        raise UserError(
+            f"run={found.folder}: this run is a classifier, which makes no images; choose a diffusion run, and guide it"
+            f" with guidance=classifier guidance.run={found.folder}"
+        )
+    denoiser = parts.denoiser
+    recipe = recipe_of(config, seed, denoiser, parts.codec, parts.conditioning)
     warn_of_amplified_errors(denoiser, recipe)
-    averages, name, decay = averages_of(content, config, found, weights)
-    prefix = "loss.denoiser.network."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    try:
-        denoiser.network.load_state_dict(state | averages)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
+    name, decay = load_weights(denoiser, found, content, config, weights)
     on = pick_device(device)
     if on.type == "cpu":
         keep_freed_memory()
-    denoiser.eval().requires_grad_(False).to(on)
-    codec.to(on)
-    return LoadedRun(denoiser, recipe, source, found, content["global_step"], name, decay)
-
-
-def averages_of(
-    content: Mapping[str, Any], config: DictConfig, found: FoundRun, weights: str | float
-) -> tuple[dict[str, torch.Tensor], str, float | None]:
-    """The chosen averaged weights, their name in records, and their decay; empty for raw weights."""
-    if weights == "raw":
-        return {}, "raw", None
-    if not isinstance(weights, str):
-        made = post_hoc.synthesise(found.folder / post_hoc.FOLDER, weights, content["global_step"])
-        return made, f"ema std={weights:g}, made from snapshots", None
-    stored = next((s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None)
-    if stored is None:
-        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
-        return {}, "raw", None
-    ema = build(config.ema, EMA, "ema")
-    return stored, ema.name, ema.decay
+    denoiser.to(on)
+    parts.codec.to(on)
+    return LoadedRun(denoiser, recipe, parts.source, found, content["global_step"], name, decay)
 
 
 def pick_device(device: str) -> torch.device:

@@ -148,6 +148,10 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
                 continue
             parent, _, name = key.rpartition(".")
             node = OmegaConf.select(config, parent) if parent else config
+            if node is None and parent in groups_of(entry_point):
+                return (
+                    f"{key}: choose {parent}=... too; without it, {parent} and its options are the run's own"
+                )
             if override.is_add():
                 if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118
                     return f"{key}: this option exists; type it without the plus"

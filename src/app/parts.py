@@ -1,37 +1,31 @@
 """The parts that training and loading share. Hydra picks the leaves, these lines join them."""
 
 import inspect
-import logging
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src.app.build import build, check_value, class_of, resolve
+from src.app.build import build, class_of
 from src.app.options import CONF
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
-from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
+from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.denoiser import Denoiser
 from src.diffusion.distance import Distance, Squared
-from src.diffusion.guidance import ClassifierFree
-from src.diffusion.loss import Loss
+from src.diffusion.loss import ClassificationLoss, Loss
 from src.diffusion.parameterization import Parameterization
-from src.diffusion.sampler import Sampler
 from src.diffusion.schedule import Schedule
-from src.diffusion.spacing import Spacing
 from src.diffusion.time_sampling import TimeSampling
 from src.diffusion.variance import Variance
 from src.diffusion.weighting import Simple, Weighting
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood
 from src.evaluation.scores import ScoreSet
-from src.generation.recipe import Recipe
 from src.metrics.fidelity import FidelityScore
 from src.model import ForeignNetwork, Network, adapted
-
-log = logging.getLogger(__name__)
 
 
 def source_of(config: DictConfig) -> ImageSource:
@@ -68,7 +62,7 @@ def conditioning_of(config: DictConfig) -> Conditioning | None:
 def denoiser_of(
     config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int | None = None
 ) -> Denoiser:
-    """The network with its schedule and the meaning of its output, freshly initialised.
+    """The network with its schedule and the meaning of its output, freshly initialised; or a classifier.
 
     Args:
         config: composed.
@@ -84,6 +78,8 @@ def denoiser_of(
     variance = build(config.variance, Variance, "variance")
     network = network_of(config, codec, conditioning, outputs or variance.outputs)
     try:
+        if network.classifies:
+            return NoiseClassifier(network, schedule, parameterization)
         return Denoiser(network, schedule, parameterization, variance)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -146,6 +142,16 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
     Raises:
         UserError: a part was chosen that has no effect on this loss.
     """
+    found = class_of(config.loss)
+    classifies = found is not None and issubclass(found, ClassificationLoss)
+    if classifies and not isinstance(denoiser, NoiseClassifier):
+        raise UserError(
+            "loss: this network is no classifier; choose e.g. model=encoder_tiny, or loss=denoising"
+        )
+    if isinstance(denoiser, NoiseClassifier) and not classifies:
+        raise UserError(
+            "loss: this network is a classifier; choose loss=classification, or e.g. model=unet_tiny"
+        )
     parts: dict[str, Any] = {"denoiser": denoiser}
     if _takes(config.loss, "time_sampling"):
         parts["time_sampling"] = build(config.time_sampling, TimeSampling, "time_sampling")
@@ -158,80 +164,6 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
                 f"{option} has no effect on this loss, which has its own: choose {option}={plain.__name__.lower()}"
             )
     return build(config.loss, Loss, "loss", **parts)
-
-
-def recipe_of(
-    config: DictConfig, seed: int, denoiser: Denoiser, codec: Codec, conditioning: Conditioning | None
-) -> Recipe:
-    """How images are made; its times and its wrappers are tried on the denoiser at once.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    numbers = resolve(config.sampler, "sampler")
-    # the number of steps belongs to the spacing, but everyone looks for it at the sampler
-    steps = numbers.pop("steps", None)
-    if steps is None:
-        raise UserError("sampler.steps is missing: give it in the sampler's file or as sampler.steps=...")
-    check_value(int, steps, "sampler.steps")
-    check_guidance(config, conditioning)
-    wrappers = wrappers_of(config)
-    recipe = Recipe(
-        sampler=build(OmegaConf.create(numbers), Sampler, "sampler"),
-        spacing=build(config.spacing, Spacing, "spacing"),
-        steps=steps,
-        wrappers=tuple(wrappers.values()),
-        codec=codec,
-        conditioning=conditioning,
-        seed=seed,
-    )
-    option, inner = "sampler", denoiser
-    try:
-        recipe.times(denoiser.schedule)
-        for option, wrap in wrappers.items():  # noqa: B007 - named in the error
-            inner = wrap(inner)
-    except ValueError as error:
-        raise UserError(f"{option}.{error}") from None
-    except TypeError as error:  # a wrapper without a needed argument
-        raise UserError(f"{option}: {error}") from None
-    return recipe
-
-
-def check_guidance(config: DictConfig, conditioning: Conditioning | None) -> None:
-    """Checks guidance against the network's conditioning, and warns of a network that was not trained for it.
-
-    Raises:
-        UserError: guidance of an unconditional network.
-    """
-    found = class_of(config.guidance)
-    if found is None or not issubclass(found, ClassifierFree):
-        return
-    if conditioning is None:
-        raise UserError(
-            "guidance: this network has no condition to be guided by; choose guidance=none, or train with"
-            " conditioning=class conditioning.dropout=0.1"
-        )
-    if not conditioning.dropout and config.guidance.get("scale", 1) != 1:
-        log.warning(
-            "guidance: this network was trained with conditioning.dropout=0, so that its prediction without a condition"
-            " is arbitrary; train with conditioning.dropout=0.1"
-        )
-
-
-def wrappers_of(config: DictConfig) -> dict[str, Wrapper]:
-    """What makes the denoisers around the network's, by option, the innermost first: guidance, your own, clipping."""
-    nodes = {"guidance": config.guidance}
-    nodes |= {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
-    nodes["clipping"] = config.clipping
-    wrappers = {}
-    for option, node in nodes.items():
-        if node and not isinstance(node, DictConfig):
-            raise UserError(f"{option}={node}: give a class, e.g. {{_target_: mypackage.Mine}}")
-        if node:
-            content = {**OmegaConf.to_container(node, resolve=False), "_partial_": True}
-            resolved = OmegaConf.create(content, parent=node._get_parent())
-            wrappers[option] = build(resolved, WrappedDenoiser, option)
-    return wrappers
 
 
 def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:

@@ -64,11 +64,15 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         tracker = experiment.tracker
         latest = tracker.latest if tracker else None
         Record(scores, latest.protocol if latest else {}).write(folder / SCORES_FILE)
-        log.info("%s", closing_summary(folder, trainer.global_step, scores, config))
+        log.info(
+            "%s", closing_summary(folder, trainer.global_step, scores, config, experiment.recipe is not None)
+        )
     return scores
 
 
-def closing_summary(folder: Path, step: int, scores: dict[str, float], config: DictConfig) -> str:
+def closing_summary(
+    folder: Path, step: int, scores: dict[str, float], config: DictConfig, makes_images: bool
+) -> str:
     """The results of a training, and the exact commands that continue from it."""
     results = {name: f"{value:.4g}" for name, value in scores.items()}
     grids = sorted((folder / "samples").glob("step_*.png"))
@@ -79,12 +83,16 @@ def closing_summary(folder: Path, step: int, scores: dict[str, float], config: D
         results["checkpoint"] = str(find_run(folder).checkpoint)
         run, ckpt = (shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt"))
         trust = f"'trust=[{','.join(config.trust)}]' " if config.trust else ""
-        following = [
-            "Next:",
-            f"  python -m src.sample {trust}{run} sampler=ddim sampler.steps=50 n=64 seed=0",
-        ]
-        if config.metrics:
-            following.append(f"  python -m src.evaluate {trust}{run}")
+        following = ["Next:"]
+        if makes_images:
+            following.append(f"  python -m src.sample {trust}{run} sampler=ddim sampler.steps=50 n=64 seed=0")
+            if config.metrics:
+                following.append(f"  python -m src.evaluate {trust}{run}")
+        else:
+            guide = shlex.quote(f"guidance.run={in_override(folder)}")
+            following.append(
+                f"  python -m src.sample {trust}run=... guidance=classifier {guide} guidance.scale=2"
+            )
         following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}")
     width = max(map(len, results), default=0) + 2
     return "\n".join(

@@ -54,10 +54,12 @@ class BaseDenoiser(nn.Module, ABC):
         schedule: the noise schedule, which maps times to levels.
         variance: the variance of p(x_s | x_t).
         evaluated_images: number of images passed through the network so far, including guidance's second pass.
+        identity: a description for records, of a denoiser that is an argument of another one.
     """
 
     schedule: Schedule
     variance: Variance
+    identity: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +96,9 @@ class BaseDenoiser(nn.Module, ABC):
             condition: the condition of the images, or None.
             to: the level of a second time, for networks that predict a step from `level` to `to`.
         """
+
+    def reset(self) -> None:
+        """Clears the state that a wrapper keeps along a trajectory; samplers call it before the first step."""
 
     def reverse(
         self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Condition | None = None
@@ -142,14 +147,14 @@ class Denoiser(BaseDenoiser):
                 " output channels"
             )
 
-    def output(
+    def evaluate(
         self,
         x_t: Tensor,
         level: NoiseLevel,
         condition: Condition | None = None,
         to: NoiseLevel | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """F(c_in x_t, label) and the variance output (or None), both with x_t's shape and dtype."""
+    ) -> Tensor:
+        """The network's whole output at (c_in x_t, label), in x_t's dtype."""
         c_in, _, _ = self.parameterization.coefficients(level)
         if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # saves a pass over x_t
             x_t = broadcast(c_in, x_t) * x_t
@@ -158,7 +163,17 @@ class Denoiser(BaseDenoiser):
         weight = next(self.network.parameters(), x_t)
         # float32 images pass through a network of bfloat16 weights, and the sampler's arithmetic stays in float32
         network_input = x_t.to(weight.dtype) if weight.is_floating_point() else x_t
-        output = self.network(network_input, label, condition, **second).to(x_t.dtype)
+        return self.network(network_input, label, condition, **second).to(x_t.dtype)
+
+    def output(
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
+        to: NoiseLevel | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """F(c_in x_t, label) and the variance output (or None), both with x_t's shape and dtype."""
+        output = self.evaluate(x_t, level, condition, to)
         channels = x_t.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(
@@ -204,6 +219,9 @@ class WrappedDenoiser(BaseDenoiser):
 
     def _count(self, x_t: Tensor) -> None:
         pass  # the inner denoiser counts
+
+    def reset(self) -> None:
+        self.inner.reset()
 
     @property
     def schedule(self) -> Schedule:

@@ -77,6 +77,20 @@ class Prediction:
         """A copy with another F, whose coefficients are the same."""
         return Prediction(self.x_t, self.level, output, self._c_skip, self._c_out, self.variance)
 
+    def with_shift(self, shift: Tensor) -> "Prediction":
+        """A copy with x0 + shift and the corresponding eps; shift has x_t's shape, and c_out is not 0."""
+        return self.with_output(self._output + shift / broadcast(self._c_out, shift))
+
+    def output_as(self, other: "Prediction") -> Tensor:
+        """The F of this x0 and eps in the parameterisation of another prediction of the same x_t and level."""
+        if isinstance(self._c_out, float) and (self._c_skip, self._c_out) == (other._c_skip, other._c_out):
+            return self._output
+        # from x0 = c_skip (alpha x0 + sigma eps) + c_out F
+        return self.mix(
+            (1 - other._c_skip * self.level.alpha) / other._c_out,
+            -other._c_skip * self.level.sigma / other._c_out,
+        )
+
     def chunk(self, parts: int) -> list["Prediction"]:
         """The predictions of equal parts of the batch, whose level is one for all images."""
         variances = [None] * parts if self.variance is None else self.variance.chunk(parts)

@@ -86,8 +86,10 @@ class Recipe:
         return self.spacing(schedule, self.steps)
 
     def around(self, denoiser: BaseDenoiser) -> BaseDenoiser:
-        """The denoiser with the recipe's wrappers."""
-        return wrapped(denoiser, self.wrappers)
+        """The denoiser with the recipe's wrappers; further networks of guidance are moved to its device."""
+        around = wrapped(denoiser, self.wrappers)
+        weight = next(denoiser.parameters(), None)
+        return around if weight is None else around.to(weight.device)
 
     def start(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Start:
         """The initial state of the images with these indices, on the denoiser's device."""
@@ -183,4 +185,5 @@ def describe(part: object | None) -> str:
     if isinstance(part, type):
         return f"{part.__name__}()"
     numbers = part.keywords if isinstance(part, partial) else vars(part)
-    return f"{kind_of(part).__name__}({', '.join(f'{name}={value!r}' for name, value in numbers.items())})"
+    values = {name: getattr(value, "identity", None) or repr(value) for name, value in numbers.items()}
+    return f"{kind_of(part).__name__}({', '.join(f'{name}={value}' for name, value in values.items())})"

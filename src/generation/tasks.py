@@ -16,7 +16,7 @@ from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, en
 from src.errors import UserError
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import animation, image_grid, read_images, save_images
-from src.generation.recipe import describe
+from src.generation.recipe import CLIPPING, describe, kind_of
 from src.runs.files import file_sha256, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
 
@@ -226,6 +226,10 @@ class Reconstruct(Task):
             raise UserError(
                 f"task=reconstruct encodes by DDIM inversion, which needs a deterministic DDIM sampler, not"
                 f" {describe(recipe.sampler)}: choose sampler=ddim sampler.eta=0, or sampler=euler without churn"
+            )
+        if any(kind_of(wrapper) not in CLIPPING for wrapper in recipe.wrappers):
+            raise UserError(
+                "task=reconstruct inverts the network's own prediction: choose guidance=none and no wrappers"
             )
         x0, condition = loaded.data(self.split, range(n))
         times = recipe.times(denoiser.schedule)

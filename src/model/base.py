@@ -17,11 +17,13 @@ class Network(nn.Module, ABC):
         image_shape: (C, H, W) of the input, not necessarily square; None if it accepts any shape.
         out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
         reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
+        classifies: whether the output is logits of shape (B, classes), for `loss=classification`.
     """
 
     image_shape: tuple[int, int, int] | None = None
     out_channels: int
     reads: frozenset[str] = frozenset()
+    classifies = False
 
     @abstractmethod
     def forward(

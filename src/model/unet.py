@@ -67,9 +67,9 @@ class UNet(Network):
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
-        _check_sizes((height, width), widths, blocks_per_level)
-        _check_channels(base_channels, widths, groups)
-        _check_attention(attention_factors, factors)
+        check_sizes((height, width), widths, blocks_per_level)
+        check_channels(base_channels, widths, groups)
+        check_attention(attention_factors, factors)
 
         embedding_channels = 4 * base_channels
         self.time_embedding = TimeEmbedding(base_channels, embedding_channels)
@@ -181,7 +181,8 @@ class UNet(Network):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def _check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:
+def check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:
+    """Raises ValueError if the image size cannot be halved once per level."""
     if not widths:
         raise ValueError("channel_multipliers is empty: give one for each level, e.g. (1, 2, 2)")
     if blocks_per_level < 1:
@@ -198,7 +199,8 @@ def _check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level:
             )
 
 
-def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:
+def check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:
+    """Raises ValueError if the groups do not divide the channels of every level."""
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels is {base_channels}: it must be even and at least 4")
     if groups < 1:
@@ -211,7 +213,8 @@ def _check_channels(base_channels: int, widths: Sequence[int], groups: int) -> N
             )
 
 
-def _check_attention(attention_factors: Sequence[int], factors: Sequence[int]) -> None:
+def check_attention(attention_factors: Sequence[int], factors: Sequence[int]) -> None:
+    """Raises ValueError if there is no level with an attention factor."""
     unknown = [factor for factor in attention_factors if factor not in factors]
     if unknown:
         raise ValueError(

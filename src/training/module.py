@@ -74,6 +74,7 @@ class DiffusionModule(LightningModule):
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
         self.validation_losses = MetricCollection(
             {name: MeanMetric(nan_strategy="disable") for name in names}
+            | {f"val/{name}": MeanMetric(nan_strategy="ignore") for name in loss.measures}
         )
 
     @property
@@ -101,7 +102,10 @@ class DiffusionModule(LightningModule):
         return {"loss": loss, "losses": losses.detach(), "times": self.loss.quantile(draws)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs `val/loss` (raw weights) and `val/loss_ema`, with fixed times and noise per image."""
+        """Logs `val/loss` (raw weights), `val/loss_ema` and the measures of the loss.
+
+        Times and noise of each image are fixed.
+        """
         x0 = self.encode(batch)
         keyed = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
         draws = torch.cat([self.loss.draw_for_validation(1, g) for g in keyed])
@@ -111,6 +115,10 @@ class DiffusionModule(LightningModule):
         if self.ema is not None:
             with self.averaged():
                 self.validation_losses["val/loss_ema"].update(self.loss(x0, draws, eps, condition))
+        if self.loss.measures:
+            with self.averaged():
+                for name, values in self.loss.measure(x0, draws, eps, condition).items():
+                    self.validation_losses[f"val/{name}"].update(values)
         # TrainingCurves passes it to the loggers, since Lightning would log it one step too early
         self.log_dict(dict(self.validation_losses), on_epoch=True, on_step=False, logger=False)
 

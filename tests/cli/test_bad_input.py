@@ -38,6 +38,29 @@ BAD = {
     "fast_dev_run": (["+trainer.fast_dev_run=true"], ["trainer.fast_dev_run", "debug=quick"]),
     "an option of another entry point": (["+label=3"], ["label: no such option"]),
     "guidance without a condition": (["guidance=classifier_free"], ["guidance", "conditioning=class"]),
+    "guidance by no run": (["guidance=auto"], ["guidance.run is missing", "guidance.run=<run folder"]),
+    "guidance by a missing run": (
+        ["guidance=classifier", "guidance.run=nowhere"],
+        ["guidance.run=nowhere", "no such run"],
+    ),
+    "momentum along steps that are repeated": (
+        ["conditioning=class", "conditioning.dropout=0.1", "guidance=projected", "sampler=dopri5"],
+        ["guidance.momentum=-0.5", "sampler=dopri5", "guidance.momentum=0"],
+    ),
+    "projected guidance below 1": (
+        ["conditioning=class", "conditioning.dropout=0.1", "guidance=projected", "guidance.scale=0.5"],
+        ["guidance.scale must be at least 1, got 0.5"],
+    ),
+    "a strength of no guidance": (["guidance.scale=2"], ["guidance.scale: guidance=none has no options"]),
+    "a classifier's loss for a denoiser": (["loss=classification"], ["loss", "model=encoder_tiny"]),
+    "a denoiser's loss for a classifier": (
+        ["model=encoder_tiny", "conditioning=class"],
+        ["loss", "loss=classification"],
+    ),
+    "a classifier without classes": (
+        ["experiment=classifier_digits", "conditioning=none"],
+        ["2 classes", "conditioning=class"],
+    ),
     "unknown choice": (["schedule=cosin"], ["schedule=cosin", "cosine", "linear"]),
     "unknown group": (["schedul=cosine"], ["schedul", "schedule"]),
     "unknown option": (["batch_sise=3"], ["batch_sise", "batch_size"]),

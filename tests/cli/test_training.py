@@ -13,7 +13,8 @@ import yaml
 from src.evaluation.record import Record
 from tests.conftest import QUICK, ROOT
 
-DROPOUT = "model.dropout=0.2"  # makes the result depend on the global random state
+LABELS = ("conditioning=class", "conditioning.dropout=0.3")  # some of the labels are dropped
+DROPOUT = ("model.dropout=0.2", *LABELS)  # makes the result depend on the global random state
 # importance sampling with so few times that it differs from the uniform distribution after a few steps
 IMPORTANCE = ("time_sampling=importance", "time_sampling.history=2", "schedule.T=10", "loss=vlb")
 
@@ -50,12 +51,12 @@ def assert_identical(a, b):
 class TestResume:
     @pytest.fixture
     def uninterrupted(self, command, only_run, tmp_path):
-        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=12") == 0
+        assert command("train", *QUICK, *DROPOUT, "trainer.max_steps=12") == 0
         return only_run().rename(tmp_path / "uninterrupted")
 
     @pytest.mark.parametrize("ckpt", ["last", "folder", "file"])
     def test_is_exact(self, command, only_run, uninterrupted, ckpt):
-        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
+        assert command("train", *QUICK, *DROPOUT, "trainer.max_steps=7", "callbacks.checkpoints.every=5") == 0
         run = only_run()
         given = {"last": "last", "folder": str(run), "file": str(run / "checkpoints" / "step_00000007.ckpt")}
         assert command("train", f"ckpt={given[ckpt]}", "trainer.max_steps=12") == 0
@@ -63,7 +64,7 @@ class TestResume:
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
 
     def test_from_an_earlier_checkpoint(self, command, only_run, uninterrupted):
-        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=9", "callbacks.checkpoints.every=5") == 0
+        assert command("train", *QUICK, *DROPOUT, "trainer.max_steps=9", "callbacks.checkpoints.every=5") == 0
         run = only_run()
         assert command("train", f"ckpt={run}/checkpoints/step_00000005.ckpt", "trainer.max_steps=12") == 0
         assert_identical(training_state(uninterrupted, 12), training_state(run, 12))
@@ -96,7 +97,7 @@ class TestResume:
 
     def test_other_seed_differs(self, command, only_run, uninterrupted):
         """Shows that the comparison above can fail."""
-        assert command("train", *QUICK, DROPOUT, "trainer.max_steps=12", "seed=1") == 0
+        assert command("train", *QUICK, *DROPOUT, "trainer.max_steps=12", "seed=1") == 0
         with pytest.raises(AssertionError):
             assert_identical(training_state(uninterrupted, 12), training_state(only_run(), 12))
 
@@ -116,12 +117,12 @@ def test_callbacks_do_not_change_the_training(command, only_run, tmp_path):
     """Previews, scores, validation and curves do not change weights, averages and optimiser state."""
     assert (
         command(
-            "train", *QUICK, DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4"
+            "train", *QUICK, *DROPOUT, "callbacks.sample_images.every=3", "callbacks.track_fidelity.every=4"
         )
         == 0
     )
     watched = training_state(only_run().rename(tmp_path / "watched"), 20)
-    assert command("train", *QUICK, DROPOUT, "callbacks=none", "validate_every=1000") == 0
+    assert command("train", *QUICK, *DROPOUT, "callbacks=none", "validate_every=1000") == 0
     assert_identical(watched, training_state(only_run(), 20))
 
 
@@ -165,7 +166,9 @@ def test_output_files(command, only_run):
     assert list((run / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("overrides", [(), IMPORTANCE], ids=["uniform", "importance"])
+@pytest.mark.parametrize(
+    "overrides", [(*LABELS, "guidance=classifier_free"), IMPORTANCE], ids=["dropped labels", "importance"]
+)
 def test_two_processes_train_as_one(tmp_path, overrides):
     """Data parallel over two processes (gloo): the same draws, and so the same weights up to rounding.
 

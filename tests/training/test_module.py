@@ -16,6 +16,7 @@ from src.diffusion.parameterization import V
 from src.diffusion.schedule import Cosine
 from src.diffusion.time_sampling import Importance, Uniform
 from src.diffusion.weighting import SNR, LearnedUncertainty
+from src.model import UNet
 from src.training.module import DiffusionModule
 
 T = 8
@@ -153,6 +154,40 @@ def test_condition_dropout_depends_on_the_position_in_the_stream(dropout):
     loader = DataLoader([batch_of(400, labels=labels)], batch_size=None)
     trainer.validate(module, loader, verbose=False)
     assert torch.equal(network.labels[-1], labels)
+
+
+def test_the_embedding_of_no_class_learns_from_images_with_dropped_labels_only():
+    network = UNet(
+        2, 1, num_classes=4, base_channels=4, channel_multipliers=[1], attention_factors=[1], groups=2
+    )
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    rows = network.class_embedding.weight
+
+    def gradients(dropout, images):
+        loss = DenoisingLoss(Denoiser(network, Cosine(T), V()), SNR(), Uniform())
+        module = module_of(loss, batch_size=16, conditioning=ByClass(4, dropout))
+        batch = batch_of(16, labels=torch.arange(16) % 4)
+        step = module.training_step(Batch(images, batch.condition, batch.positions), 0)
+        return torch.autograd.grad(step["loss"], rows)[0]
+
+    images = torch.randint(256, (16, 1, 2, 2), generator=torch.Generator().manual_seed(1)).byte()
+    conditioning = ByClass(4, 0.5)
+    condition = Condition(labels=torch.arange(16) % 4)
+    dropped = conditioning.of_training(condition, torch.arange(16), 0, 16).labels == NO_CLASS
+    assert 2 < dropped.sum() < 14
+    none, some = gradients(0.0, images), gradients(0.5, images)
+    assert (none[4] == 0).all(), "no label is dropped"
+    assert (none[:4] != 0).any(dim=1).all()
+    assert (some[4] != 0).any()
+    # other images with a label leave its gradient as it is, and other images without a label those of the classes
+    with_label = gradients(0.5, torch.where(dropped.view(-1, 1, 1, 1), images, 255 - images))
+    without = gradients(0.5, torch.where(dropped.view(-1, 1, 1, 1), 255 - images, images))
+    torch.testing.assert_close(with_label[4], some[4])
+    torch.testing.assert_close(without[:4], some[:4])
+    assert not torch.allclose(with_label[:4], some[:4])
+    assert not torch.allclose(without[4], some[4])
 
 
 class Halves(Pixels):

@@ -19,7 +19,12 @@ class Loss(nn.Module, ABC):
 
     Args:
         denoiser: the denoiser whose network is trained.
+
+    Attributes:
+        measures: names of the further values that validation reports; see `measure`.
     """
+
+    measures: tuple[str, ...] = ()
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
@@ -50,6 +55,16 @@ class Loss(nn.Module, ABC):
         Returns:
             The mean over pixels, weighted by noise level; shape (B,), x0's dtype.
         """
+
+    def measure(
+        self, x0: Tensor, draws: Tensor, eps: Tensor, condition: Condition | None = None
+    ) -> dict[str, Tensor]:
+        """Further values of validation images by name, each (B,); NaN for images that do not count.
+
+        The names are `measures`, the arguments those of `forward`. Validation reports the means, with the averaged
+        weights if there are some.
+        """
+        return {}
 
     def importance(self, draws: Tensor) -> Tensor:
         """Importance weights of the draws, float64, shape (B,); the losses are multiplied by them before the mean."""

@@ -143,6 +143,7 @@ class Sampler(ABC):
             raise ValueError(f"times must be at least two decreasing values, got {times.tolist()}")
         levels = denoiser.schedule(times).scalars()
         conditioned = Conditioned(denoiser, condition)
+        conditioned.reset()
         before = conditioned.evaluated_images
         times, past = times.tolist(), deque(maxlen=self.memory)
         x_t = x_T

@@ -9,14 +9,17 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from src.conditioning import Condition
 from src.diffusion import sampler as samplers
 from src.diffusion import spacing as spacings
 from src.diffusion.clipping import DynamicThresholding, StaticClipping
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.guidance import AutoGuidance, ClassifierGuidance, Projected
 from src.diffusion.parameterization import V
 from src.diffusion.sampler import Dopri5, Sampler
 from src.diffusion.schedule import Linear
 from src.diffusion.spacing import Spacing, Trailing
+from tests.diffusion.mixture import MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import Wavy, recorded_noise, standard_normal
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -51,6 +54,48 @@ def test_samplers(path):
     )
     assert images.shape == (2, 1, 4, 4)
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("path", _files("sampler"), ids=lambda p: p.stem)
+def test_samplers_with_guidance(path):
+    """Autoguidance, projected guidance with a momentum and a classifier: finite images, and two evaluations for one."""
+    config = OmegaConf.merge({"schedule": {"T": 30}}, {"sampler": OmegaConf.load(path)})
+    numbers = OmegaConf.to_container(config, resolve=True)["sampler"]
+    del numbers["steps"]
+    sampler, times = instantiate(numbers), Trailing()(Linear(), 50)
+    condition = Condition(labels=torch.tensor([0, 1]))
+
+    def last(denoiser):
+        def noise(x):
+            return recorded_noise()(x).to(x.dtype)
+
+        x_T = standard_normal((2, 1, 1, 2))
+        *_, state = sampler.trajectory(denoiser, x_T, times, condition, noise)
+        return state
+
+    def exact():
+        return MixtureDenoiser(three_modes(), Linear())
+
+    class Classifier(torch.nn.Module):
+        evaluated_images = 0
+
+        def gradient(self, x_t, level, labels):
+            self.evaluated_images += len(x_t)
+            return -x_t
+
+    adaptive = isinstance(sampler, Dopri5)
+    if adaptive:
+        sampler, times = Dopri5(tolerance=0.01), times[[0, -1]]
+    plain = last(exact())
+    for guided in (
+        AutoGuidance(exact(), exact(), 2.0, rescale=0.5),
+        Projected(exact(), 2.0, momentum=0.0 if adaptive else -0.5),
+        ClassifierGuidance(exact(), Classifier(), 0.1),
+    ):
+        state = last(guided)
+        assert state.x.isfinite().all()
+        if not adaptive:
+            assert state.evaluations == 2 * plain.evaluations
 
 
 @pytest.mark.parametrize("name", sorted({OmegaConf.load(p)["_target_"] for p in _files("sampler")}))

@@ -1,0 +1,139 @@
+"""The second run of a guidance: a weaker denoiser (guidance=auto) or a classifier (guidance=classifier)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from src.app.build import check_value, class_of
+from src.app.options import LOAD
+from src.app.restore import Restored, config_of, load_weights, parts_of
+from src.conditioning import Conditioning
+from src.data.codec import Codec
+from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.denoiser import BaseDenoiser, Conditioned, Denoiser
+from src.diffusion.guidance import AutoGuidance, ClassifierGuidance
+from src.diffusion.schedule import Schedule
+from src.errors import UserError
+from src.runs.files import file_sha256
+from src.runs.folder import find_run
+from src.training.checkpoint import read_checkpoint
+
+# Options of a guidance that name its second run; types and meaning are those of src.sample.
+RUN_OPTIONS = {option.name: option for option in LOAD if option.name in ("run", "checkpoint", "weights")}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a second run gives.
+
+    Attributes:
+        arguments: of the guidance's constructor.
+        conditioning: of the sampled images.
+    """
+
+    arguments: dict[str, Any]
+    conditioning: Conditioning | None
+
+
+def needs_run(node: DictConfig | None) -> bool:
+    """Whether a guidance has a second run."""
+    found = class_of(node)
+    return found is not None and issubclass(found, AutoGuidance | ClassifierGuidance)
+
+
+def guide_of(node: DictConfig, guided: Denoiser, codec: Codec, conditioning: Conditioning | None) -> Guide:
+    """Loads the second run of a guidance.
+
+    Args:
+        node: the guidance, with `RUN_OPTIONS`.
+        guided: the denoiser that is guided.
+        codec: its codec.
+        conditioning: its conditioning.
+
+    Raises:
+        UserError: there is no such run, or it does not fit.
+    """
+    if OmegaConf.is_missing(node, "run"):
+        raise UserError("guidance.run is missing: give guidance.run=<run folder or checkpoint>")
+    run, checkpoint, weights = (node.get(name, option.default) for name, option in RUN_OPTIONS.items())
+    for (name, option), value in zip(RUN_OPTIONS.items(), (run, checkpoint, weights), strict=True):
+        check_value(option.annotation(), value, f"guidance.{name}")
+    found = find_run(run, checkpoint, "guidance.run")
+    content = read_checkpoint(found.checkpoint)
+    config = config_of(content, found)
+    parts = parts_of(config)
+    try:
+        check_fit(parts, guided, codec)
+        by_classifier = issubclass(class_of(node), ClassifierGuidance)
+        check = check_classifier if by_classifier else check_weak
+        check(parts, conditioning)
+    except ValueError as error:
+        raise UserError(f"guidance.run={run}: {error}") from None
+    name, _ = load_weights(parts.denoiser, found, content, config, weights)
+    network: BaseDenoiser = parts.denoiser
+    if not by_classifier and parts.conditioning is None:
+        network = Conditioned(network, None)
+    digest = file_sha256(found.checkpoint)[:16]
+    network.identity = f"run(checkpoint={digest}, training_steps={content['global_step']}, weights={name!r})"
+    if by_classifier:
+        arguments = {"classifier": network, "conditional": conditioning is not None}
+        return Guide(arguments, conditioning or parts.conditioning)
+    return Guide({"weak": network}, conditioning)
+
+
+def check_fit(parts: Restored, guided: Denoiser, codec: Codec) -> None:
+    """Raises ValueError if a second run sees other images, or other noise levels, than the guided one."""
+    if parts.codec.shape != codec.shape or parts.codec.describe() != codec.describe():
+        theirs, ours = (" x ".join(map(str, c.shape)) for c in (parts.codec, codec))
+        raise ValueError(
+            f"it is of images of {theirs}, and the guided run's are {ours}; choose a run on the same data"
+        )
+    if not same_levels(parts.denoiser.schedule, guided.schedule):
+        theirs, ours = (type(schedule).__name__ for schedule in (parts.denoiser.schedule, guided.schedule))
+        other = theirs if theirs != ours else f"{theirs} with other options"
+        raise ValueError(
+            f"it was trained on the schedule {other}, and the guided run on {ours}; choose a run with the same schedule"
+        )
+
+
+def check_weak(parts: Restored, conditioning: Conditioning | None) -> None:
+    """Raises ValueError if a run cannot be the weaker one of guidance=auto."""
+    if isinstance(parts.denoiser, NoiseClassifier):
+        raise ValueError("it is a classifier; choose guidance=classifier, or a diffusion run")
+    if parts.conditioning is not None and conditioning is None:
+        raise ValueError("it is conditional, and the guided run is not; choose a run with conditioning=none")
+    check_classes(parts, conditioning)
+
+
+def check_classifier(parts: Restored, conditioning: Conditioning | None) -> None:
+    """Raises ValueError if a run cannot be that of guidance=classifier."""
+    if not isinstance(parts.denoiser, NoiseClassifier):
+        raise ValueError(
+            "it is no classifier; train one, e.g. with experiment=classifier_digits, or choose guidance=auto"
+        )
+    check_classes(parts, conditioning)
+
+
+def check_classes(parts: Restored, conditioning: Conditioning | None) -> None:
+    """Raises ValueError if both runs are conditional, but not on the same kinds and number of classes."""
+    if parts.conditioning is None or conditioning is None:
+        return
+    theirs, ours = (
+        (sorted(c.kinds), getattr(c, "num_classes", None)) for c in (parts.conditioning, conditioning)
+    )
+    if theirs != ours:
+        kinds = [
+            f"{', '.join(kinds)} ({n} classes)" if n else ", ".join(kinds) for kinds, n in (theirs, ours)
+        ]
+        raise ValueError(f"it is conditioned on {kinds[0]}, and the guided run on {kinds[1]}")
+
+
+def same_levels(a: Schedule, b: Schedule) -> bool:
+    """Whether two schedules have the same levels, with the same labels, at the same times."""
+    if (a.t_min, a.t_max) != (b.t_min, b.t_max):
+        return False
+    times = torch.linspace(a.t_min, a.t_max, 101, dtype=torch.float64)
+    levels = [(level.alpha, level.sigma, level.label) for level in (a(times), b(times))]
+    return all(torch.equal(x, y) for x, y in zip(*levels, strict=True))

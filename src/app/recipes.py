@@ -1,0 +1,122 @@
+"""How a run makes images: sampler, spacing, guidance, clipping and your own wrappers."""
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.app.build import build, check_value, class_of, resolve
+from src.app.guides import RUN_OPTIONS, guide_of, needs_run
+from src.conditioning import Conditioning
+from src.data.codec import Codec
+from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
+from src.diffusion.guidance import ClassifierFree, ClassifierGuidance, Projected
+from src.diffusion.sampler import DDPM, Dopri5, Sampler
+from src.diffusion.spacing import Spacing
+from src.errors import UserError
+from src.generation.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def recipe_of(
+    config: DictConfig, seed: int, denoiser: Denoiser, codec: Codec, conditioning: Conditioning | None
+) -> Recipe:
+    """How images are made; its times and its wrappers are tried on the denoiser at once.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    numbers = resolve(config.sampler, "sampler")
+    # the number of steps belongs to the spacing, but everyone looks for it at the sampler
+    steps = numbers.pop("steps", None)
+    if steps is None:
+        raise UserError("sampler.steps is missing: give it in the sampler's file or as sampler.steps=...")
+    check_value(int, steps, "sampler.steps")
+    sampler = build(OmegaConf.create(numbers), Sampler, "sampler")
+    check_guidance(config, conditioning, sampler)
+    arguments: dict[str, Any] = {}
+    if needs_run(config.guidance):
+        guide = guide_of(config.guidance, denoiser, codec, conditioning)
+        arguments, conditioning = guide.arguments, guide.conditioning
+    wrappers = wrappers_of(config, arguments, sampler)
+    recipe = Recipe(
+        sampler=sampler,
+        spacing=build(config.spacing, Spacing, "spacing"),
+        steps=steps,
+        wrappers=tuple(wrappers.values()),
+        codec=codec,
+        conditioning=conditioning,
+        seed=seed,
+    )
+    option, inner = "sampler", denoiser
+    try:
+        recipe.times(denoiser.schedule)
+        for option, wrap in wrappers.items():  # noqa: B007 - named in the error
+            inner = wrap(inner)
+    except ValueError as error:
+        raise UserError(f"{option}.{error}") from None
+    except TypeError as error:  # a wrapper without a needed argument
+        raise UserError(f"{option}: {error}") from None
+    return recipe
+
+
+def check_guidance(config: DictConfig, conditioning: Conditioning | None, sampler: Sampler) -> None:
+    """Checks guidance against the network's conditioning, and warns of a network that was not trained for it.
+
+    Raises:
+        UserError: guidance of an unconditional network, or a momentum where steps are repeated.
+    """
+    found = class_of(config.guidance)
+    if found is None or not issubclass(found, ClassifierFree):
+        return
+    if conditioning is None:
+        raise UserError(
+            "guidance: this network has no condition to be guided by; choose guidance=none, auto or classifier, or"
+            " train with conditioning=class conditioning.dropout=0.1"
+        )
+    if issubclass(found, Projected) and config.guidance.get("momentum") and isinstance(sampler, Dopri5):
+        raise UserError(
+            f"guidance.momentum={config.guidance.momentum:g}: sampler=dopri5 repeats steps, along which a momentum is"
+            " not defined; choose guidance.momentum=0, or a sampler of fixed steps"
+        )
+    if not conditioning.dropout and config.guidance.get("scale", 1) != 1:
+        log.warning(
+            "guidance: this network was trained with conditioning.dropout=0, so that its prediction without a condition"
+            " is arbitrary; train with conditioning.dropout=0.1"
+        )
+
+
+def wrappers_of(config: DictConfig, arguments: dict[str, Any], sampler: Sampler) -> dict[str, Wrapper]:
+    """What makes the denoisers around the network's, by option, the innermost first: guidance, your own, clipping.
+
+    Guidance by a classifier is the outermost one in ancestral sampling, which it changes after clipping.
+
+    Args:
+        config: composed.
+        arguments: further arguments of the guidance, from its second run.
+        sampler: the sampler.
+    """
+    nodes = {"guidance": config.guidance}
+    nodes |= {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
+    nodes["clipping"] = config.clipping
+    found = class_of(config.guidance)
+    if found is not None and issubclass(found, ClassifierGuidance) and is_ancestral(sampler):
+        nodes["guidance"] = nodes.pop("guidance")
+    wrappers = {}
+    for option, node in nodes.items():
+        if node and not isinstance(node, DictConfig):
+            raise UserError(f"{option}={node}: give a class, e.g. {{_target_: mypackage.Mine}}")
+        if node:
+            content = {**OmegaConf.to_container(node, resolve=False), "_partial_": True}
+            joined = arguments if option == "guidance" else {}
+            if joined:
+                content = {name: value for name, value in content.items() if name not in RUN_OPTIONS}
+            resolved = OmegaConf.create(content, parent=node._get_parent())
+            wrappers[option] = build(resolved, WrappedDenoiser, option, **joined)
+    return wrappers
+
+
+def is_ancestral(sampler: Sampler) -> bool:
+    """Whether a sampler, or the one that it is made of, samples p(x_s | x_t)."""
+    return any(isinstance(part, DDPM) for part in (sampler, *vars(sampler).values()))

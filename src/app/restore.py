@@ -1,0 +1,113 @@
+"""Restores the network of a run from its checkpoint."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from src.app.build import build
+from src.app.parts import codec_of, conditioning_of, denoiser_of, source_of
+from src.app.stored import upgrade
+from src.conditioning import Conditioning
+from src.data.codec import Codec
+from src.data.source import ImageSource
+from src.diffusion.denoiser import Denoiser
+from src.errors import UserError
+from src.runs.folder import FoundRun
+from src.training import post_hoc
+from src.training.ema import EMA
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The parts of a run; the denoiser's weights are those of the checkpoint after `load_weights`.
+
+    Attributes:
+        denoiser: a denoiser, or a `NoiseClassifier`.
+    """
+
+    source: ImageSource
+    codec: Codec
+    conditioning: Conditioning | None
+    denoiser: Denoiser
+
+
+def config_of(content: Mapping[str, Any], found: FoundRun) -> DictConfig:
+    """The configuration that is stored in a checkpoint, with the options of this release.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return OmegaConf.create(upgrade(content["config"]))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
+
+
+def parts_of(config: DictConfig, outputs: int | None = None) -> Restored:
+    """The parts of a run, the network freshly initialised. No image is read.
+
+    Args:
+        config: how the parts are built.
+        outputs: outputs per channel that the network was trained with; see `denoiser_of`.
+    """
+    source = source_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    return Restored(source, codec, conditioning, denoiser_of(config, codec, conditioning, outputs))
+
+
+def load_weights(
+    denoiser: Denoiser,
+    found: FoundRun,
+    content: Mapping[str, Any],
+    config: DictConfig,
+    weights: str | float,
+) -> tuple[str, float | None]:
+    """Loads a checkpoint into a denoiser, for sampling.
+
+    Args:
+        denoiser: of the run's configuration; afterwards in eval mode.
+        found: the run's folder and checkpoint.
+        content: of the checkpoint.
+        config: of the run.
+        weights: "ema" (with a warning the raw weights, if the run kept no average), "raw", or the length of a
+            power-function average, made from the run's snapshots.
+
+    Returns:
+        The name of the weights in records, and the decay of the average, if it has one.
+
+    Raises:
+        UserError: a file that is not one of our checkpoints, or an average that cannot be made.
+    """
+    averages, name, decay = _averages(content, config, found, weights)
+    prefix = "loss.denoiser.network."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    try:
+        denoiser.network.load_state_dict(state | averages)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
+    denoiser.eval().requires_grad_(False)
+    return name, decay
+
+
+def _averages(
+    content: Mapping[str, Any], config: DictConfig, found: FoundRun, weights: str | float
+) -> tuple[dict[str, torch.Tensor], str, float | None]:
+    """The chosen averaged weights, their name in records, and their decay; empty for raw weights."""
+    if weights == "raw":
+        return {}, "raw", None
+    if not isinstance(weights, str):
+        made = post_hoc.synthesise(found.folder / post_hoc.FOLDER, weights, content["global_step"])
+        return made, f"ema std={weights:g}, made from snapshots", None
+    stored = next((s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None)
+    if stored is None:
+        log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
+        return {}, "raw", None
+    ema = build(config.ema, EMA, "ema")
+    return stored, ema.name, ema.decay
