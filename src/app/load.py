@@ -47,6 +47,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
         raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
+    merged.prompts = config.prompts
     variance = build(merged.variance, Variance, "variance")
     if variance.outputs > 1 and type(variance) is not type(own_variance):
         raise UserError(
@@ -112,7 +113,7 @@ def load(
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
     denoiser = denoiser_of(config, codec, conditioning, outputs)
     recipe = recipe_of(config, seed, denoiser, codec, conditioning)
     warn_of_amplified_errors(denoiser, recipe)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from src.conditioning import Condition
+from src.conditioning import Condition, TextEncoder, TextTable
 from src.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -26,10 +26,12 @@ class ImageSet(ABC):
         labels: int64 (n,), classes in [0, num_classes), or None where the source is unlabelled.
         captions: one text for each of the n images, "" where an image has none; or None where the source has no
             captions.
+        text: the encoded captions, where the source has a text encoder.
     """
 
     labels: Tensor | None
     captions: Sequence[str] | None = None
+    text: TextTable | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -39,13 +41,15 @@ class ImageSet(ABC):
         """The images at `indices`, in that order: a fresh uint8 tensor (b, C, H, W)."""
 
     def condition(self, indices: Tensor | Sequence[int]) -> Condition:
-        """What the images at `indices` are conditioned on: by default their labels, where there are any."""
-        labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
-        return Condition(labels=labels)
+        """What the images at `indices` are conditioned on: their labels and encoded captions, where there are any."""
+        condition = Condition() if self.text is None else self.text.condition(indices)
+        if self.labels is not None:
+            condition.labels = self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return condition
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash (hexadecimal) of the images' content and labels, equal exactly for equal data."""
+        """A hash (hexadecimal) of the images' content, labels and captions, equal exactly for equal data."""
 
 
 class InMemoryImages(ImageSet):
@@ -54,11 +58,13 @@ class InMemoryImages(ImageSet):
     Args:
         pixels: uint8 (n, C, H, W).
         labels: int64 (n,) or None.
+        captions: n texts or None.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor | None):
+    def __init__(self, pixels: Tensor, labels: Tensor | None, captions: Sequence[str] | None = None):
         self.pixels = pixels.contiguous()
         self.labels = labels
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -71,6 +77,8 @@ class InMemoryImages(ImageSet):
         digest.update(memoryview(self.pixels.numpy()))
         if self.labels is not None:
             digest.update(memoryview(self.labels.numpy()))
+        if self.captions is not None:
+            digest.update("\0".join(self.captions).encode())
         return digest.hexdigest()
 
 
@@ -86,6 +94,7 @@ class ImageSource(ABC):
     Attributes:
         name: what the set is called in logs and cache keys.
         captioned: whether the images have captions.
+        text_encoder: encodes the captions of each split when it is loaded; None for no text conditioning.
         image_shape: (C, H, W) of every image.
 
     Raises:
@@ -94,6 +103,7 @@ class ImageSource(ABC):
 
     name: ClassVar[str]
     captioned: bool = False
+    text_encoder: TextEncoder | None = None
 
     def __init__(
         self, image_size: int | Sequence[int], channels: int, num_classes: int, horizontal_flip: bool
@@ -140,7 +150,10 @@ class ImageSource(ABC):
         if name not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
         if name not in self._sets:
-            self._sets[name] = self._checked(name, self._load(name))
+            images = self._checked(name, self._load(name))
+            if self.text_encoder is not None and images.captions is not None:
+                images.text = self.text_encoder(images.captions)
+            self._sets[name] = images
         return self._sets[name]
 
     def fingerprint(self, split: Split) -> str:
@@ -155,7 +168,9 @@ class ImageSource(ABC):
     def _checked(self, split: Split, images: ImageSet) -> ImageSet:
         if (images.labels is None) != (self.num_classes == 0):
             raise RuntimeError(f"{self.name}: labels contradict num_classes={self.num_classes}")
-        if (images.captions is None) == self.captioned or (self.captioned and len(images.captions) != len(images)):
+        if (images.captions is None) == self.captioned or (
+            self.captioned and len(images.captions) != len(images)
+        ):
             raise RuntimeError(f"{self.name}: captions contradict captioned={self.captioned}")
         if images.labels is not None and len(images):
             low, high = int(images.labels.min()), int(images.labels.max())
