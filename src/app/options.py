@@ -172,6 +172,13 @@ LOAD = (
     Option(
         "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
     ),
+    Option(
+        "conditioning.encoder.name",
+        None,
+        "where the run's text encoder lies now, if it has moved",
+        str,
+        optional=True,
+    ),
     PROMPTS,
     TRUST,
     WRAPPERS,
@@ -199,6 +206,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "eva
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
+    "conditioning.encoder.cache": "none",
     "data.cache": "none",
     "guidance": "none",
     "data.root": "none",  # the fingerprint shows whether the images are others

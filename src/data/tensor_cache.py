@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from logging import getLogger
 from pathlib import Path
@@ -36,7 +37,8 @@ def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
         log.warning("%s cannot be written (%s): it will be computed again next time", path, error)
         return made
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return _read(path) or made
 
 

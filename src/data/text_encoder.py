@@ -92,7 +92,8 @@ class Pretrained(TextEncoder):
         except Exception as error:  # of several packages
             reason = str(error).strip().splitlines()[0][:100]
             raise UserError(
-                f"{OPTION}={self.name}: no such folder, and it cannot be downloaded from the Hugging Face hub ({reason})"
+                f"{OPTION}={self.name}: no such folder, and no download from the Hugging Face hub ({reason}); give a"
+                f" folder, or {MINILM}"
             ) from None
 
     @cached_property
@@ -114,7 +115,8 @@ class Pretrained(TextEncoder):
         positions = getattr(config, "max_position_embeddings", None)
         if positions and self.max_length > positions:
             raise UserError(
-                f"conditioning.encoder.max_length={self.max_length}: {self.name} has {positions} positions; choose fewer"
+                f"conditioning.encoder.max_length={self.max_length}: {self.name} has {positions} positions; choose"
+                " fewer"
             )
         return config
 

@@ -19,8 +19,9 @@ class UNet(Network):
     There is one level per channel multiplier; each level has half the height and width of the previous one. The
     decoder has one more block per level than the encoder, and concatenates the encoder's outputs (of the first
     convolution, every block and every downsampling) to its inputs. The class embedding is added to the time embedding,
-    as in Nichol and Dhariwal (2021). With text, cross-attention follows each self-attention. Its keys are the tokens and
-    a learned null token, which is the only one of an image without text. The last layer is initialised to zero, so an untrained network returns zero.
+    as in Nichol and Dhariwal (2021). With text, cross-attention follows each self-attention. Its keys are the tokens
+    and a learned null token, which is the only one of an image without text. The last layer is initialised to zero, so
+    an untrained network returns zero.
 
     With the default arguments and `image_size=32, channels=3` this is the published CIFAR-10 network
     (35,746,307 parameters), except for its dropout of 0.1.
