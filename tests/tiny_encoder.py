@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.conditioning import TextTable
 from src.data.digits import Digits
+from src.data.emoji import Emoji
+from src.data.text_encoder import Pretrained
 
-WORDS = "zero one two three four five six seven eight nine the digit a red heart cat face".split()
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = (*DIGITS, "the", "digit", "a", "red", "heart", "cat", "face")
 
 
 def save_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
@@ -57,8 +61,26 @@ def give_captions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_with_captions(self, split):
         images = load(self, split)
-        images.captions = [f"the digit {WORDS[label]}" for label in images.labels]
+        images.captions = [f"the digit {DIGITS[label]}" for label in images.labels]
         return images
 
     monkeypatch.setattr(Digits, "captioned", True)
     monkeypatch.setattr(Digits, "_load", load_with_captions)
+
+
+def replace_font_and_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random 8x8 emoji, and one random token for each text, for tests of the configuration."""
+    names = [chr(0x1F400 + i) for i in range(200)]
+
+    def encode(self, texts):
+        n = len(texts)
+        return TextTable(
+            torch.randn(n, 8), torch.arange(n), torch.ones(n, dtype=torch.int64), self.max_length
+        )
+
+    pixels = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(Emoji, "check", lambda self: None)
+    monkeypatch.setattr(Emoji, "_pictures", (names, [f"emoji {i}" for i in range(200)], pixels))
+    monkeypatch.setattr(Pretrained, "width", 8)
+    monkeypatch.setattr(Pretrained, "digest", "0" * 64)
+    monkeypatch.setattr(Pretrained, "__call__", encode)

@@ -52,7 +52,7 @@ def test_a_font_that_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"data.root=.*apt-get install fonts-noto-color-emoji"):
         Emoji(root=str(tmp_path / "none.ttf")).check()
     (tmp_path / "text.ttf").write_text("text")
-    with pytest.raises(UserError, match="data.root"):
+    with pytest.raises(UserError, match=r"data\.root"):
         Emoji(root=str(tmp_path / "text.ttf")).check()
 
 

