@@ -5,9 +5,9 @@
 For 100 captions of the training split and 100 of the test split, one image is made from each caption, and the 100
 pictures are ranked by their distance from it. Shown are the share of images whose own picture comes first or among the
 first five, and the mean rank; by chance 1 %, 5 % and 50.5. Distances are Euclidean, between pixels and between
-InceptionV3's features (where `make inception` has stored them). Two rows put the numbers into proportion: images made
-without text (guidance scale 0), and, instead of an image, the training picture whose caption is nearest (cosine of the
-mean token). A grid of the first test captions is written to docs/images/emoji.png.
+InceptionV3's features (where `make inception` has stored them). For comparison, the generated image is replaced by the
+training picture with the nearest other caption (cosine of the mean token). A grid of test captions, each with the
+generated image at the left and the emoji at the right, is written to docs/images/emoji.png.
 """
 
 import argparse
@@ -89,8 +89,7 @@ def main() -> None:
     parser.add_argument("--grid", default="docs/images/emoji.png", help="file of the grid")
     arguments = parser.parse_args()
     steps = f"sampler.steps={arguments.steps}"
-    guided = loaded_run(arguments.run, steps, f"guidance.scale={arguments.scale}")
-    without_text = loaded_run(arguments.run, steps, "guidance.scale=0")
+    guided = loaded_run(arguments.run, steps, "guidance=classifier_free", f"guidance.scale={arguments.scale}")
     train = guided.source.split("train")
     spaces = {"pixels": lambda images: images.flatten(1).float()}
     if expanded(POOL3_FILE).is_file():
@@ -111,7 +110,6 @@ def main() -> None:
         text = guided.recipe.conditioning.encoder(captions)
         rows = {
             f"captions of the {split} split": generated,
-            f"no text ({split})": made(without_text, captions),
             f"nearest other caption ({split})": nearest_training_pictures(
                 train, text, N, which if split == "train" else []
             ),

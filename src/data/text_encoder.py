@@ -189,6 +189,7 @@ class Pretrained(TextEncoder):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # it would warn of the weights that are not needed
         is_clip = self.config.model_type in ("clip", "clip_text_model")
         model = None
         try:
@@ -196,7 +197,9 @@ class Pretrained(TextEncoder):
             with suppress(ValueError):  # a kind of model without a separate text encoder
                 kind = CLIPTextModel if is_clip else AutoModelForTextEncoding
                 model = kind.from_pretrained(self.folder, local_files_only=True)
-            model = model or AutoModel.from_pretrained(self.folder, local_files_only=True)
+            if model is None:
+                model = AutoModel.from_pretrained(self.folder, local_files_only=True)
+                model = model.get_encoder() if model.config.is_encoder_decoder else model
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{OPTION}={self.name}: transformers cannot load it ({reason})") from None

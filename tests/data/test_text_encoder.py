@@ -101,5 +101,5 @@ def test_no_download(monkeypatch):
 def test_more_tokens_than_positions(encoder):
     with pytest.raises(UserError, match=r"max_length=99: .* 16 positions"):
         _ = encoder(max_length=99).width
-    with pytest.raises(ValueError, match="^max_length"):
+    with pytest.raises(ValueError, match=r"^max_length"):
         Pretrained(max_length=0)
