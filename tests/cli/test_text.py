@@ -16,7 +16,8 @@ SMALL = (*QUICK, "trainer.max_steps=4", "metrics=none", "conditioning=text")
 def encoder(tmp_path, monkeypatch):
     give_captions(monkeypatch)
     folder = save_encoder(tmp_path / "encoder")
-    return (f"conditioning.encoder.name={folder}", f"conditioning.encoder.cache={tmp_path / 'texts'}")
+    where = (f"conditioning.encoder.name={folder}", f"conditioning.encoder.cache={tmp_path / 'texts'}")
+    return (*where, "conditioning.encoder.max_length=8")
 
 
 def test_train_and_sample_with_prompts(command, only_run, encoder, tmp_path, capsys):
