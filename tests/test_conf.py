@@ -25,6 +25,7 @@ from src.errors import UserError
 from src.generation.tasks import Task
 from src.metrics.fidelity import FidelityScore
 from tests.conftest import ROOT
+from tests.tiny_encoder import replace_font_and_encoder
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -36,6 +37,7 @@ NEEDS = {
     "schedule=jsd": ["parameterization=v"],
     "schedule=rectified_flow": ["parameterization=velocity"],
     "schedule=zero_terminal_snr": ["parameterization=v"],
+    "conditioning=text": ["data=emoji"],
     "data=image_folder": ["data.root=${oc.env:PICTURES}"],
     "data=huggingface": ["data.path=${oc.env:PICTURES}"],
     "loss=hybrid": ["variance=learned_range"],
@@ -87,6 +89,7 @@ def assembled(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     monkeypatch.setenv("PICTURES", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    replace_font_and_encoder(monkeypatch)
 
     def make(*overrides: str) -> tuple[Experiment, DictConfig]:
         # scores are slow: build them only for tests that choose one
@@ -412,7 +415,7 @@ def test_metrics(choice, monkeypatch, tmp_path):
         assert "\n" not in str(raised.value)
         fix = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
         assert fix in str(raised.value)
-    elif choice == "none":
+    elif not config.metrics:
         assert scores_of(config, codec_of(config, source_of(config))) is None
     elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):
         # only for src.evaluate: these generate no images, so training cannot track them
@@ -458,12 +461,13 @@ def test_tasks(choice):
 @pytest.mark.parametrize(
     ("group", "choice"), [(group, choice) for group in ("experiment", "debug") for choice in choices(group)]
 )
-def test_two_steps(group, choice, command, only_run, tmp_path):
-    """Every experiment and debug preset trains, previews and saves: on digits, with a small network."""
+def test_two_steps(group, choice, command, only_run, tmp_path, monkeypatch):
+    """Every experiment and debug preset trains, previews and saves: on 8x8 images, with a small network."""
+    replace_font_and_encoder(monkeypatch)
     status = command(
         "train",
         f"{group}={choice}",
-        "data=digits",
+        *(["data=emoji", "data.image_size=8"] if choice == "text_emoji" else ["data=digits"]),
         *SMALL_NETWORK,
         "batch_size=8",
         "trainer.max_steps=2",

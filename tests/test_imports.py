@@ -38,6 +38,7 @@ ONLY_IN = {
     "wandb": {"training"},
     "torch_fidelity": {"metrics", "tools"},
     "diffusers": {"interop"},
+    "transformers": {"data"},
 }
 
 

@@ -116,7 +116,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     check_names_and_folders(config)
     source = source_of(config)
     source.check()
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
     loss = loss_of(config, denoiser)

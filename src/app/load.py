@@ -37,12 +37,17 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     # groups that replace those of the run; null keeps the run's choice
     chosen = {name: config[name] for name in groups_of("train") if config.get(name) is not None}
     chosen |= {"wrappers": config.wrappers} if config.wrappers else {}
-    chosen.pop("data", None)
+    chosen = {name: node for name, node in chosen.items() if name not in ("data", "conditioning")}
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
     own = config_of(content, found)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
+    merged.prompts = config.prompts
+    if config.conditioning.encoder.name:
+        if "encoder" not in (merged.conditioning or {}):
+            raise UserError("conditioning.encoder.name: this run has no text encoder; leave it out")
+        merged.conditioning.encoder.name = config.conditioning.encoder.name
     variance = build(merged.variance, Variance, "variance")
     if variance.outputs > 1 and type(variance) is not type(own_variance):
         raise UserError(

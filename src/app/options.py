@@ -43,7 +43,7 @@ class Option:
     name: str
     default: Any
     help: str
-    kind: type | None = None
+    kind: Any = None
     least: int | None = None
     optional: bool = False
     choices: tuple[str, ...] = ()
@@ -76,6 +76,15 @@ WRAPPERS = Option(
     {},
     "denoisers around the network's, inside the clipping: '+wrappers.mine={_target_: mypackage.Mine}'",
     dict,
+    effect="none",
+)
+PROMPTS = Option(
+    "prompts",
+    None,
+    'texts of sampled images: prompts=["a red heart",cat], or a file.txt with one on each line; null: the captions of'
+    " the validation split",
+    list[str] | str,
+    optional=True,
     effect="none",
 )
 CACHE = Option(
@@ -134,6 +143,7 @@ TRAIN = (
     Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
     Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
     CACHE,
+    PROMPTS,
     Option(
         "generation.seed",
         0,
@@ -163,6 +173,14 @@ LOAD = (
     Option(
         "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
     ),
+    Option(
+        "conditioning.encoder.name",
+        None,
+        "where the run's text encoder lies now, if it has moved",
+        str,
+        optional=True,
+    ),
+    PROMPTS,
     TRUST,
     WRAPPERS,
 )
@@ -189,6 +207,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "eva
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
+    "conditioning.encoder.cache": "none",
     "data.cache": "none",
     "guidance": "none",
     "data.path": "none",

@@ -22,7 +22,8 @@ OVERRIDES_FILE = ".hydra/overrides.yaml"
 def prepare(entry_point: str, arguments: list[str]) -> list[str]:
     """The command line that Hydra is given.
 
-    Short forms are written out, a training that is continued gets the overrides of its run, and names are checked.
+    Short forms are written out, a training that is continued gets the overrides of its run, and names are checked. In
+    sampling and evaluation, `guidance.scale=4` alone means `guidance=classifier_free guidance.scale=4`.
 
     Args:
         entry_point: "train", "sample" or "evaluate".
@@ -34,8 +35,7 @@ def prepare(entry_point: str, arguments: list[str]) -> list[str]:
     arguments = [part for argument in arguments for part in written_out(argument)]
     folders = trusted_folders(arguments)
     check_names(entry_point, arguments, [CONF, *folders])
-    if entry_point == "train":
-        arguments = resume_overrides(arguments)
+    arguments = resume_overrides(arguments) if entry_point == "train" else with_guidance(arguments)
     if folders:
         places = ",".join(f"'file://{folder}'" for folder in folders)
         arguments = [*arguments, f"hydra.searchpath=[{places}]"]
@@ -71,6 +71,16 @@ def written_out(argument: str) -> list[str]:
         if set(values) <= set(words):
             return [f"conditioning={','.join(words[value] for value in values)}"]
     return [argument]
+
+
+def with_guidance(arguments: list[str]) -> list[str]:
+    """The command line of sampling or evaluation, with `guidance=classifier_free` if only its options are given.
+
+    The group's default, null, is the run's own guidance and has no options.
+    """
+    names = {_name(argument) for argument in arguments if "=" in argument}
+    alone = "guidance" not in names and any(name.startswith("guidance.") for name in names)
+    return ["guidance=classifier_free", *arguments] if alone else arguments
 
 
 def quoted(path: Path) -> str:

@@ -1,6 +1,8 @@
 """The parts that training and loading share. Hydra picks the leaves, these lines join them."""
 
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,11 @@ def source_of(config: DictConfig) -> ImageSource:
         raise UserError(
             "conditioning=class (class_conditional=true): these data have no labels; choose conditioning=none"
         )
+    if config.conditioning and not source.captioned and _takes(config.conditioning, "captions"):
+        raise UserError(
+            "conditioning=text: these data have no captions; choose data=emoji, data.captions=true where the data set has"
+            " that option, or conditioning=none"
+        )
     return source
 
 
@@ -54,9 +61,54 @@ def codec_of(config: DictConfig, source: ImageSource) -> Codec:
     return build(config.codec, Codec, "codec", image_shape=source.image_shape)
 
 
-def conditioning_of(config: DictConfig) -> Conditioning | None:
-    """What the network is conditioned on."""
-    return build(config.conditioning, Conditioning, "conditioning")
+def conditioning_of(config: DictConfig, source: ImageSource) -> Conditioning | None:
+    """What the network is conditioned on; a text encoder is also given to the source, for its captions.
+
+    Raises:
+        UserError: prompts of a network without text, or no text encoder.
+    """
+    joined: dict[str, Any] = {}
+    prompts = prompts_of(config)
+    if config.conditioning and _takes(config.conditioning, "captions"):
+        joined = {"prompts": prompts, "captions": lambda: captions_of(source)}
+    elif prompts is not None:
+        raise UserError(
+            "prompts: this network is not conditioned on text; leave them out, or train with conditioning=text"
+        )
+    conditioning = build(config.conditioning, Conditioning, "conditioning", **joined)
+    source.text_encoder = getattr(conditioning, "encoder", None)
+    return conditioning
+
+
+def prompts_of(config: DictConfig) -> list[str] | None:
+    """The prompts of sampled images: a list, or the lines of a text file; None if none are given.
+
+    Raises:
+        UserError: the file cannot be read, or there is no text.
+    """
+    prompts = config.get("prompts")
+    if prompts is None:
+        return None
+    if isinstance(prompts, str) and prompts.endswith(".txt"):
+        try:
+            prompts = [
+                line.strip()
+                for line in Path(prompts).read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts={config.prompts}: the file cannot be read ({error})") from None
+    elif isinstance(prompts, str):
+        prompts = [prompts]
+    if not prompts:
+        raise UserError(f"prompts={config.prompts}: there is no text in it")
+    return list(prompts)
+
+
+def captions_of(source: ImageSource) -> Sequence[str]:
+    """The captions of the validation split."""
+    source.prepare()
+    return source.split("validation").captions
 
 
 def denoiser_of(
@@ -90,6 +142,7 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
     channels, height, width = codec.shape
     offered: dict[str, Any] = {
         "num_classes": getattr(conditioning, "num_classes", 0),
+        "token_channels": getattr(conditioning, "token_channels", 0),
         "channels": channels,
         "image_size": height if height == width else [height, width],
     }
@@ -98,7 +151,8 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
     joined = {
         name: value
         for name, value in offered.items()
-        if _takes(config.model, name) and (name == "num_classes" or name not in config.model)
+        if _takes(config.model, name)
+        and (name in ("num_classes", "token_channels") or name not in config.model)
     }
     network = adapted(build(config.model, nn.Module, "model", **joined), codec.shape)
     built, needed = network.image_shape or codec.shape, codec.shape

@@ -73,7 +73,7 @@ def check_guidance(config: DictConfig, conditioning: Conditioning | None, sample
     if conditioning is None:
         raise UserError(
             "guidance: this network has no condition to be guided by; choose guidance=none, auto or classifier, or"
-            " train with conditioning=class conditioning.dropout=0.1"
+            " train with conditioning=class conditioning.dropout=0.1, or conditioning=text"
         )
     if issubclass(found, Projected) and config.guidance.get("momentum") and isinstance(sampler, Dopri5):
         raise UserError(

@@ -57,7 +57,7 @@ def parts_of(config: DictConfig, outputs: int | None = None) -> Restored:
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
     """
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
     return Restored(source, codec, conditioning, denoiser_of(config, codec, conditioning, outputs))
 
 

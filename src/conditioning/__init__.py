@@ -2,5 +2,6 @@
 
 from .condition import NO_CLASS, Condition
 from .conditioning import ByClass, Conditioning
+from .text import ByText, TextEncoder, TextTable
 
-__all__ = ["NO_CLASS", "ByClass", "Condition", "Conditioning"]
+__all__ = ["NO_CLASS", "ByClass", "ByText", "Condition", "Conditioning", "TextEncoder", "TextTable"]

@@ -35,6 +35,10 @@ class Conditioning(ABC):
     def of_samples(self, indices: Sequence[int]) -> Condition:
         """The condition of the images with these indices in a sampling run, on the CPU."""
 
+    def texts(self, indices: Sequence[int]) -> list[str] | None:
+        """The prompts of the images with these indices in a sampling run; None if they have none."""
+        return None
+
     @abstractmethod
     def describe_samples(self) -> str:
         """A description of the condition of image i of a sampling run, for records."""

@@ -91,6 +91,11 @@ class ImageDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         self.source.check()
         self.source.prepare()
+        if (
+            self.source.text_encoder is not None
+        ):  # encodes the captions once, before other processes read them
+            for split in ("train", "validation"):
+                self.source.split(split)
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches, from the sample after those that the loaded checkpoint has consumed.

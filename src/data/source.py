@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from src.conditioning import Condition
+from src.conditioning import Condition, TextEncoder, TextTable
 from src.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -27,10 +27,12 @@ class ImageSet(ABC):
         labels: int64 (n,), classes in [0, num_classes), or None where the source is unlabelled.
         captions: one text for each of the n images, "" where an image has none; or None where the source has no
             captions.
+        text: the encoded captions, where the source has a text encoder.
     """
 
     labels: Tensor | None
     captions: Sequence[str] | None = None
+    text: TextTable | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -40,9 +42,11 @@ class ImageSet(ABC):
         """The images at `indices`, in that order: a fresh uint8 tensor (b, C, H, W)."""
 
     def condition(self, indices: Tensor | Sequence[int]) -> Condition:
-        """What the images at `indices` are conditioned on: by default their labels, where there are any."""
-        labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
-        return Condition(labels=labels)
+        """What the images at `indices` are conditioned on: their labels and encoded captions, where there are any."""
+        condition = Condition() if self.text is None else self.text.condition(indices)
+        if self.labels is not None:
+            condition.labels = self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return condition
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -93,6 +97,7 @@ class ImageSource(ABC):
     Attributes:
         name: what the set is called in logs and cache keys.
         captioned: whether the images have captions.
+        text_encoder: encodes the captions of each split when it is loaded; None for no text conditioning.
         image_shape: (C, H, W) of every image.
 
     Raises:
@@ -101,6 +106,7 @@ class ImageSource(ABC):
 
     name: ClassVar[str]
     captioned: bool = False
+    text_encoder: TextEncoder | None = None
 
     def __init__(
         self, image_size: int | Sequence[int], channels: int, num_classes: int, horizontal_flip: bool
@@ -147,7 +153,10 @@ class ImageSource(ABC):
         if name not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
         if name not in self._sets:
-            self._sets[name] = self._checked(name, self._load(name))
+            images = self._checked(name, self._load(name))
+            if self.text_encoder is not None and images.captions is not None:
+                images.text = self.text_encoder(images.captions)
+            self._sets[name] = images
         return self._sets[name]
 
     def fingerprint(self, split: Split) -> str:

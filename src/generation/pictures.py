@@ -2,13 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from src.data.codec import Codec
@@ -32,6 +32,45 @@ def image_grid(images: Tensor, columns: int | None = None, smallest: int = 256) 
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     factor = max(1, math.ceil(smallest / picture.width))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def captioned_grid(images: Tensor, texts: Sequence[str] | None, columns: int | None = None) -> Image.Image:
+    """A grid with a text below each image, shortened to three lines; without texts, `image_grid`.
+
+    Args:
+        images: uint8, shape (B, C, H, W); enlarged by an integer factor (nearest neighbour) to at least 96 pixels.
+        texts: B texts, or None.
+        columns: images per row; by default the square root of B, rounded up.
+    """
+    if texts is None:
+        return image_grid(images, columns)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    font = ImageFont.load_default(size=12)
+    pictures = [image_grid(image[None], 1, smallest=96).convert("RGB") for image in images]
+    width, height = pictures[0].size
+    line = sum(font.getmetrics())
+    cell = height + 3 * line + 6
+    grid = Image.new("RGB", (columns * (width + 6), -(-len(pictures) // columns) * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        x, y = i % columns * (width + 6) + 3, i // columns * cell
+        grid.paste(picture, (x, y))
+        for k, part in enumerate(_wrapped(text, font, width)[:3]):
+            draw.text((x + width / 2, y + height + 2 + k * line), part, font=font, fill="black", anchor="ma")
+    return grid
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a longer word is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-1]
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def save_images(images: Tensor, folder: Path, first: int) -> None:

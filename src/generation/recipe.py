@@ -100,6 +100,10 @@ class Recipe:
         condition = None if self.conditioning is None else self.conditioning.of_samples(indices).to(device)
         return Start(x_T, condition, noise)
 
+    def texts(self, indices: Sequence[int]) -> list[str] | None:
+        """The prompts of the images with these indices; None if they have none."""
+        return None if self.conditioning is None else self.conditioning.texts(indices)
+
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
         """The states of the images with these indices, from noise to x0, shape (B, *codec.shape)."""
         start = self.start(denoiser, indices)

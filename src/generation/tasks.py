@@ -15,7 +15,7 @@ from src.data.codec import Codec
 from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
 from src.errors import UserError
 from src.generation.loaded import LoadedRun
-from src.generation.pictures import animation, image_grid, read_images, save_images
+from src.generation.pictures import animation, captioned_grid, image_grid, read_images, save_images
 from src.generation.recipe import CLIPPING, describe, kind_of
 from src.runs.files import file_sha256, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
@@ -66,6 +66,8 @@ class Task(ABC):
 class Draw(Task):
     """New images: a grid, the single images and, with `gif`, an animation of the denoising.
 
+    With text, prompts stand below the images of the grid, and prompts.json lists the prompt of each image.
+
     An interrupted run can be repeated: complete batches of the same weights and recipe are kept, and the result is
     identical to that of an uninterrupted run.
 
@@ -98,7 +100,12 @@ class Draw(Task):
         if rank() > 0:
             return Made([], evaluations)
         origin.keep(evaluations)
-        lines = _save_grid(image_grid(read_images(folder / "images", range(min(n, GRID)), channels)), folder)
+        shown = range(min(n, GRID))
+        texts = loaded.recipe.texts(shown)
+        lines = _save_grid(captioned_grid(read_images(folder / "images", shown, channels), texts), folder)
+        if texts is not None:
+            write_json(folder / "prompts.json", loaded.recipe.texts(range(n)))
+            lines.append(f"prompts     {folder / 'prompts.json'}")
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:
             states = loaded.recipe.trajectory(loaded.denoiser, range(min(n, 64)))

@@ -62,6 +62,40 @@ class SelfAttention(nn.Module):
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
 
 
+class CrossAttention(nn.Module):
+    """Attention of the pixels to the tokens of a text, with a residual connection.
+
+    As in latent diffusion (Rombach et al. 2022, arXiv:2112.10752, eq. 3), but without the feed-forward layer. Keys and
+    values are computed from the normalised tokens, since encoders differ in scale.
+
+    Args:
+        channels: a multiple of `groups` and of the number of heads.
+        token_channels: width of a token.
+        groups: groups of the normalisation.
+    """
+
+    HEAD = 32
+    """Channels of a head, where they divide the channels of the pixels; otherwise there is one head."""
+
+    def __init__(self, channels: int, token_channels: int, groups: int):
+        super().__init__()
+        self.heads = channels // self.HEAD if channels % self.HEAD == 0 else 1
+        self.norm = group_norm(channels, groups)
+        self.token_norm = nn.LayerNorm(token_channels)
+        self.query = xavier(nn.Linear(channels, channels))
+        self.key_value = xavier(nn.Linear(token_channels, 2 * channels), parts=2)
+        self.projection = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, H, W), (B, L, token_channels), bool (B, L) with at least one True each -> (B, C, H, W)."""
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        query = self.query(pixels).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key_value = self.key_value(self.token_norm(tokens)).unflatten(2, (2 * self.heads, -1)).transpose(1, 2)
+        key, value = key_value.chunk(2, dim=1)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return x + self.projection(mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+
+
 class ResidualBlock(nn.Module):
     """A residual block of two convolutions with the time embedding added in between, and optional attention.
 
@@ -71,9 +105,10 @@ class ResidualBlock(nn.Module):
     Args:
         in_channels, out_channels: multiples of `groups`.
         embedding_channels: width of the time and class embedding.
-        attention: whether self-attention follows.
+        attention: whether self-attention follows, and cross-attention if there are tokens.
         dropout: probability, in [0, 1].
         groups: groups of the normalisation.
+        token_channels: width of the tokens of a text; 0 for a network without text.
     """
 
     def __init__(
@@ -85,6 +120,7 @@ class ResidualBlock(nn.Module):
         attention: bool,
         dropout: float,
         groups: int,
+        token_channels: int = 0,
     ):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
@@ -97,15 +133,22 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = xavier(nn.Conv2d(in_channels, out_channels, 1))
         self.attention = SelfAttention(out_channels, groups) if attention else nn.Identity()
+        self.cross_attention = None
+        if attention and token_channels:
+            self.cross_attention = CrossAttention(out_channels, token_channels, groups)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H, W)."""
+    def forward(self, x: Tensor, embedding: Tensor, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H, W).
+
+        `text` are the tokens and the mask of `CrossAttention`, in a network with text.
+        """
         h = self.conv1(F.silu(self.norm1(x)))
         # In place, since a convolution's backward pass does not need its output.
         h += self.embedding_projection(embedding)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         h += self.shortcut(x)
-        return self.attention(h)
+        h = self.attention(h)
+        return h if self.cross_attention is None else self.cross_attention(h, *text)
 
 
 class Downsample(nn.Module):

@@ -5,20 +5,23 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from src.conditioning import Condition
 from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
 from src.model.embedding import TimeEmbedding
 
 
 class UNet(Network):
-    """The DDPM U-Net, optionally class-conditional.
+    """The DDPM U-Net, optionally conditioned on classes or texts.
 
     There is one level per channel multiplier; each level has half the height and width of the previous one. The
     decoder has one more block per level than the encoder, and concatenates the encoder's outputs (of the first
     convolution, every block and every downsampling) to its inputs. The class embedding is added to the time embedding,
-    as in Nichol and Dhariwal (2021). The last layer is initialised to zero, so an untrained network returns zero.
+    as in Nichol and Dhariwal (2021). With text, cross-attention follows each self-attention. Its keys are the tokens
+    and a learned null token, which is the only one of an image without text. The last layer is initialised to zero, so
+    an untrained network returns zero.
 
     With the default arguments and `image_size=32, channels=3` this is the published CIFAR-10 network
     (35,746,307 parameters), except for its dropout of 0.1.
@@ -37,6 +40,8 @@ class UNet(Network):
         groups: groups of every group normalisation; must divide the channels of every level.
         second_time: also embed the label of a second time, for losses and samplers of steps from t to s. Its
             embedding is added to that of t and initialised to zero.
+        token_channels: width of the tokens of a text; 0 for a network without text.
+        pooled_text: also add a linear map of the mean of the tokens to the time embedding.
 
     Raises:
         ValueError: the image size cannot be halved once per level, the groups do not divide the channels, or there is
@@ -57,13 +62,16 @@ class UNet(Network):
         dropout: float = 0.0,
         groups: int = 32,
         second_time: bool = False,
+        token_channels: int = 0,
+        pooled_text: bool = False,
     ):
         super().__init__()
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes = num_classes
-        self.reads = frozenset({"labels"} if num_classes else ())
+        read = {"labels": num_classes, "tokens": token_channels}
+        self.reads = frozenset(kind for kind, size in read.items() if size)
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
@@ -79,6 +87,7 @@ class UNet(Network):
         self.second_time_embedding = None
 
         block = partial(ResidualBlock, embedding_channels=embedding_channels, dropout=dropout, groups=groups)
+        block = partial(block, token_channels=token_channels)
         self.conv_in = xavier(nn.Conv2d(channels, base_channels, 3, padding=1))
         attention = [factor in attention_factors for factor in factors]
         skip_widths = self._add_encoder(block, base_channels, widths, attention, blocks_per_level)
@@ -92,6 +101,13 @@ class UNet(Network):
         if second_time:  # created last, so that the initial weights of the other layers do not depend on it
             self.second_time_embedding = TimeEmbedding(base_channels, embedding_channels)
             zero(self.second_time_embedding.linear2)
+        self.null_token, self.text_embedding = None, None
+        if token_channels:
+            self.null_token = nn.Parameter(torch.randn(token_channels))
+        if token_channels and pooled_text:
+            self.text_embedding = nn.Sequential(
+                nn.LayerNorm(token_channels), xavier(nn.Linear(token_channels, embedding_channels))
+            )
 
     def _add_encoder(
         self,
@@ -157,6 +173,9 @@ class UNet(Network):
             embedding = embedding + self.second_time_embedding(to_label)
         elif to_label is not None:
             raise ValueError("the network has no second time: build it with second_time=true")
+        text = self._text(x, condition)
+        if self.text_embedding is not None:
+            embedding = embedding + self.text_embedding(_mean_of_text(*text))
         embedding = F.silu(embedding)
 
         x = self.conv_in(x)
@@ -166,19 +185,45 @@ class UNet(Network):
                 x = self.downsample[i - 1](x)
                 skips.append(x)
             for block in level:
-                x = block(x, embedding)
+                x = block(x, embedding, text)
                 skips.append(x)
 
         for block in self.middle:
-            x = block(x, embedding)
+            x = block(x, embedding, text)
 
         for i, level in enumerate(self.decoder):
             if i > 0:
                 x = self.upsample[i - 1](x)
             for block in level:
-                x = block(torch.cat((x, skips.pop()), dim=1), embedding)
+                x = block(torch.cat((x, skips.pop()), dim=1), embedding, text)
 
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _text(self, x: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor] | None:
+        """The tokens, (B, 1 + L, token_channels), the null token first, and the mask; None in a network without text.
+
+        The null token is always valid, so that no softmax is empty.
+        """
+        tokens = None if condition is None else condition.tokens
+        if self.null_token is None:
+            if tokens is not None:
+                raise ValueError(
+                    "the network reads no text: give no tokens, or build it with token_channels > 0"
+                )
+            return None
+        null = self.null_token.expand(len(x), 1, -1)
+        valid = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+        if tokens is None:
+            return null, valid
+        mask = condition.mask
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        return torch.cat((null, tokens.to(null.dtype)), dim=1), torch.cat((valid, mask), dim=1)
+
+
+def _mean_of_text(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the valid tokens, the null token among them: (B, L, D), (B, L) -> (B, D)."""
+    weight = mask.unsqueeze(2).to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 def check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:

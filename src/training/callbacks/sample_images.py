@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from src.generation.pictures import image_grid
+from src.generation.pictures import captioned_grid
 from src.generation.recipe import Recipe
 from src.runs.files import forgiving
 from src.training.callbacks.every import EverySteps
@@ -70,7 +70,7 @@ class SampleImages(EverySteps):
                     min(self.batch_size, self.n),
                 )
             return
-        grid = image_grid(images)
+        grid = captioned_grid(images, self.recipe.texts(range(self.n)))
         with forgiving("preview"):
             self.folder.mkdir(parents=True, exist_ok=True)
             grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
