@@ -82,6 +82,18 @@ CACHE = Option(
     "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
 )
 
+SWEEP = (
+    Option(
+        "sweep",
+        None,
+        "with -m: the folder of a sweep to continue; the same command finds it by itself",
+        str,
+        optional=True,
+        effect="once",
+    ),
+    Option("rerun_failed", False, "with -m: run the jobs that failed again", bool, effect="once"),
+)
+
 TRAIN = (
     Option(
         "seed",
@@ -142,6 +154,7 @@ TRAIN = (
         least=0,
         effect="none",
     ),
+    *SWEEP,
 )
 
 LOAD = (
@@ -164,6 +177,7 @@ LOAD = (
     ),
     TRUST,
     WRAPPERS,
+    *SWEEP,
 )
 
 SAMPLE = (
@@ -190,6 +204,7 @@ EFFECTS: dict[str, Effect] = {
     "clipping": "none",
     "data.cache": "none",
     "guidance": "none",
+    "launcher": "once",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "none",
     "metrics": "none",
