@@ -57,11 +57,17 @@ def _run(entry_point: str, arguments: list[str]) -> int:
     from src.app.jobs import explained, register, run_single
 
     sweep = [argument for argument in arguments if argument not in MULTIRUN]
+    if entry_point == "plan":
+        from src.app.plan import plan
+
+        register()
+        with explained("train", ["-m", *sweep]):
+            return plan(sweep)
     if len(sweep) < len(arguments):
         from src.app.sweep.run import run_sweep
 
         register()
-        with explained(entry_point, sweep):
+        with explained(entry_point, arguments):
             return run_sweep(entry_point, sweep)
     run_single(entry_point, arguments)
     return 0
@@ -80,6 +86,13 @@ def _complain(line: str) -> int:
 
 def help_text(entry_point: str) -> str:
     """The entry point's groups, choices and options, from the comments in conf/ and the table of options."""
+    if entry_point == "plan":
+        return (
+            "What a training would cost on this machine: parameters, operations, time, memory, disk.\n"
+            "    python -m src.plan schedule=cosine model=unet_small\n"
+            "    python -m src.plan model=unet_tiny,unet_small seed=0,1,2\n"
+            "The options are those of src.train, see python -m src.train --help."
+        )
     lines = (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines()
     head = []
     for line in lines:

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from src.app.messages import parsed
-from src.app.overrides import quoted
+from src.app.options import CONF
+from src.app.overrides import quoted, trusted_folders
 from src.errors import UserError
 from src.runs.files import digest_of, write_json
 from src.runs.folder import CHECKPOINTS, checkpoints_by_step
@@ -207,3 +208,17 @@ def combinations(overrides: Sequence[str]) -> list[tuple[tuple[str, ...], tuple[
 def option_of(override: str) -> str:
     """The option or the group that an override sets, e.g. "sampler.steps"."""
     return re.split(r"[@=]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def composed(entry_point: str, overrides: Sequence[str]) -> DictConfig:
+    """conf/<entry point>.yaml with these options, and with Hydra's settings."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.utils import setup_globals
+
+    setup_globals()
+    folders = trusted_folders(list(overrides))
+    if folders:
+        places = ",".join(f"'file://{folder}'" for folder in folders)
+        overrides = [*overrides, f"hydra.searchpath=[{places}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(entry_point, list(overrides), return_hydra_config=True)

@@ -13,7 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from src.app.messages import check_names, explain, say
 from src.app.options import CONF, check_options
 from src.app.overrides import refuse_harmful, trusted_folders, written_out
-from src.app.sweep.jobs import JOBS_FILE, OUTCOME_FILE, SWEEP_FILE, Job, Sweep, combinations, option_of
+from src.app.sweep.jobs import (
+    JOBS_FILE,
+    OUTCOME_FILE,
+    SWEEP_FILE,
+    Job,
+    Sweep,
+    combinations,
+    composed,
+    option_of,
+)
 from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import write_json
@@ -47,11 +56,11 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     for override in own:
         if option_of(override) == "ckpt":
             raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
-    settings = _composed(entry_point, [o for o in overrides if o not in own])
+    settings = composed(entry_point, [o for o in overrides if o not in own])
     if settings.sweep and not own:
         own = _stored(entry_point, Path(settings.sweep))
     every = combinations(own)
-    config = _composed(entry_point, [*every[0][0], *(o for o in overrides if o not in own)])
+    config = composed(entry_point, [*every[0][0], *(o for o in overrides if o not in own)])
     check_options(entry_point, config)
     folder = _folder(entry_point, config, own)
     launcher = _launcher(config)
@@ -134,20 +143,6 @@ def _stored(entry_point: str, folder: Path) -> list[str]:
     return overrides
 
 
-def _composed(entry_point: str, overrides: Sequence[str]) -> DictConfig:
-    """conf/<entry point>.yaml with these options, and with Hydra's settings."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.utils import setup_globals
-
-    setup_globals()
-    folders = trusted_folders(list(overrides))
-    if folders:
-        places = ",".join(f"'file://{folder}'" for folder in folders)
-        overrides = [*overrides, f"hydra.searchpath=[{places}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(entry_point, list(overrides), return_hydra_config=True)
-
-
 def _launcher(config: DictConfig) -> Any:
     from src.app.build import build
     from src.app.sweep.launcher import Launcher
@@ -161,7 +156,7 @@ def _check(job: Job) -> tuple[int | None, str | None]:
 
     steps = None
     try:
-        config = _composed(job.entry_point, job.overrides)
+        config = composed(job.entry_point, job.overrides)
         check_options(job.entry_point, config)
         if job.entry_point == "train":
             steps = config.trainer.max_steps
