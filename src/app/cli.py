@@ -9,11 +9,13 @@ import signal
 import sys
 from typing import Any
 
+from src.app.messages import flush, say
 from src.app.options import CONF, OPTIONS, groups_of
 from src.errors import UserError
 
 JOB_FAILED = 1
 USER_ERROR = 2
+MULTIRUN = ("-m", "--multirun")
 
 
 def run(entry_point: str) -> None:
@@ -29,9 +31,9 @@ def run(entry_point: str) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     # first, wherever they were typed: Hydra's parser takes flags only before all overrides or after them
-    arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    arguments = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)
     if any(argument in ("--help", "-h") for argument in arguments):
-        _write(help_text(entry_point) + "\n")
+        say(help_text(entry_point))
         return
     # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -40,36 +42,35 @@ def run(entry_point: str) -> None:
         # not KeyboardInterrupt: Lightning takes that for a failure, and its status would be 1
         signal.signal(signal.SIGINT, _exit_on_signal)
     try:
-        from src.app.jobs import run_hydra
-        from src.app.messages import explain
-        from src.app.overrides import prepare
-
-        try:
-            sys.argv[1:] = prepare(entry_point, arguments)
-            failed = run_hydra(entry_point)
-        except UserError as error:
-            sys.exit(_complain(str(error)))
-        except Exception as error:
-            line = explain(error, entry_point, sys.argv[1:])
-            if line is None:
-                raise
-            sys.exit(_complain(line))
+        failed = _run(entry_point, arguments)
+    except UserError as error:
+        sys.exit(_complain(str(error)))
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    _write("")
+    flush()
     if failed:
         sys.exit(JOB_FAILED)
 
 
-def _write(text: str) -> None:
-    """Prints, and flushes what was printed before; a lost output (a closed pipe, a full disk) is no error."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError:
-        from src.runs.machine import discard_output
+def _run(entry_point: str, arguments: list[str]) -> int:
+    """Runs one job, or those of a sweep; returns how many of them have failed."""
+    from src.app.jobs import explained, register, run_single
 
-        discard_output(sys.stdout)
+    sweep = [argument for argument in arguments if argument not in MULTIRUN]
+    if entry_point == "plan":
+        from src.app.plan import plan
+
+        register()
+        with explained("train", ["-m", *sweep]):
+            return plan(sweep)
+    if len(sweep) < len(arguments):
+        from src.app.sweep.run import run_sweep
+
+        register()
+        with explained(entry_point, arguments):
+            return run_sweep(entry_point, sweep)
+    run_single(entry_point, arguments)
+    return 0
 
 
 def _exit_on_signal(signum: int, frame: Any) -> None:
@@ -85,6 +86,13 @@ def _complain(line: str) -> int:
 
 def help_text(entry_point: str) -> str:
     """The entry point's groups, choices and options, from the comments in conf/ and the table of options."""
+    if entry_point == "plan":
+        return (
+            "What a training would cost on this machine: parameters, operations, time, memory, disk.\n"
+            "    python -m src.plan schedule=cosine model=unet_small\n"
+            "    python -m src.plan model=unet_tiny,unet_small seed=0,1,2\n"
+            "The options are those of src.train, see python -m src.train --help."
+        )
     lines = (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines()
     head = []
     for line in lines:

@@ -4,17 +4,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from src.app.environment import redacted
+from src.app.messages import explain
 from src.app.options import CONF, ENTRY_POINTS, check_options, nested
 from src.app.options import OPTIONS as SINGLE_OPTIONS
-from src.app.sweep import OUTCOME_FILE
 from src.errors import UserError
+
+# Names the file to which a job of a sweep writes its scores.
+SCORES_TO = "DIFFUSION_LAB_SCORES_TO"
 
 log = logging.getLogger(__name__)
 
@@ -23,80 +26,90 @@ def register() -> None:
     """What a configuration of conf/ needs in the process that composes or resolves it: options and resolvers."""
     from hydra.core.config_store import ConfigStore
 
-    from src.app import environment, sweep
+    from src.app import environment
+    from src.app.sweep import jobs
 
     for entry_point in ENTRY_POINTS:
         ConfigStore.instance().store(f"{entry_point}_options", nested(SINGLE_OPTIONS[entry_point]))
     environment.register()
-    sweep.register()
+    jobs.register()
 
 
-def run_hydra(entry_point: str) -> int:
-    """Composes the configuration from sys.argv and runs the job, or the jobs of a sweep.
+def run_single(entry_point: str, arguments: Sequence[str]) -> dict[str, float]:
+    """Composes a configuration and runs one job in this process.
+
+    Args:
+        entry_point: "train", "sample" or "evaluate".
+        arguments: the command line without the program's name.
 
     Returns:
-        How many jobs of a sweep have failed.
+        The scores by name.
 
     Raises:
-        Exception: what a single job raised.
+        UserError: a mistake in the arguments.
+    """
+    from src.app.overrides import prepare
+
+    scores_to = os.environ.pop(SCORES_TO, None)  # not for further processes
+    sys.argv[1:] = prepare(entry_point, list(arguments))
+    with explained(entry_point, sys.argv[1:]):
+        scores = run_hydra(entry_point)
+    if scores_to:
+        Path(scores_to).write_text(json.dumps(scores))
+    return scores
+
+
+@contextmanager
+def explained(entry_point: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Within it, errors of Hydra, OmegaConf and the file system become a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        line = explain(error, entry_point, list(arguments))
+        if line is None:
+            raise
+        raise UserError(line) from None
+
+
+def run_hydra(entry_point: str) -> dict[str, float]:
+    """Composes the configuration from sys.argv and runs the job.
+
+    Returns:
+        The scores by name.
+
+    Raises:
+        Exception: what the job raised.
     """
     import hydra
 
     register()
     failures: list[Exception] = []
-    failed: list[int] = []
+    scores: dict[str, float] = {}
 
-    def once(config: Any) -> float | None:
+    def once(config: Any) -> None:
         # raised below: Hydra would print a line of its own first
         try:
-            return job(config)
+            scores.update(job(config))
         except Exception as error:
             failures.append(error)
-            return None
 
-    sweeping = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry_point)
-    if sweeping:
-        from src.app.sweep import reporting_to
-
-        with reporting_to(failed):
-            main(sweep_job)()
-        return sum(failed)
-    main(once)()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry_point)(once)()
     if failures:
         raise failures[0]
-    return 0
+    return scores
 
 
-def job(config: Any) -> float | None:
+def job(config: Any) -> dict[str, float]:
     """Runs the entry point that the configuration is of, in this process.
 
     Args:
         config: conf/<entry point>.yaml, composed; Hydra's settings are in place.
 
     Returns:
-        The first score, or None.
+        The scores by name.
     """
-    return next(iter(_run(config).values()), None)
-
-
-def sweep_job(config: Any) -> float | None:
-    """One job of a sweep: its outcome is written to its folder, and a failure is logged, not raised."""
-    from hydra.core.hydra_config import HydraConfig
-
-    register()  # a launcher may have started this process anew
-    settings = HydraConfig.get()
-    outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
-    try:
-        outcome["scores"] = _run(config)
-    except Exception as error:
-        outcome["error"] = redacted(str(error)) or type(error).__name__
-        log.error("job failed: %s", outcome["error"], exc_info=not isinstance(error, UserError))
-    (Path(settings.runtime.output_dir) / OUTCOME_FILE).write_text(json.dumps(outcome, indent=2))
-    return next(iter((outcome.get("scores") or {}).values()), None)
-
-
-def _run(config: Any) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
 
     from src.app.build import trusting

@@ -2,16 +2,35 @@
 
 import difflib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 from src.app.options import CONF, ENTRY_POINTS, OPTIONS, groups_of
 from src.errors import UserError
+from src.runs.machine import discard_output
 
 # Groups and nodes to which any name can be added.
 OPEN = ("callbacks", "logger", "wrappers")
 # Options of the network that the framework sets.
 FOLLOWING = ("model.channels", "model.image_size", "model.num_classes", "model.token_channels")
+
+
+def say(line: str) -> None:
+    """Prints a line; a lost output (a closed pipe, a full disk) is no error."""
+    try:
+        print(line)
+    except OSError:
+        discard_output(sys.stdout)
+    flush()
+
+
+def flush() -> None:
+    """Flushes what was printed; a lost output is no error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output(sys.stdout)
 
 
 def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> None:
@@ -27,7 +46,7 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
     """
     groups = groups_of(entry_point)
     own = {option.name.partition(".")[0] for option in OPTIONS[entry_point]}
-    for override in _parsed(arguments):
+    for override in parsed(arguments):
         key = override.key_or_group
         root = key.partition(".")[0]
         if root in ("hydra", *OPEN) or key.startswith("hydra/"):
@@ -50,7 +69,12 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
             raise UserError(f"{key}: no such option; there is {', '.join(known) or root}")
 
 
-def _parsed(arguments: list[str]) -> list[Any]:
+def parsed(arguments: list[str]) -> list[Any]:
+    """The overrides among the arguments, parsed.
+
+    Raises:
+        UserError: one is not understood.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -127,7 +151,7 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = _parsed(arguments)
+    overrides = parsed(arguments)
     sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
     for override in overrides:
         if override.is_sweep_override() and not sweeping:

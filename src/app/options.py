@@ -91,6 +91,18 @@ CACHE = Option(
     "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
 )
 
+SWEEP = (
+    Option(
+        "sweep",
+        None,
+        "with -m: the folder of a sweep to continue; the same command finds it by itself",
+        str,
+        optional=True,
+        effect="once",
+    ),
+    Option("rerun_failed", False, "with -m: run the jobs that failed again", bool, effect="once"),
+)
+
 TRAIN = (
     Option(
         "seed",
@@ -152,6 +164,7 @@ TRAIN = (
         least=0,
         effect="none",
     ),
+    *SWEEP,
 )
 
 LOAD = (
@@ -183,6 +196,7 @@ LOAD = (
     PROMPTS,
     TRUST,
     WRAPPERS,
+    *SWEEP,
 )
 
 SAMPLE = (
@@ -211,6 +225,7 @@ EFFECTS: dict[str, Effect] = {
     "data.cache": "none",
     "guidance": "none",
     "data.path": "none",
+    "launcher": "once",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "none",
     "metrics": "none",

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import QUICK, ROOT
 
 
-def start(tmp_path, *overrides):
+def start(tmp_path, *overrides, common=(*QUICK, "logger=wandb")):
     """Runs python -m src.train in a separate process, offline, with all files under tmp_path."""
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
@@ -26,9 +26,8 @@ def start(tmp_path, *overrides):
         sys.executable,
         "-m",
         "src.train",
-        f"runs={tmp_path / 'runs'}",
-        *QUICK,
-        "logger=wandb",
+        *([f"runs={tmp_path / 'runs'}"] if common else []),
+        *common,
         *overrides,
     ]
     return subprocess.run(
@@ -75,6 +74,7 @@ def test_the_printed_commands_work(sweep):
 def test_failing_job_does_not_affect_the_others(sweep):
     done, _, jobs = sweep
     assert done.returncode == 1
+    assert "cannot run  seed=0 sampler.steps=700" in done.stdout
     outcomes = {number: json.loads((job / "outcome.json").read_text()) for number, job in jobs.items()}
     assert sorted(number for number in outcomes if "error" in outcomes[number]) == [1, 3]
     assert "distinct" in outcomes[1]["error"]
@@ -94,6 +94,23 @@ def test_the_table_lists_jobs_overrides_and_scores(sweep):
     assert "seed=1 sampler.steps=5" in table
     assert "failed: sampler.steps=700" in table
     assert len(json.loads((folder / "sweep.json").read_text())) == 4
+
+
+def test_what_differs_is_compared_over_seeds(sweep):
+    done, _, _ = sweep
+    assert "what matters" not in done.stdout  # only one number of steps has scores
+
+
+def test_a_finished_sweep_has_nothing_left_to_run(sweep, tmp_path):
+    _, folder, jobs = sweep
+    before = {number: (job / "outcome.json").stat().st_mtime_ns for number, job in jobs.items()}
+    again = start(tmp_path, "-m", f"sweep={folder}", common=())
+    assert "4, 0 to run" in again.stdout
+    assert again.returncode == 1
+    assert before == {number: (job / "outcome.json").stat().st_mtime_ns for number, job in jobs.items()}
+    other = start(tmp_path, "-m", f"sweep={folder}", "seed=0,2", common=())
+    assert other.returncode == 2
+    assert "belongs to another command" in other.stderr
 
 
 def test_each_job_has_its_wandb_run_in_the_sweeps_group(sweep):

@@ -1,0 +1,282 @@
+"""The job of `src.plan`: what a training, or each of a sweep, would cost on this machine."""
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from src.app.assemble import Experiment, assemble
+from src.app.build import trusting
+from src.app.messages import check_names, say
+from src.app.options import CONF, check_options
+from src.app.overrides import trusted_folders, written_out
+from src.app.sweep.jobs import combinations, composed
+from src.diffusion.denoiser import Denoiser
+from src.errors import UserError
+from src.generation.recipe import Generated
+from src.training.callbacks import SampleImages, TrackFidelity
+
+# Steps that are timed, after those that are not.
+PROBED, WARM_UP = 12, 4
+# Evaluations of the network that are timed for previews and scores.
+EVALUATIONS = 3
+# Copies of the weights in a checkpoint besides the weights: two moments of Adam.
+MOMENTS = 2
+QUIET = ("sample_images", "track_fidelity", "checkpoints", "progress")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training costs.
+
+    Attributes:
+        parameters: of the network.
+        flops: floating-point operations of one forward pass of the network for one image.
+        step: seconds of one optimiser step.
+        steps: hours of all optimiser steps.
+        validations, previews, scores: hours of these.
+        memory: peak, in bytes: of the GPU, or of the process on the CPU.
+        disk: of the run folder's checkpoints, in bytes.
+    """
+
+    parameters: int
+    flops: int
+    step: float
+    steps: float
+    validations: float
+    previews: float
+    scores: float
+    memory: int
+    disk: int
+
+    @property
+    def hours(self) -> float:
+        """From the first step to the end."""
+        return self.steps + self.validations + self.previews + self.scores
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Prints what the training of a command line costs; with several values of an option, each job and the sum.
+
+    Args:
+        arguments: as of src.train, without -m.
+
+    Returns:
+        How many of the trainings are impossible.
+
+    Raises:
+        UserError: an option that does not exist.
+    """
+    overrides = [part for argument in arguments for part in written_out(argument)]
+    check_names("train", overrides, [CONF, *trusted_folders(overrides)])
+    known: dict[str, Cost] = {}
+    rows: list[tuple[str, Cost | str]] = []
+    for options, varied in combinations(overrides):
+        config = composed("train", options)
+        OmegaConf.set_struct(config, False)
+        config.pop("hydra")
+        alike = OmegaConf.to_yaml(
+            OmegaConf.masked_copy(config, [k for k in config if k not in ("seed", "name")])
+        )
+        try:
+            check_options("train", config)
+            if alike not in known:
+                say(f"measuring   {' '.join(varied) or 'a few steps'}")
+                known[alike] = measured(config)
+            rows.append((" ".join(varied), known[alike]))
+        except UserError as error:
+            rows.append((" ".join(varied), str(error)))
+    _print(rows)
+    return sum(isinstance(cost, str) for _, cost in rows)
+
+
+def measured(config: DictConfig) -> Cost:
+    """The cost of one training, from a few of its steps on this machine.
+
+    Raises:
+        UserError: the parts do not fit together.
+    """
+    with trusting(config.trust), tempfile.TemporaryDirectory() as folder:
+        full = assemble(config, Path(folder))  # with its callbacks, of which the intervals are read
+        short = config.copy()
+        short.trainer.max_steps = WARM_UP + PROBED
+        short.logger = {}
+        short.validate_every = 10**9
+        for name in QUIET:
+            (short.callbacks or {}).pop(name, None)
+        experiment = assemble(short, Path(folder))
+        device = experiment.trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        watch = _StopWatch(device)
+        experiment.trainer.callbacks.append(watch)
+        experiment.trainer.fit(experiment.module, experiment.data)
+        step = statistics.median(watch.seconds[WARM_UP:])
+        experiment.module.to(device)
+        times = _callbacks(full, experiment, config, watch)
+    max_steps = config.trainer.max_steps
+    network = experiment.module.denoiser.network
+    parameters = sum(p.numel() for p in network.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+    copies = 1 + MOMENTS + (experiment.module.ema is not None)
+    kept = (config.callbacks or {}).get("checkpoints", {}).get("keep", 0) + (
+        "track_fidelity" in (config.callbacks or {})
+    )
+    return Cost(
+        parameters=parameters,
+        flops=_flops(experiment),
+        step=step,
+        steps=step * max_steps / 3600,
+        memory=memory,
+        disk=4 * parameters * copies * kept,
+        **times,
+    )
+
+
+def _callbacks(
+    full: Experiment, experiment: Experiment, config: DictConfig, watch: "_StopWatch"
+) -> dict[str, float]:
+    """Hours of validations, previews and scores."""
+    steps = config.trainer.max_steps
+    hours = {"validations": 0.0, "previews": 0.0, "scores": 0.0}
+    data, module = experiment.data, experiment.module
+    with torch.inference_mode(), module.averaged() as denoiser:
+        source = data.source
+        images = len(source.split("validation"))
+        if images:
+            batch = next(iter(data.val_dataloader())).to(module.device)
+            x0 = module.encode(batch)
+            level = denoiser.schedule(torch.full((len(x0),), denoiser.schedule.t_max / 2, device=x0.device))
+            condition = None if module.conditioning is None else module.conditioning.of_data(batch.condition)
+            once = watch.time(lambda: denoiser(x0, level, condition)) / len(x0)
+            passes = 1 if module.ema is None else 2
+            hours["validations"] = once * images * passes * (steps // config.validate_every) / 3600
+        for callback in full.trainer.callbacks:
+            if isinstance(callback, SampleImages):
+                seconds, times = _drawing(callback, denoiser, watch)[0], steps // callback.every
+                hours["previews"] += seconds * times / 3600
+            if isinstance(callback, TrackFidelity):
+                callback.scores.to(module.device)
+                seconds, images = _drawing(callback, denoiser, watch)
+                scoring = watch.time(partial(callback.scores.update, images)) / len(images) * callback.n
+                times = steps // callback.every + (callback.at_end and steps % callback.every > 0)
+                hours["scores"] += (seconds + scoring) * times / 3600
+    return hours
+
+
+def _drawing(
+    callback: SampleImages | TrackFidelity, denoiser: Denoiser, watch: "_StopWatch"
+) -> tuple[float, Tensor]:
+    """Seconds in which a callback draws its images, from a few evaluations of the network; and one batch of images."""
+    n = min(callback.n, callback.batch_size)
+    few = replace(callback.recipe, steps=EVALUATIONS)
+
+    def draw() -> Generated:
+        return next(few.images(denoiser, range(n), n))
+
+    made = draw()
+    per_evaluation = watch.time(draw) / made.evaluations
+    evaluations = made.evaluations / EVALUATIONS * callback.recipe.steps
+    return per_evaluation / n * evaluations * callback.n, made.images
+
+
+def _flops(experiment: Experiment) -> int:
+    """Of one forward pass for one image, counted by PyTorch."""
+    module = experiment.module
+    batch = next(iter(experiment.data.train_dataloader())).to(module.device)
+    x0 = module.encode(batch)[:1]
+    network, denoiser = module.denoiser.network, module.denoiser
+    level = denoiser.schedule(torch.full((1,), denoiser.schedule.t_max / 2, device=x0.device))
+    condition = (
+        None if module.conditioning is None else module.conditioning.of_data(batch.condition).index(slice(1))
+    )
+    was_training = network.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()
+        denoiser.output(x0, level, condition)
+    network.train(was_training)
+    return counter.get_total_flops()
+
+
+class _StopWatch(Callback):
+    """Times optimiser steps."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: list[float] = []
+        self._last: float | None = None
+        self._step = 0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def time(self, function: Any) -> float:
+        """Seconds of a function, the faster of two calls."""
+        found = []
+        for _ in range(2):
+            begin = self.now()
+            function()
+            found.append(self.now() - begin)
+        return min(found)
+
+    def on_train_start(self, *arguments: Any) -> None:
+        self._last = self.now()
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == self._step:  # a micro-batch
+            return
+        self._step = trainer.global_step
+        now = self.now()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160)
+    parts = ("steps", "validation", "previews", "scores", "sum")
+    table = Table(
+        *("job", "parameters", "GFLOP an image", "s a step", "memory"),
+        *(f"{part}, h" for part in parts),
+        "disk",
+        title="cost of training on this machine",
+    )
+    for name, cost in rows:
+        if isinstance(cost, str):
+            table.add_row(name, f"[red]{cost}")
+        else:
+            table.add_row(
+                name,
+                f"{cost.parameters / 1e6:.2f}M",
+                f"{cost.flops / 1e9:.3g}",
+                f"{cost.step:.3g}",
+                f"{cost.memory / 2**30:.2f} GB",
+                *(
+                    f"{hours:.2f}"
+                    for hours in (cost.steps, cost.validations, cost.previews, cost.scores, cost.hours)
+                ),
+                f"{cost.disk / 2**20:,.0f} MB",
+            )
+    possible = [cost for _, cost in rows if isinstance(cost, Cost)]
+    if len(rows) > 1:
+        disk = sum(cost.disk for cost in possible) / 2**20
+        table.add_row(
+            "all, one after the other", *[""] * 8, f"{sum(c.hours for c in possible):.2f}", f"{disk:,.0f} MB"
+        )
+    console.print(table)

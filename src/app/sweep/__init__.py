@@ -1,0 +1,1 @@
+"""Sweeps (`-m`): jobs, launchers and tables."""

@@ -1,0 +1,348 @@
+"""Launchers: how the jobs of a sweep are run. All run the same command line, `Job.command`, and collect its outcome."""
+
+import fcntl
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from src.app.environment import redacted
+from src.app.jobs import SCORES_TO, run_single
+from src.app.messages import say
+from src.app.sweep.jobs import CONSOLE_FILE, Job
+from src.errors import UserError
+
+log = logging.getLogger(__name__)
+
+POLL = 0.1
+# Time for the jobs of a stopped sweep to save, in seconds.
+PATIENCE = 120
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Launcher(ABC):
+    """Runs the jobs of a sweep."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How the jobs are run, in a few words."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job], total: int) -> None:
+        """Runs jobs, each to its outcome.
+
+        Args:
+            jobs: jobs without an outcome, in their prepared folders.
+            total: number of jobs of the whole sweep.
+
+        Raises:
+            UserError: the launcher cannot run here.
+            SystemExit: with 128 + signal, after the running jobs have saved and ended.
+        """
+
+    @staticmethod
+    @contextmanager
+    def rich_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A progress bar with an estimate, for what takes longer than a moment."""
+        from tqdm import tqdm
+
+        with tqdm(desc=what, total=total, delay=2, leave=False) as bar:
+            yield lambda: bar.update() and None
+
+
+class Serial(Launcher):
+    """One job after the other in this process."""
+
+    def describe(self):
+        return "one after the other"
+
+    def run(self, jobs, total):
+        report = Report(jobs, total, 1)
+        for job in jobs:
+            with _begun(job):
+                if job.outcome() is None:
+                    _run_here(job)
+            report(job)
+
+
+def _run_here(job: Job) -> None:
+    try:
+        job.close(run_single(job.entry_point, job.arguments()))
+    except UserError as error:
+        line = redacted(str(error))
+        job.close(error=line)
+        print(f"error: {line}", file=sys.stderr)
+    except Exception as error:
+        job.close(
+            error=redacted(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        )
+        log.exception("job %d failed", job.number)
+
+
+class Local(Launcher):
+    """Several jobs at once on this machine, each in a process that sees only its own devices.
+
+    Jobs wait for a free GPU, or for a free core where there is none. Sweeps of one user share both by locked files,
+    which the system unlocks when a job ends, however it ends.
+
+    Args:
+        jobs: jobs at once; None for as many as there are GPUs, or cores.
+        devices: numbers of the GPUs that may be used, as in CUDA_VISIBLE_DEVICES; None for all. [] for the CPU.
+
+    Raises:
+        ValueError: an argument is out of range, or there is no such device.
+    """
+
+    def __init__(self, jobs: int | None = None, devices: list[int] | None = None):
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}")
+        visible = visible_devices()
+        unknown = [str(device) for device in devices or () if str(device) not in visible]
+        if unknown:
+            there = ", ".join(visible) or "none"
+            raise ValueError(f"devices={devices}: there is no GPU {', '.join(unknown)}; there are: {there}")
+        self.gpus = visible if devices is None else [str(device) for device in devices]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.places = [f"cuda-{name}" for name in self.gpus] or [f"cpu-{number}" for number in range(cores)]
+        if jobs is not None and jobs > len(self.places):
+            kind = "GPUs" if self.gpus else "cores"
+            raise ValueError(f"jobs={jobs}: there are {len(self.places)} {kind}")
+        self.jobs = jobs or len(self.places)
+        self.threads = max(1, cores // self.jobs)
+
+    def describe(self):
+        return f"{self.jobs} at once on {', '.join(self.places)}"
+
+    def run(self, jobs, total):
+        waiting, running = deque(jobs), {}
+        report = Report(jobs, total, self.jobs)
+        with stopping() as stopped:
+            while waiting or running:
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    collect(job, running.pop(job).returncode)
+                    report(job)
+                if not stopped:
+                    self._start(waiting, running, report)
+                elif not running:
+                    break
+                time.sleep(POLL)
+                if stopped:
+                    end(running.values(), stopped)
+        if stopped:
+            sys.exit(128 + stopped[0])
+
+    def _start(self, waiting: deque[Job], running: dict[Job, subprocess.Popen], report: "Report") -> None:
+        for _ in range(len(waiting)):
+            if len(running) >= self.jobs:
+                return
+            job = waiting.popleft()
+            lease = job.begin()
+            if lease is None:  # it still runs: its launcher was killed
+                waiting.append(job)
+                continue
+            with lease:
+                if job.outcome() is not None:
+                    report(job)
+                    continue
+                places = self._free_places(_devices_of(job) if self.gpus else 1)
+                if places is None:
+                    waiting.appendleft(job)
+                    return
+                names = [place.partition("-")[2] for place, _ in places]
+                settings = {"CUDA_VISIBLE_DEVICES": ",".join(names) if self.gpus else ""}
+                if "OMP_NUM_THREADS" not in os.environ:
+                    settings["OMP_NUM_THREADS"] = str(self.threads)
+                running[job] = start(job, settings, [lease, *(file for _, file in places)])
+                for _, file in places:
+                    file.close()
+
+    def _free_places(self, count: int) -> list[tuple[str, IO[str]]] | None:
+        """Locks free places; None if there are too few."""
+        folder = Path(tempfile.gettempdir(), f"diffusion-lab-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found: list[tuple[str, IO[str]]] = []
+        for place in self.places:
+            if len(found) == count:
+                break
+            file = (folder / f"{place}.lock").open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append((place, file))
+            except OSError:
+                file.close()
+        if len(found) < count:
+            for _, file in found:
+                file.close()
+            return None
+        return found
+
+
+def visible_devices() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def start(job: Job, settings: Mapping[str, str], leases: Sequence[IO[str]] = ()) -> subprocess.Popen:
+    """Starts a job in a session of its own, which a Ctrl-C in the terminal does not reach.
+
+    Args:
+        job: the job.
+        settings: environment variables besides those of this process.
+        leases: locked files that stay locked while the job's process lives.
+    """
+    with (job.folder / CONSOLE_FILE).open("ab") as console:
+        return subprocess.Popen(
+            job.command(),
+            env={
+                **os.environ,
+                **settings,
+                SCORES_TO: str(job.scores_file.absolute()),
+                "PYTHONUNBUFFERED": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lease.fileno() for lease in leases],
+            start_new_session=True,
+        )
+
+
+def run_job(job: Job, settings: Mapping[str, str] | None = None, folder: str | None = None) -> int:
+    """Runs a job in the process of a cluster's worker; signals to stop are handed on.
+
+    Args:
+        job: the job.
+        settings: environment variables.
+        folder: working folder.
+
+    Returns:
+        The exit status of its process.
+    """
+    import threading
+
+    if folder is not None:
+        os.chdir(folder)
+    with _begun(job) as lease:
+        if job.outcome() is not None:
+            return 0
+        process = start(job, settings or {}, [lease])
+        if threading.current_thread() is threading.main_thread():
+            for signum in (*STOPPING, signal.SIGUSR1):
+                signal.signal(signum, lambda signum, _: process.send_signal(signum))
+        return process.wait()
+
+
+def collect(job: Job, status: int) -> None:
+    """Writes the outcome of a job that has ended; none for one that was stopped or killed, which can be continued.
+
+    Args:
+        job: the job.
+        status: exit status of its process; negative for the signal that killed it.
+    """
+    if job.outcome() is not None or (status == 0 and job.collect()) or status < 0 or status > 128:
+        return
+    job.close(error=_reason(job.folder / CONSOLE_FILE, status))
+
+
+def _reason(console: Path, status: int) -> str:
+    """The last line of an output that says what went wrong."""
+    lines = console.read_text(errors="replace").splitlines() if console.is_file() else []
+    for line in reversed(lines):
+        if match := re.search(r"error: (.*)", line) or re.match(r"(\w[\w.]*(?:Error|Exception)\b.*)", line):
+            return match[1]
+    return f"exit status {status}; see {console}"
+
+
+def end(processes: Any, signals: list[int]) -> None:
+    """Hands a signal on to processes, and ends those that have not saved and ended in time."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signals[0])
+    deadline = time.monotonic() + PATIENCE
+    while (
+        any(process.poll() is None for process in processes)
+        and time.monotonic() < deadline
+        and len(signals) == 1
+    ):
+        time.sleep(POLL)
+    for process in processes:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Within it, signals to stop are kept in the returned list."""
+    stopped: list[int] = []
+
+    def keep(signum: int, frame: Any) -> None:
+        if not stopped:
+            say("stopping: waiting for the running jobs to save (again to end them at once)")
+        stopped.append(signum)
+
+    before = {signum: signal.getsignal(signum) for signum in STOPPING}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, keep)
+    try:
+        yield stopped
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _begun(job: Job) -> IO[str]:
+    """The lease of a job, as soon as no other process runs it."""
+    while (lease := job.begin()) is None:
+        time.sleep(POLL)
+    return lease
+
+
+def _devices_of(job: Job) -> int:
+    """The GPUs that a job uses."""
+    for override in reversed(job.overrides):
+        if match := re.fullmatch(r"\+{0,2}(?:trainer\.)?devices=(\d+)", override):
+            return int(match[1])
+    return 1
+
+
+class Report:
+    """Prints a line for each job that has ended, with an estimate of the time that is left.
+
+    Args:
+        jobs: the jobs that are run.
+        total: number of jobs of the sweep.
+        at_once: jobs that run at the same time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], total: int, at_once: int):
+        self.left, self.total, self.at_once = len(jobs), total, at_once
+        self.done, self.started = 0, time.monotonic()
+
+    def __call__(self, job: Job) -> None:
+        """Reports a job that has ended."""
+        self.left -= 1
+        self.done += 1
+        outcome = job.outcome() or {"error": "stopped before its end"}
+        scores = outcome.get("scores") or {}
+        first = next((f"{name} {value:.4g}" for name, value in scores.items()), "done")
+        said = f"failed: {outcome['error']}" if "error" in outcome else first
+        minutes = (time.monotonic() - self.started) / self.done * self.left / 60
+        estimate = f"; {self.left} left, about {minutes:.1f} min" if self.left else ""
+        say(f"job {job.number:<4}    {' '.join(job.varied)}: {said}{estimate}")

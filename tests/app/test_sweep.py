@@ -1,0 +1,206 @@
+"""Sweeps: the jobs of a command, their folders, leases, launchers, continuing, and the table of means."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.app.sweep import launcher as launchers
+from src.app.sweep.cluster import Ray, Slurm
+from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, folder_name
+from src.app.sweep.launcher import Local
+from src.app.sweep.table import marginal_means
+from src.errors import UserError
+from tests.conftest import ROOT
+
+# A job that notes when it ran and on which device, and writes a score.
+NOTING = """
+import json, os, sys, time
+begin = time.time()
+time.sleep(float(sys.argv[2]))
+record = {"begin": begin, "end": time.time(), "device": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid()}
+open(sys.argv[1], "w").write(json.dumps(record))
+open(os.environ["DIFFUSION_LAB_SCORES_TO"], "w").write('{"fid": 1.5}')
+"""
+
+
+@pytest.fixture
+def noting(monkeypatch):
+    """Jobs that only note; the override seconds=... is how long one takes."""
+
+    def command(job):
+        (seconds,) = (o.partition("=")[2] for o in job.overrides if o.startswith("seconds="))
+        return [sys.executable, "-c", NOTING, str(job.folder / "note.json"), seconds]
+
+    monkeypatch.setattr(Job, "command", command)
+
+
+def notes(sweep: Sweep) -> list[dict]:
+    return [json.loads((job.folder / "note.json").read_text()) for job in sweep.jobs]
+
+
+def overlapping(records: list[dict]) -> int:
+    """Pairs of records that ran at the same time."""
+    pairs = [(a, b) for i, a in enumerate(records) for b in records[:i]]
+    return sum(a["begin"] < b["end"] and b["begin"] < a["end"] for a, b in pairs)
+
+
+def test_the_jobs_are_all_combinations_in_order():
+    jobs = combinations(["schedule=linear,cosine", "batch_size=8", "seed=range(3)"])
+    assert [varied for _, varied in jobs] == [
+        (f"schedule={schedule}", f"seed={seed}") for schedule in ("linear", "cosine") for seed in range(3)
+    ]
+    assert jobs[1][0] == ("schedule=linear", "batch_size=8", "seed=1")
+    assert combinations(["seed=1", "name='a,b'"]) == [(("seed=1", "name='a,b'"), ())]
+    with pytest.raises(UserError, match="give the values"):
+        combinations(["optimizer.lr=interval(0,1)"])
+
+
+def test_folders_are_named_by_what_differs_and_stay_apart_when_long(tmp_path):
+    sweep = Sweep("train", tmp_path, ["seed=0,1", "batch_size=8"])
+    assert [job.folder.name for job in sweep.jobs] == ["0_seed-0", "1_seed-1"]
+    long = [folder_name("x" * 200 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= 100
+
+
+@pytest.mark.usefixtures("noting")
+def test_two_gpus_never_have_two_jobs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    sweep = Sweep("train", tmp_path / "sweep", ["seconds=0.7,0.1,0.4,0.1,0.3"])
+    Local().run(sweep.jobs, 5)
+    for device in ("0", "1"):
+        here = [record for record in notes(sweep) if record["device"] == device]
+        assert here
+        assert overlapping(here) == 0
+    assert overlapping(notes(sweep)) > 0, "the devices were not used at the same time"
+    assert all(outcome["scores"] == {"fid": 1.5} for outcome in sweep.outcomes().values())
+
+
+@pytest.mark.usefixtures("noting")
+def test_a_second_sweep_waits_for_the_devices_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    # the first sweep's launcher has been killed, its job still runs
+    first = Sweep("train", tmp_path / "first", ["seconds=1"])
+    (job,) = first.jobs
+    place = Local()._free_places(1)
+    with job.begin() as lease:
+        process = launchers.start(job, {"CUDA_VISIBLE_DEVICES": "0"}, [lease, place[0][1]])
+    place[0][1].close()
+    second = Sweep("train", tmp_path / "second", ["seconds=0"])
+    Local().run(second.jobs, 1)
+    process.wait()
+    assert overlapping(notes(first) + notes(second)) == 0
+    # continuing the first sweep takes over what its job has left
+    Local().run(first.waiting(rerun_failed=False), 1)
+    assert first.outcomes()[0]["scores"] == {"fid": 1.5}
+    assert notes(first)[0]["pid"] == process.pid, "the job was run twice"
+
+
+def test_wrong_devices_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ValueError, match="jobs=3: there are 2 GPUs"):
+        Local(jobs=3)
+    with pytest.raises(ValueError, match="no GPU 2"):
+        Local(devices=[0, 2])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="there are: none"):
+        Local(devices=[0])
+
+
+def test_a_failed_job_says_why_and_a_killed_one_stays_open(tmp_path, monkeypatch):
+    ways = {
+        "line": "import sys; print('training: 3/9 error: lr=-1: too small'); sys.exit(2)",
+        "bug": "raise RuntimeError('CUDA out of memory')",
+        "killed": "import os; os.kill(os.getpid(), 9)",
+        "stopped": "import sys; sys.exit(143)",
+    }
+    monkeypatch.setattr(
+        Job, "command", lambda job: [sys.executable, "-c", ways[job.overrides[0].partition("=")[2]]]
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sweep = Sweep("train", tmp_path, ["way=line,bug,killed,stopped"])
+    Local(jobs=1).run(sweep.jobs, 4)
+    errors = {number: outcome["error"] for number, outcome in sweep.outcomes().items()}
+    assert errors == {0: "lr=-1: too small", 1: "RuntimeError: CUDA out of memory"}
+    assert [job.number for job in sweep.waiting(rerun_failed=False)] == [2, 3]
+    assert [job.number for job in sweep.waiting(rerun_failed=True)] == [0, 1, 2, 3]
+
+
+def test_a_job_with_checkpoints_continues_and_the_last_one_is_dropped(tmp_path):
+    (job,) = Sweep("train", tmp_path, ["trainer.max_steps=20"]).jobs
+    assert job.arguments()[-1].startswith("hydra.run.dir=")
+    checkpoints = job.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in (10, 20):
+        (checkpoints / f"step_{step:08}.ckpt").touch()
+    assert job.arguments()[-1].startswith("ckpt=")
+    replace(job, steps=20).begin().close()
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000010.ckpt"]
+
+
+def test_a_signal_stops_the_jobs_and_the_status_names_it(tmp_path):
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+from pathlib import Path
+from src.app.sweep.jobs import Job, Sweep
+from src.app.sweep.launcher import Local
+Job.command = lambda job: [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+Local(jobs=1).run(Sweep("train", Path({str(tmp_path)!r}), ["seed=0,1"]).jobs, 2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    console = tmp_path / "0_seed-0" / CONSOLE_FILE
+    deadline = time.monotonic() + 60
+    while not (console.is_file() and console.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob(f"*/{OUTCOME_FILE}"))
+    assert not (tmp_path / "1_seed-1").exists(), "a job was started after the signal"
+
+
+@pytest.mark.slow  # each job imports torch
+def test_submitit_runs_the_jobs(tmp_path):
+    pytest.importorskip("submitit")
+    sweep = Sweep("sample", tmp_path, ["run=nowhere", "seed=0,1"])
+    Slurm(cluster="local", gpus=0, cpus=1, jobs=2).run(sweep.jobs, 2)
+    assert {outcome["error"] for outcome in sweep.outcomes().values()} == {
+        "run=nowhere: no such run folder or checkpoint file"
+    }
+
+
+def test_clusters_that_are_not_there_are_refused_in_one_line(tmp_path, monkeypatch):
+    jobs = Sweep("sample", tmp_path, ["run=nowhere"]).jobs
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        Slurm().run(jobs, 1)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"the package ray is missing.*\[ray\]"):
+        Ray().run(jobs, 1)
+
+
+def test_marginal_means_and_their_intervals_over_seeds(tmp_path):
+    sweep = Sweep("train", tmp_path, ["schedule=a,b", "seed=0,1,2", "model=x"])
+    scores = {"a": (1.0, 2.0, 3.0), "b": (4.0, 4.0, 4.0)}
+    outcomes = {}
+    for job in sweep.jobs:
+        schedule, seed = (option.partition("=")[2] for option in job.varied)
+        outcomes[job.number] = {"scores": {"fid": scores[schedule][int(seed)], "kid": 0.0}}
+    a, b = marginal_means(sweep.jobs, outcomes)
+    assert (a.option, a.score, a.mean, a.jobs) == ("schedule=a", "fid", 2.0, 3)
+    assert a.interval == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975; 2), standard deviation 1
+    assert (b.mean, b.interval) == (4.0, 0.0)
+    # a failed job leaves the others' means
+    del outcomes[0]
+    assert marginal_means(sweep.jobs, outcomes)[0].mean == 2.5
+    assert marginal_means(sweep.jobs, {}) == []
