@@ -45,8 +45,8 @@ def source_of(config: DictConfig) -> ImageSource:
         )
     if config.conditioning and not source.captioned and _takes(config.conditioning, "captions"):
         raise UserError(
-            "conditioning=text: these data have no captions; choose data=emoji, or data.captions=true where data have"
-            " that option, or conditioning=none"
+            "conditioning=text: these data have no captions; choose data=emoji, data.captions=true or data.caption_column"
+            "=<column> where data have these options, or conditioning=none"
         )
     return source
 
