@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from src.app import parts
-from src.app.parts import codec_of, loss_of, recipe_of, source_of
+from src.app.parts import codec_of, loss_of, source_of
+from src.app.recipes import recipe_of
 from src.errors import UserError
 from src.generation.recipe import warn_of_amplified_errors, warn_of_missing_signal
 
