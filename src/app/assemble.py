@@ -115,7 +115,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     check_names_and_folders(config)
     source = source_of(config)
     source.check()
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
     loss = loss_of(config, denoiser)
@@ -214,7 +214,7 @@ def callbacks_of(
     config: DictConfig, folder: Path, source: Any, recipe: Recipe, denoiser: Denoiser, ema: EMA | None
 ) -> list[Callback]:
     """The callbacks in the order in which they act: the average first, since the others use it up to date."""
-    scores = scores_of(config, recipe.codec)
+    scores = scores_of(config, recipe, config.per_class)
 
     def record(step: int, evaluations: int) -> dict[str, Any]:
         weights = ema.name if ema else "raw"
@@ -228,7 +228,7 @@ def callbacks_of(
     # a bound that training keeps, sampling keeps too
     fits = {"device_batch": config.max_device_batch or 256}
     joined: dict[str, dict[str, Any]] = {
-        "sample_images": {"recipe": recipe, "folder": folder / "samples", **fits},
+        "sample_images": {"recipe": recipe, "folder": folder / "samples", "source": source, **fits},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
         "track_fidelity": {
             "scores": scores,

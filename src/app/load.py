@@ -38,6 +38,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     # groups that replace those of the run; null keeps the run's choice
     chosen = {name: config[name] for name in groups_of("train") if config.get(name) is not None}
     chosen |= {"wrappers": config.wrappers} if config.wrappers else {}
+    chosen |= {"labels": config.labels} if config.labels is not None else {}
     chosen.pop("data", None)
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
@@ -60,8 +61,8 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     return loaded, merged
 
 
-def with_choices(own: DictConfig, chosen: Mapping[str, DictConfig], data: DictConfig) -> DictConfig:
-    """A run's configuration with other groups, and with its data in another place.
+def with_choices(own: DictConfig, chosen: Mapping[str, Any], data: DictConfig) -> DictConfig:
+    """A run's configuration with other groups and labels, and with its data in another place.
 
     Raises:
         UserError: the data have no such option.
@@ -112,7 +113,7 @@ def load(
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
     denoiser = denoiser_of(config, codec, conditioning, outputs)
     recipe = recipe_of(config, seed, denoiser, codec, conditioning)
     warn_of_amplified_errors(denoiser, recipe)

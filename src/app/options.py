@@ -7,6 +7,7 @@ that conf/<group>/<choice>.yaml names, with the types and limits of those constr
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -43,7 +44,7 @@ class Option:
     name: str
     default: Any
     help: str
-    kind: type | None = None
+    kind: type | UnionType | None = None
     least: int | None = None
     optional: bool = False
     choices: tuple[str, ...] = ()
@@ -76,6 +77,22 @@ WRAPPERS = Option(
     {},
     "denoisers around the network's, inside the clipping: '+wrappers.mine={_target_: mypackage.Mine}'",
     dict,
+    effect="none",
+)
+LABELS = Option(
+    "labels",
+    None,
+    "classes of sampled images: balanced (image i has class i mod number), random, a class by number or name, or a list"
+    " that is repeated, e.g. [3,5,5]; null is the run's own, in training balanced",
+    int | str | list[int | str],
+    optional=True,
+    effect="none",
+)
+PER_CLASS = Option(
+    "per_class",
+    False,
+    "also score the images of each class by themselves, as <score>/class_<number>",
+    bool,
     effect="none",
 )
 CACHE = Option(
@@ -131,6 +148,8 @@ TRAIN = (
     ),
     TRUST,
     WRAPPERS,
+    LABELS,
+    PER_CLASS,
     Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
     Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
     CACHE,
@@ -164,6 +183,7 @@ LOAD = (
     ),
     TRUST,
     WRAPPERS,
+    LABELS,
 )
 
 SAMPLE = (
@@ -178,6 +198,7 @@ SAMPLE = (
 EVALUATE = (
     *LOAD,
     Option("n", 10_000, "number of generated images; published FIDs use 50,000", int, least=1),
+    PER_CLASS,
     CACHE,
     Option("runs", "runs", "where the folders of evaluation sweeps are made", str),
 )

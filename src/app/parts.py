@@ -10,7 +10,7 @@ from torch import nn
 
 from src.app.build import build, check_value, class_of, resolve
 from src.app.options import CONF
-from src.conditioning import Conditioning
+from src.conditioning import ByClass, Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
@@ -28,7 +28,7 @@ from src.errors import UserError
 from src.evaluation.likelihood import Likelihood
 from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Recipe
-from src.metrics.fidelity import FidelityScore
+from src.metrics.score import FidelityScore
 from src.model import ForeignNetwork, Network, adapted
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,51 @@ def codec_of(config: DictConfig, source: ImageSource) -> Codec:
     return build(config.codec, Codec, "codec", image_shape=source.image_shape)
 
 
-def conditioning_of(config: DictConfig) -> Conditioning | None:
-    """What the network is conditioned on."""
-    return build(config.conditioning, Conditioning, "conditioning")
+def conditioning_of(config: DictConfig, source: ImageSource) -> Conditioning | None:
+    """What the network is conditioned on, and the classes of sampled images.
+
+    Raises:
+        UserError: a class that does not exist, or classes for a network that is not conditioned on them.
+    """
+    conditioning = build(config.conditioning, Conditioning, "conditioning")
+    if config.labels is None:
+        return conditioning
+    labels = config.labels if isinstance(config.labels, int | str) else list(config.labels)
+    if not isinstance(conditioning, ByClass):
+        raise UserError(
+            f"labels={labels}: this network is not conditioned on classes; leave labels out, or train with"
+            " conditioning=class"
+        )
+    if labels in ("balanced", "random"):
+        return conditioning.with_labels(labels)
+    numbers = [class_number(label, source) for label in (labels if isinstance(labels, list) else [labels])]
+    try:
+        return conditioning.with_labels(numbers)
+    except ValueError as error:
+        raise UserError(f"{error}{_names(source)}") from None
+
+
+def class_number(label: int | str, source: ImageSource) -> int:
+    """The number of a class, which may be given by its name.
+
+    Raises:
+        UserError: there is no class of this name.
+    """
+    if isinstance(label, int):
+        return label
+    if label not in source.class_names:
+        raise UserError(
+            f"labels={label}: choose balanced, random, or classes, 0 to {source.num_classes - 1}{_names(source)}"
+        )
+    return source.class_names.index(label)
+
+
+def _names(source: ImageSource) -> str:
+    """The names of the classes, where they are more than the numbers."""
+    names = source.class_names
+    if names == [str(number) for number in range(len(names))]:
+        return ""
+    return f": {', '.join(names[:20] + ['...'] * (len(names) > 20))}"
 
 
 def denoiser_of(
@@ -234,15 +276,26 @@ def wrappers_of(config: DictConfig) -> dict[str, Wrapper]:
     return wrappers
 
 
-def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
+def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet | None:
     """The scores of images, tried on a black image: does each feature space take images of this shape?
 
+    Args:
+        config: composed.
+        recipe: how the images are made.
+        per_class: also score each class by itself.
+
     Raises:
-        UserError: it does not, or a score is one of likelihood.
+        UserError: it does not, a score is one of likelihood, or needs classes that the images do not have.
     """
     nodes = metric_nodes(config)
     if not nodes:
         return None
+    labelled = recipe.conditioning is not None and "labels" in recipe.conditioning.kinds
+    if per_class and not labelled:
+        raise UserError(
+            "per_class=true: this network is not conditioned on classes; leave per_class out, or train with"
+            " conditioning=class"
+        )
     scores = []
     for option, node in nodes.items():
         if is_likelihood(node):
@@ -251,13 +304,18 @@ def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
                 " a score of images, or metrics=none"
             )
         score = build(node, FidelityScore, option)
-        image = torch.zeros(1, *codec.image_shape, dtype=torch.uint8)
+        if score.needs_labels and not labelled:
+            raise UserError(
+                f"{option}: {score.name} is of images conditioned on classes, and this network is not; choose another"
+                " score, or train with conditioning=class"
+            )
+        image = torch.zeros(1, *recipe.codec.image_shape, dtype=torch.uint8)
         try:
             score.features(image)
         except ValueError as error:
             raise UserError(f"{option}: {error}") from None
         scores.append(score)
-    return ScoreSet(scores)
+    return ScoreSet(scores, recipe.conditioning.num_classes if per_class else 0)
 
 
 def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:

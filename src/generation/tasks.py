@@ -22,6 +22,8 @@ from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
 """Largest number of images in a grid."""
+LISTED = 256
+"""Largest number of images in a grid whose classes are printed."""
 
 
 class Made(NamedTuple):
@@ -98,7 +100,11 @@ class Draw(Task):
         if rank() > 0:
             return Made([], evaluations)
         origin.keep(evaluations)
-        lines = _save_grid(image_grid(read_images(folder / "images", range(min(n, GRID)), channels)), folder)
+        shown = min(n, GRID)
+        images = read_images(folder / "images", range(shown), channels)
+        lines = _save_grid(image_grid(images, loaded.recipe.columns(shown)), folder)
+        if shown <= LISTED and (caption := loaded.recipe.caption(shown, loaded.source.class_names)):
+            lines.append(f"classes     {caption}")
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:
             states = loaded.recipe.trajectory(loaded.denoiser, range(min(n, 64)))
