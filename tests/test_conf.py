@@ -23,7 +23,7 @@ from src.app.options import CONF, ENTRY_POINTS, OPTIONS
 from src.app.parts import codec_of, scores_of, source_of
 from src.errors import UserError
 from src.generation.tasks import Task
-from src.metrics.fidelity import FidelityScore
+from src.metrics.score import FidelityScore
 from tests.conftest import ROOT
 from tests.tiny_encoder import replace_font_and_encoder
 

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.build import build, check_value, resolve
+from src.app.conditions import conditioning_of
 from src.app.options import effect_of
 from src.app.parts import (
     codec_of,
-    conditioning_of,
     denoiser_of,
     loss_of,
     scores_of,
@@ -220,7 +220,7 @@ def callbacks_of(
 
     Without a recipe there are no previews and no scores.
     """
-    scores = scores_of(config, recipe.codec) if recipe else None
+    scores = scores_of(config, recipe, config.per_class) if recipe else None
 
     def record(step: int, evaluations: int) -> dict[str, Any]:
         weights = ema.name if ema else "raw"
@@ -234,7 +234,7 @@ def callbacks_of(
     # a bound that training keeps, sampling keeps too
     fits = {"device_batch": config.max_device_batch or 256}
     joined: dict[str, dict[str, Any]] = {
-        "sample_images": {"recipe": recipe, "folder": folder / "samples", **fits},
+        "sample_images": {"recipe": recipe, "folder": folder / "samples", "source": source, **fits},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
         "track_fidelity": {
             "scores": scores,

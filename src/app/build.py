@@ -120,6 +120,12 @@ def class_of(node: Any) -> type | None:
     return found if inspect.isclass(found) else None
 
 
+def takes(node: DictConfig, name: str) -> bool:
+    """Whether the constructor of a node's class has an argument of this name."""
+    found = class_of(node)
+    return found is not None and name in inspect.signature(found).parameters
+
+
 def named(error: ValueError) -> str:
     """The argument that the error of a constructor begins with, if it begins with one."""
     return re.split(r"[=,\s]", str(error), maxsplit=1)[0]

@@ -59,9 +59,17 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
     """The scores of generated images, all from one sampling pass; every process makes its batches."""
     if rank() == 0:
         warn_of_missing_signal(loaded.denoiser, loaded.recipe)
-    scores = scores_of(merged, loaded.recipe.codec)
+    recipe = loaded.recipe
+    scores = scores_of(merged, recipe, config.per_class)
     if scores is None:
         raise UserError("metrics: this run has none; choose one, e.g. metrics=fid")
+    try:
+        labels = recipe.labels(range(config.n)) if config.per_class else None
+        scores.check_counts(config.n, loaded.source, labels)
+    except UserError as error:
+        raise UserError(
+            f"{error}; change n={config.n} or metrics{', or per_class' if config.per_class else ''}"
+        ) from None
     scores.to(loaded.device)
     scores.set_references(loaded.source, rank(), world_size(), config.cache)
     batches = [
@@ -73,12 +81,12 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
     for numbers in track(
         batches[rank() :: world_size()], description=description, transient=True, disable=rank() > 0
     ):
-        (made,) = loaded.recipe.images(loaded.denoiser, numbers, config.batch_size)
-        scores.update(made.images)
+        (made,) = recipe.images(loaded.denoiser, numbers, config.batch_size)
+        scores.update(made.images, made.labels)
         evaluations = max(evaluations, made.evaluations)
     evaluations = max(gathered(evaluations))
     values = scores.compute()
-    return Record(values, scores.protocol(loaded.record(evaluations), loaded.recipe.codec.describe()))
+    return Record(values, scores.protocol(loaded.record(evaluations), recipe.codec.describe()))
 
 
 def publish(record: Record, folder: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from src.app.build import check_value, class_of
+from src.app.conditions import with_labels
 from src.app.options import LOAD
 from src.app.restore import Restored, config_of, load_weights, parts_of
 from src.conditioning import Conditioning
@@ -43,11 +44,11 @@ def needs_run(node: DictConfig | None) -> bool:
     return found is not None and issubclass(found, AutoGuidance | ClassifierGuidance)
 
 
-def guide_of(node: DictConfig, guided: Denoiser, codec: Codec, conditioning: Conditioning | None) -> Guide:
+def guide_of(whole: DictConfig, guided: Denoiser, codec: Codec, conditioning: Conditioning | None) -> Guide:
     """Loads the second run of a guidance.
 
     Args:
-        node: the guidance, with `RUN_OPTIONS`.
+        whole: composed, with the guidance and its `RUN_OPTIONS`.
         guided: the denoiser that is guided.
         codec: its codec.
         conditioning: its conditioning.
@@ -55,6 +56,7 @@ def guide_of(node: DictConfig, guided: Denoiser, codec: Codec, conditioning: Con
     Raises:
         UserError: there is no such run, or it does not fit.
     """
+    node = whole.guidance
     if OmegaConf.is_missing(node, "run"):
         raise UserError("guidance.run is missing: give guidance.run=<run folder or checkpoint>")
     run, checkpoint, weights = (node.get(name, option.default) for name, option in RUN_OPTIONS.items())
@@ -79,7 +81,7 @@ def guide_of(node: DictConfig, guided: Denoiser, codec: Codec, conditioning: Con
     network.identity = f"run(checkpoint={digest}, training_steps={content['global_step']}, weights={name!r})"
     if by_classifier:
         arguments = {"classifier": network, "conditional": conditioning is not None}
-        return Guide(arguments, conditioning or parts.conditioning)
+        return Guide(arguments, conditioning or with_labels(parts.conditioning, whole, parts.source))
     return Guide({"weak": network}, conditioning)
 
 

@@ -44,6 +44,8 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     merged.prompts = config.prompts
+    if config.labels is not None:
+        merged.labels = config.labels
     if config.conditioning.encoder.name:
         if "encoder" not in (merged.conditioning or {}):
             raise UserError("conditioning.encoder.name: this run has no text encoder; leave it out")

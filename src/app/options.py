@@ -87,6 +87,22 @@ PROMPTS = Option(
     optional=True,
     effect="none",
 )
+LABELS = Option(
+    "labels",
+    None,
+    "classes of sampled images: balanced (image i has class i mod number), random, a class by number or name, or a list"
+    " that is repeated, e.g. [3,5,5]; null is the run's own, in training balanced",
+    int | str | list[int | str],
+    optional=True,
+    effect="none",
+)
+PER_CLASS = Option(
+    "per_class",
+    False,
+    "also score the images of each class by themselves, as <score>/class_<number>",
+    bool,
+    effect="none",
+)
 CACHE = Option(
     "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
 )
@@ -152,6 +168,8 @@ TRAIN = (
     ),
     TRUST,
     WRAPPERS,
+    LABELS,
+    PER_CLASS,
     Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
     Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
     CACHE,
@@ -197,6 +215,7 @@ LOAD = (
     TRUST,
     WRAPPERS,
     *SWEEP,
+    LABELS,
 )
 
 SAMPLE = (
@@ -211,6 +230,7 @@ SAMPLE = (
 EVALUATE = (
     *LOAD,
     Option("n", 10_000, "number of generated images; published FIDs use 50,000", int, least=1),
+    PER_CLASS,
     CACHE,
     Option("runs", "runs", "where the folders of evaluation sweeps are made", str),
 )

@@ -1,15 +1,12 @@
 """The parts that training and loading share. Hydra picks the leaves, these lines join them."""
 
-import inspect
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src.app.build import build, class_of
+from src.app.build import build, class_of, takes
 from src.app.options import CONF
 from src.conditioning import Conditioning
 from src.data.codec import Codec
@@ -26,7 +23,8 @@ from src.diffusion.weighting import Simple, Weighting
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood
 from src.evaluation.scores import ScoreSet
-from src.metrics.fidelity import FidelityScore
+from src.generation.recipe import Recipe
+from src.metrics.score import FidelityScore
 from src.model import ForeignNetwork, Network, adapted
 
 
@@ -39,14 +37,14 @@ def source_of(config: DictConfig) -> ImageSource:
     source = build(config.data, ImageSource, "data")
     if source is None:
         raise UserError("data: choose a data set, e.g. data=digits")
-    if config.conditioning and not source.num_classes and _takes(config.conditioning, "num_classes"):
+    if config.conditioning and not source.num_classes and takes(config.conditioning, "num_classes"):
         raise UserError(
             "conditioning=class (class_conditional=true): these data have no labels; choose conditioning=none"
         )
-    if config.conditioning and not source.captioned and _takes(config.conditioning, "captions"):
+    if config.conditioning and not source.captioned and takes(config.conditioning, "captions"):
         raise UserError(
-            "conditioning=text: these data have no captions; choose data=emoji, data.captions=true or data.caption_column"
-            "=<column> where data have these options, or conditioning=none"
+            "conditioning=text: these data have no captions; choose data=emoji, or data.captions=true or"
+            " data.caption_column=<column> where data have this option, or conditioning=none"
         )
     return source
 
@@ -59,56 +57,6 @@ def source_named(name: str) -> ImageSource:
 def codec_of(config: DictConfig, source: ImageSource) -> Codec:
     """What stands between the images' bytes and the network."""
     return build(config.codec, Codec, "codec", image_shape=source.image_shape)
-
-
-def conditioning_of(config: DictConfig, source: ImageSource) -> Conditioning | None:
-    """What the network is conditioned on; a text encoder is also given to the source, for its captions.
-
-    Raises:
-        UserError: prompts of a network without text, or no text encoder.
-    """
-    joined: dict[str, Any] = {}
-    prompts = prompts_of(config)
-    if config.conditioning and _takes(config.conditioning, "captions"):
-        joined = {"prompts": prompts, "captions": lambda: captions_of(source)}
-    elif prompts is not None:
-        raise UserError(
-            "prompts: this network is not conditioned on text; leave them out, or train with conditioning=text"
-        )
-    conditioning = build(config.conditioning, Conditioning, "conditioning", **joined)
-    source.text_encoder = getattr(conditioning, "encoder", None)
-    return conditioning
-
-
-def prompts_of(config: DictConfig) -> list[str] | None:
-    """The prompts of sampled images: a list, or the lines of a text file; None if none are given.
-
-    Raises:
-        UserError: the file cannot be read, or there is no text.
-    """
-    prompts = config.get("prompts")
-    if prompts is None:
-        return None
-    if isinstance(prompts, str) and prompts.endswith(".txt"):
-        try:
-            prompts = [
-                line.strip()
-                for line in Path(prompts).read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts={config.prompts}: the file cannot be read ({error})") from None
-    elif isinstance(prompts, str):
-        prompts = [prompts]
-    if not prompts:
-        raise UserError(f"prompts={config.prompts}: there is no text in it")
-    return list(prompts)
-
-
-def captions_of(source: ImageSource) -> Sequence[str]:
-    """The captions of the validation split."""
-    source.prepare()
-    return source.split("validation").captions
 
 
 def denoiser_of(
@@ -151,7 +99,7 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
     joined = {
         name: value
         for name, value in offered.items()
-        if _takes(config.model, name)
+        if takes(config.model, name)
         and (name in ("num_classes", "token_channels") or name not in config.model)
     }
     network = adapted(build(config.model, nn.Module, "model", **joined), codec.shape)
@@ -180,12 +128,6 @@ def _name(network: Network) -> str:
     return type(getattr(network, "module", network)).__name__
 
 
-def _takes(node: DictConfig, name: str) -> bool:
-    """Whether the constructor of a node's class has an argument of this name."""
-    found = class_of(node)
-    return found is not None and name in inspect.signature(found).parameters
-
-
 # Parts of a loss that not every loss takes, with the choice that then stands for "none".
 OPTIONAL_PARTS = {"weighting": (Weighting, Simple), "distance": (Distance, Squared)}
 
@@ -207,11 +149,11 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
             "loss: this network is a classifier; choose loss=classification, or e.g. model=unet_tiny"
         )
     parts: dict[str, Any] = {"denoiser": denoiser}
-    if _takes(config.loss, "time_sampling"):
+    if takes(config.loss, "time_sampling"):
         parts["time_sampling"] = build(config.time_sampling, TimeSampling, "time_sampling")
     for option, (kind, plain) in OPTIONAL_PARTS.items():
         part = build(config[option], kind, option)
-        if _takes(config.loss, option):
+        if takes(config.loss, option):
             parts[option] = part
         elif type(part) is not plain:
             raise UserError(
@@ -220,15 +162,26 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
     return build(config.loss, Loss, "loss", **parts)
 
 
-def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
+def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet | None:
     """The scores of images, tried on a black image: does each feature space take images of this shape?
 
+    Args:
+        config: composed.
+        recipe: how the images are made.
+        per_class: also score each class by itself.
+
     Raises:
-        UserError: it does not, or a score is one of likelihood.
+        UserError: it does not, a score is one of likelihood, or needs classes that the images do not have.
     """
     nodes = metric_nodes(config)
     if not nodes:
         return None
+    labelled = recipe.conditioning is not None and "labels" in recipe.conditioning.kinds
+    if per_class and not labelled:
+        raise UserError(
+            "per_class=true: this network is not conditioned on classes; leave per_class out, or train with"
+            " conditioning=class"
+        )
     scores = []
     for option, node in nodes.items():
         if is_likelihood(node):
@@ -237,13 +190,18 @@ def scores_of(config: DictConfig, codec: Codec) -> ScoreSet | None:
                 " a score of images, or metrics=none"
             )
         score = build(node, FidelityScore, option)
-        image = torch.zeros(1, *codec.image_shape, dtype=torch.uint8)
+        if score.needs_labels and not labelled:
+            raise UserError(
+                f"{option}: {score.name} is of images conditioned on classes, and this network is not; choose another"
+                " score, or train with conditioning=class"
+            )
+        image = torch.zeros(1, *recipe.codec.image_shape, dtype=torch.uint8)
         try:
             score.features(image)
         except ValueError as error:
             raise UserError(f"{option}: {error}") from None
         scores.append(score)
-    return ScoreSet(scores)
+    return ScoreSet(scores, recipe.conditioning.num_classes if per_class else 0)
 
 
 def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:

@@ -37,7 +37,7 @@ def recipe_of(
     check_guidance(config, conditioning, sampler)
     arguments: dict[str, Any] = {}
     if needs_run(config.guidance):
-        guide = guide_of(config.guidance, denoiser, codec, conditioning)
+        guide = guide_of(config, denoiser, codec, conditioning)
         arguments, conditioning = guide.arguments, guide.conditioning
     wrappers = wrappers_of(config, arguments, sampler)
     recipe = Recipe(

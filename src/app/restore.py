@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from src.app.build import build
-from src.app.parts import codec_of, conditioning_of, denoiser_of, source_of
+from src.app.conditions import conditioning_of
+from src.app.parts import codec_of, denoiser_of, source_of
 from src.app.stored import upgrade
 from src.conditioning import Conditioning
 from src.data.codec import Codec

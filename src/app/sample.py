@@ -32,6 +32,10 @@ def sample(config: DictConfig) -> dict[str, float]:
         raise UserError(
             f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
         )
+    if config.labels is not None and not task.from_noise:
+        raise UserError(
+            f"labels={config.labels}: {type(task).__name__} conditions on the classes of its images; leave labels out"
+        )
     return launch(sample_on_this_process, config)
 
 

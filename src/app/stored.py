@@ -12,6 +12,7 @@ NEW_GROUPS: dict[str, Any] = {
     "guidance": None,
     "wrappers": {},
 }
+NEW_OPTIONS: dict[str, Any] = {"labels": None, "per_class": False}
 
 # Options that sources have got since.
 NEW_DATA_OPTIONS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
             config["model"].pop("out_channels", None)  # follows the variance
         if str(config["loss"].get("_target_")).endswith("VariationalLoss"):
             config["loss"] = {"_target_": config["loss"]["_target_"]}
-    return config
+    return NEW_OPTIONS | config
 
 
 def _renamed(node: Any) -> Any:

@@ -1,7 +1,9 @@
 """How a network is conditioned in training and in sampling."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal, Self
 
 import torch
 
@@ -19,12 +21,14 @@ class Conditioning(ABC):
 
     Attributes:
         kinds: the kinds of condition the network must read, out of "labels", "tokens" and "image".
+        period: number of images after which the conditions of a sampling run repeat; None if they do not.
 
     Raises:
         ValueError: dropout is out of range.
     """
 
     kinds: frozenset[str] = frozenset()
+    period: int | None = None
 
     def __init__(self, dropout: float = 0.0):
         if not 0 <= dropout < 1:
@@ -32,8 +36,11 @@ class Conditioning(ABC):
         self.dropout = dropout
 
     @abstractmethod
-    def of_samples(self, indices: Sequence[int]) -> Condition:
-        """The condition of the images with these indices in a sampling run, on the CPU."""
+    def of_samples(self, indices: Sequence[int], seed: int) -> Condition:
+        """The condition of the images with these indices in a sampling run, on the CPU.
+
+        That of image i depends only on (seed, i).
+        """
 
     def texts(self, indices: Sequence[int]) -> list[str] | None:
         """The prompts of the images with these indices in a sampling run; None if they have none."""
@@ -71,11 +78,15 @@ class Conditioning(ABC):
 
 
 class ByClass(Conditioning):
-    """Class conditioning; image i of a sampling run has class i mod num_classes.
+    """Class conditioning.
 
     Args:
         num_classes: number of classes, at least 1.
         dropout: see `Conditioning`.
+
+    Attributes:
+        labels: the classes of sampled images. "balanced": image i has class i mod num_classes; "random": it has a
+            class drawn uniformly by (seed, "labels", i); a list: the list is repeated. See `with_labels`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -88,9 +99,46 @@ class ByClass(Conditioning):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
+        self.labels: Literal["balanced", "random"] | list[int] = "balanced"
 
-    def of_samples(self, indices):
-        return Condition(labels=torch.tensor([i % self.num_classes for i in indices]))
+    def with_labels(self, labels: Literal["balanced", "random"] | Sequence[int]) -> Self:
+        """A copy whose sampled images have other classes; see the attribute `labels`.
+
+        Raises:
+            ValueError: the list is empty, or a class does not exist.
+        """
+        if labels not in ("balanced", "random"):
+            labels = list(labels)
+            wrong = [label for label in labels if not 0 <= label < self.num_classes] if labels else [labels]
+            if wrong:
+                raise ValueError(f"labels={wrong[0]}: the classes are 0 to {self.num_classes - 1}")
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
+    @property
+    def period(self):
+        if isinstance(self.labels, list):
+            return len(self.labels)
+        return self.num_classes if self.labels == "balanced" else None
+
+    def of_samples(self, indices, seed):
+        if self.labels == "random":
+
+            def label(i: int) -> int:
+                return int(torch.randint(self.num_classes, (), generator=generator(seed, "labels", i)))
+
+        else:
+            cycle = range(self.num_classes) if self.labels == "balanced" else self.labels
+
+            def label(i: int) -> int:
+                return cycle[i % len(cycle)]
+
+        return Condition(labels=torch.tensor([label(i) for i in indices]))
 
     def describe_samples(self):
-        return f"image i has label i mod {self.num_classes}"
+        if self.labels == "random":
+            return f"image i has a label drawn from 0 to {self.num_classes - 1} by (seed, i)"
+        if self.labels == "balanced":
+            return f"image i has label i mod {self.num_classes}"
+        return f"image i has entry i mod {len(self.labels)} of {self.labels}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.metrics.fidelity import FidelityScore
+from src.metrics.score import FidelityScore
 from src.runs.files import write_json
 
 

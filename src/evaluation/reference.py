@@ -14,7 +14,7 @@ from torch import Tensor
 from src.data.source import ImageSet
 from src.errors import UserError
 from src.metrics.features import hash_tensors
-from src.metrics.fidelity import FidelityScore, Reference
+from src.metrics.score import FidelityScore, Reference
 from src.runs.files import digest_of, write_atomically
 
 log = logging.getLogger(__name__)
@@ -23,11 +23,18 @@ CACHE_FORMAT = 1
 """Part of every cache key; increase it if the meaning of the stored statistics changes."""
 
 
-def share_of(images: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-    """One rank's share of an image set: images rank, rank + world_size, ... as uint8 (b, C, H, W), b <= batch_size."""
+def share_of(
+    images: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """One rank's share of an image set: images rank, rank + world_size, ..., in batches of b <= batch_size.
+
+    Yields:
+        The images, uint8 (b, C, H, W), and their labels, int64 (b,), or None for an unlabelled set.
+    """
     indices = range(rank, len(images), world_size)
     for start in range(0, len(indices), batch_size):
-        yield images.images(indices[start : start + batch_size])
+        chosen = indices[start : start + batch_size]
+        yield images.images(chosen), images.condition(chosen).labels
 
 
 class ReferenceCache:

@@ -4,6 +4,7 @@ Previews, scores and the command line use the same recipe, so that previews show
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ LARGEST_GAIN = 1000
 # Stable Diffusion has 0.07.
 LARGEST_MISSING_SIGNAL = 0.1
 CLIPPING = (StaticClipping, DynamicThresholding)
+# Most conditions of a grid with a column for each.
+WIDEST = 50
 
 
 class Start(NamedTuple):
@@ -51,10 +54,12 @@ class Generated(NamedTuple):
     Attributes:
         images: uint8, shape (B, C, H, W).
         evaluations: network evaluations per image.
+        labels: the classes on which they were conditioned, int64, shape (B,), on the CPU; None without classes.
     """
 
     images: Tensor
     evaluations: int
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,49 @@ class Recipe:
         weight = next(denoiser.parameters(), None)
         return around if weight is None else around.to(weight.device)
 
+    def condition(self, indices: Sequence[int]) -> Condition | None:
+        """The condition of the images with these indices, on the CPU; None for unconditional sampling."""
+        return None if self.conditioning is None else self.conditioning.of_samples(indices, self.seed)
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """The classes of the images with these indices, int64, on the CPU; None without classes."""
+        condition = self.condition(indices)
+        return None if condition is None else condition.labels
+
+    def columns(self, n: int) -> int | None:
+        """The columns of a grid of n images in which all images of a column have the same condition, if there are.
+
+        About as many as the rows, and a multiple of the number of different conditions.
+        """
+        period = self.conditioning.period if self.conditioning else None
+        if period is None or not 1 < period <= min(n, WIDEST):
+            return None
+        return period * max(1, round(math.sqrt(n) / period))
+
+    def caption(self, n: int, class_names: Sequence[str]) -> str | None:
+        """The classes in a grid of n images for people, e.g. "columns: cat, dog"; None without classes.
+
+        Args:
+            n: number of images.
+            class_names: the names of the classes, by label.
+        """
+        columns = self.columns(n)
+        labels = self.labels(range(columns or n))
+        if labels is None:
+            return None
+        names = [class_names[label] for label in labels.tolist()]
+        if len(set(names)) == 1:
+            return f"class: {names[0]}"
+        return f"{'columns' if columns else 'row by row'}: {', '.join(names)}"
+
     def start(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Start:
         """The initial state of the images with these indices, on the denoiser's device."""
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
         x_T = noise(torch.empty(len(indices), *self.codec.shape, device=device))
         x_T = x_T * denoiser.schedule(self.times(denoiser.schedule)[:1]).scalars()[0].sigma
-        condition = None if self.conditioning is None else self.conditioning.of_samples(indices).to(device)
-        return Start(x_T, condition, noise)
+        condition = self.condition(indices)
+        return Start(x_T, None if condition is None else condition.to(device), noise)
 
     def texts(self, indices: Sequence[int]) -> list[str] | None:
         """The prompts of the images with these indices; None if they have none."""
@@ -113,10 +153,11 @@ class Recipe:
     def images(self, denoiser: BaseDenoiser, indices: Sequence[int], batch_size: int) -> Iterator[Generated]:
         """Generates the images with these indices, in batches of at most batch_size."""
         for first in range(0, len(indices), batch_size):
-            for state in self.trajectory(denoiser, indices[first : first + batch_size]):
+            chosen = indices[first : first + batch_size]
+            for state in self.trajectory(denoiser, chosen):
                 x, evaluations = state.x, state.evaluations
                 del state  # frees its memory for the next step
-            yield Generated(self.codec.decode(x), evaluations)
+            yield Generated(self.codec.decode(x), evaluations, self.labels(chosen))
 
     def record(self, variance: Variance, evaluations: int) -> dict[str, Any]:
         """The recipe as primitives, for records.

@@ -22,6 +22,8 @@ from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
 """Largest number of images in a grid."""
+LISTED = 256
+"""Largest number of images in a grid whose classes are printed."""
 
 
 class Made(NamedTuple):
@@ -100,12 +102,16 @@ class Draw(Task):
         if rank() > 0:
             return Made([], evaluations)
         origin.keep(evaluations)
-        shown = range(min(n, GRID))
-        texts = loaded.recipe.texts(shown)
-        lines = _save_grid(captioned_grid(read_images(folder / "images", shown, channels), texts), folder)
+        shown = min(n, GRID)
+        images = read_images(folder / "images", range(shown), channels)
+        texts = loaded.recipe.texts(range(n))
+        grid = captioned_grid(images, texts and texts[:shown], loaded.recipe.columns(shown))
+        lines = _save_grid(grid, folder)
         if texts is not None:
-            write_json(folder / "prompts.json", loaded.recipe.texts(range(n)))
+            write_json(folder / "prompts.json", texts)
             lines.append(f"prompts     {folder / 'prompts.json'}")
+        if shown <= LISTED and (caption := loaded.recipe.caption(shown, loaded.source.class_names)):
+            lines.append(f"classes     {caption}")
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:
             states = loaded.recipe.trajectory(loaded.denoiser, range(min(n, 64)))

@@ -133,6 +133,10 @@ class ClassifierFeatures(FeatureExtractor):
             )
         return self.classifier.features(images)
 
+    def logits(self, features: Tensor) -> Tensor:
+        """The classifier's logits (B, num_classes), from features (B, num_features)."""
+        return self.classifier.head(features)
+
 
 class InceptionFeatures(FeatureExtractor):
     """InceptionV3 of the original TensorFlow graph, as used by FID (Heusel et al. 2017).

@@ -61,6 +61,20 @@ BAD = {
         ["experiment=classifier_digits", "conditioning=none"],
         ["2 classes", "conditioning=class"],
     ),
+    "classes without a condition": (["labels=3"], ["labels=3", "leave labels out", "conditioning=class"]),
+    "a class that does not exist": (
+        ["conditioning=class", "labels=[3,10]"],
+        ["labels=10: the classes are 0 to 9"],
+    ),
+    "a class by a name that does not exist": (
+        ["data=fashion_mnist", "conditioning=class", "labels=[Bag,Hat]"],
+        ["labels=Hat", "balanced", "0 to 9", "T-shirt/top, Trouser"],
+    ),
+    "accuracy without classes": (
+        ["metrics=accuracy_digits"],
+        ["metrics", "accuracy_digits", "conditioning=class"],
+    ),
+    "scores of classes without classes": (["per_class=true"], ["per_class=true", "conditioning=class"]),
     "unknown choice": (["schedule=cosin"], ["schedule=cosin", "cosine", "linear"]),
     "unknown group": (["schedul=cosine"], ["schedul", "schedule"]),
     "unknown option": (["batch_sise=3"], ["batch_sise", "batch_size"]),

@@ -59,9 +59,45 @@ def test_only_keeps_the_given_kinds():
     assert ByClass(4).of_data(whole).kinds == {"labels"}
 
 
-def test_samples_cycle_through_the_classes():
-    conditioning = ByClass(3)
-    assert conditioning.of_samples([0, 4, 5]).labels.tolist() == [0, 1, 2]
+def labels_of(conditioning, indices, seed=0):
+    return conditioning.of_samples(indices, seed).labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "period"),
+    [("balanced", [0, 1, 2, 0, 1], 3), ([2, 0, 0, 1], [2, 0, 0, 1, 2], 4), ([1], [1, 1, 1, 1, 1], 1)],
+)
+def test_classes_of_samples_repeat(labels, expected, period):
+    conditioning = ByClass(3).with_labels(labels)
+    assert labels_of(conditioning, range(5)) == expected
+    assert labels_of(conditioning, [4, 1]) == [expected[4], expected[1]]
+    assert conditioning.period == period
+    assert labels_of(conditioning, range(5), seed=1) == expected
+
+
+def test_random_classes_are_uniform_and_depend_only_on_seed_and_index():
+    conditioning = ByClass(4).with_labels("random")
+    whole = labels_of(conditioning, range(400))
+    assert labels_of(conditioning, [7, 399, 3]) == [whole[7], whole[399], whole[3]]
+    assert labels_of(conditioning, range(400), seed=1) != whole
+    counts = [whole.count(label) for label in range(4)]
+    assert sum(counts) == 400
+    assert all(abs(count - 100) < 3 * (400 * 3 / 16) ** 0.5 for count in counts)
+    assert conditioning.period is None
+
+
+def test_other_classes_are_those_of_a_copy():
+    conditioning = ByClass(3, dropout=0.2)
+    other = conditioning.with_labels([2])
+    assert conditioning.labels == "balanced"
+    assert (other.dropout, other.num_classes) == (0.2, 3)
+    assert len({c.describe_samples() for c in (conditioning, other, conditioning.with_labels("random"))}) == 3
+
+
+@pytest.mark.parametrize(("labels", "named"), [([0, 3], "3"), ([-1], "-1"), ([], r"\[\]")])
+def test_classes_that_do_not_exist_are_refused(labels, named):
+    with pytest.raises(ValueError, match=f"^labels={named}: the classes are 0 to 2"):
+        ByClass(3).with_labels(labels)
 
 
 @pytest.mark.parametrize(

@@ -5,24 +5,25 @@ import torch
 
 from src.evaluation.scores import ScoreSet
 from src.metrics.features import ClassifierFeatures
-from src.metrics.fidelity import FrechetDistance, KernelDistance, PrecisionRecall
+from src.metrics.fidelity import Accuracy, FrechetDistance, KernelDistance, PrecisionRecall
 from tests.device.lane import Float64Error, lane
 
 SCORES = {
     "frechet": FrechetDistance,
     "kernel": lambda features: KernelDistance(features, subset_size=4),
     "precision_recall": PrecisionRecall,
+    "accuracy": Accuracy,
 }
 
 
 def accumulated(device, make):
     """A set of one score on the device, which has seen two batches there."""
-    scores = ScoreSet([make(ClassifierFeatures("digits"))])
+    scores = ScoreSet([make(ClassifierFeatures("digits"))], num_classes=2)
     scores.to("cuda")
     device.waits.clear()
     scores.reset()
     for size in (3, 2):
-        scores.update(torch.zeros(size, 1, 8, 8, dtype=torch.uint8, device="cuda"))
+        scores.update(torch.zeros(size, 1, 8, 8, dtype=torch.uint8, device="cuda"), torch.arange(size) % 2)
     return scores
 
 

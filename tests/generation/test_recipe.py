@@ -1,10 +1,12 @@
 """The images of a recipe do not depend on the number of ranks or the batch size."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from src.conditioning import ByClass
 from src.data.codec import Codec, Pixels
 from src.diffusion.clipping import StaticClipping
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser
@@ -52,6 +54,45 @@ def test_images_do_not_depend_on_ranks_and_batches(denoiser, sampler, ranks, bat
     equal = torch.stack([parts[i] == whole[i] for i in whole]).double().mean().item()
     assert equal >= 0.9999
     assert torch.stack(list(whole.values())).double().std() > 10, "the images are almost constant"
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random", [1, 1, 2]])
+def test_classes_do_not_depend_on_ranks_and_batches(labels):
+    network = UNet(
+        image_size=8, channels=3, num_classes=3, base_channels=8, channel_multipliers=[1, 2], groups=4
+    )
+    denoiser = Denoiser(network.eval(), Cosine(), Eps())
+    conditioning = ByClass(3).with_labels(labels)
+    recipe = replace(recipe_of(DDIM(), steps=1), conditioning=conditioning, seed=4)
+    whole = recipe.labels(range(N))
+    for share in (range(0, N, 2), range(1, N, 2)):
+        found = torch.cat([batch.labels for batch in recipe.images(denoiser, share, 7)])
+        assert torch.equal(found, whole[list(share)])
+        assert torch.equal(found, recipe.start(denoiser, share).condition.labels)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "labels", "n", "columns", "caption"),
+    [
+        (10, "balanced", 64, 10, "columns: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        (2, "balanced", 16, 4, "columns: 0, 1, 0, 1"),
+        (10, [3, 5, 5], 12, 3, "columns: 3, 5, 5"),
+        (10, [3], 12, None, "class: 3"),
+        (10, "balanced", 4, None, "row by row: 0, 1, 2, 3"),
+        (100, "balanced", 200, None, None),
+    ],
+)
+def test_columns_of_a_grid_follow_the_classes(num_classes, labels, n, columns, caption):
+    conditioning = ByClass(num_classes).with_labels(labels)
+    recipe = replace(recipe_of(DDIM()), conditioning=conditioning)
+    assert recipe.columns(n) == columns
+    if columns:
+        rows = recipe.labels(range(n - n % columns)).reshape(-1, columns)
+        assert (rows == rows[0]).all()
+    if caption:
+        assert recipe.caption(n, [str(k) for k in range(num_classes)]) == caption
+    assert recipe_of(DDIM()).columns(n) is None
+    assert recipe_of(DDIM()).caption(n, []) is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from src.conditioning import Condition
 from src.metrics.features import FeatureExtractor
-from src.metrics.fidelity import FrechetDistance, Reference
+from src.metrics.fidelity import FrechetDistance
+from src.metrics.score import Reference
 from tests.metrics.test_features import random_images
 
 
@@ -24,14 +26,18 @@ class PixelFeatures(FeatureExtractor):
 class Images:
     """An image set."""
 
-    def __init__(self, pixels: Tensor):
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None):
         self.pixels = pixels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def images(self, indices) -> Tensor:
         return self.pixels[torch.as_tensor(indices)]
+
+    def condition(self, indices) -> Condition:
+        return Condition(None if self.labels is None else self.labels[torch.as_tensor(indices)])
 
 
 class Source:

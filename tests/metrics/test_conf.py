@@ -6,7 +6,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from src.metrics.fidelity import FidelityScore
+from src.metrics.score import FidelityScore
 
 FOLDER = Path(__file__).parents[2] / "conf" / "metrics"
 FILES = {path.stem: OmegaConf.load(path) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -23,7 +23,8 @@ def test_choice_builds_a_score_with_its_name_that_moves_to_a_device(choice, stat
     # random weights for InceptionV3
     monkeypatch.setattr("src.metrics.features.find_weights", lambda weights, layer: state_dict_file)
     score = instantiate(FILES[choice])
-    assert score.name == ("precision_inception" if choice == "precision_recall" else choice)
+    names = {"precision_recall": "precision_inception"}
+    assert score.name == names.get(choice, choice.replace("precision_recall", "precision"))
     assert score.reference_split == ("train" if score.needs_reference else "none")
     moved = score.to("meta")
     assert {parameter.device.type for parameter in moved.features.parameters()} == {"meta"}

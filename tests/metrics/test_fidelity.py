@@ -6,14 +6,9 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.metrics.features import ClassifierFeatures
-from src.metrics.fidelity import (
-    FrechetDistance,
-    InceptionScore,
-    KernelDistance,
-    PrecisionRecall,
-    Reference,
-)
+from src.metrics.fidelity import Accuracy, FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from src.metrics.frechet import Moments, frechet_distance
+from src.metrics.score import Reference
 from tests.metrics.pixels import FAKE, REAL, PixelFeatures, give_reference, score_of
 
 # --- the Frechet distance
@@ -190,6 +185,21 @@ def test_inception_score_of_certain_and_uniform_predictions():
     # four classes predicted with certainty and equally often: exp(log 4); equal predictions for all images: exp(0)
     assert score(200 * torch.eye(4).repeat(5, 1)) == pytest.approx(4, rel=1e-6)
     assert score(torch.zeros(20, 4)) == pytest.approx(1, rel=1e-6)
+
+
+def test_accuracy_is_the_share_of_images_of_the_given_class():
+    from src.data.digits import Digits
+
+    digits = Digits().split("test")
+    images, labels = digits.images(range(140)), digits.labels[:140]
+    score = Accuracy(ClassifierFeatures("digits"))
+    for wrong in (0, 35, 140):  # the classifier is right about all test images
+        given = labels.clone()
+        given[:wrong] = (given[:wrong] + 1) % 10
+        score.reset()
+        for part in range(0, 140, 50):
+            score.update(images[part : part + 50], labels=given[part : part + 50])
+        assert score.compute() == {"accuracy_digits": 1 - wrong / 140}
 
 
 # --- errors

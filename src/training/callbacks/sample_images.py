@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from src.data.source import ImageSource
 from src.generation.pictures import captioned_grid
 from src.generation.recipe import Recipe
 from src.runs.files import forgiving
@@ -20,14 +21,16 @@ log = logging.getLogger(__name__)
 class SampleImages(EverySteps):
     """Generates a grid of images every N steps, always from the same noise, with the averaged weights.
 
-    The grid is written to <folder>/step_<k>.png and logged as `samples` to W&B and TensorBoard. If a preview runs out
-    of memory, it is skipped with one warning, and the training continues.
+    The grid is written to <folder>/step_<k>.png and logged as `samples` to W&B, with the names of the classes as its
+    caption, and to TensorBoard. If a preview runs out of memory, it is skipped with one warning, and the training
+    continues.
 
     Args:
         recipe: the sampling recipe.
         folder: the output folder.
+        source: the data, for the names of the classes.
         every: optimiser steps between two grids.
-        n: number of images in a grid.
+        n: number of images in a grid; where each column shows one class, the rows are full and the grid may have fewer.
         device_batch: number of images that fit on a device.
         batch_size: images per batch; None for `device_batch`.
 
@@ -39,6 +42,7 @@ class SampleImages(EverySteps):
         self,
         recipe: Recipe,
         folder: Path,
+        source: ImageSource,
         device_batch: int = 256,
         every: int = 1000,
         n: int = 64,
@@ -50,7 +54,9 @@ class SampleImages(EverySteps):
                 raise ValueError(f"{name} must be at least 1 image, got {number}")
         self.recipe = recipe
         self.folder = Path(folder)
-        self.n = n
+        self.source = source
+        self.columns = recipe.columns(n)
+        self.n = n - n % (self.columns or 1)
         self.batch_size = batch_size or device_batch
         self._warned = False
 
@@ -70,13 +76,14 @@ class SampleImages(EverySteps):
                     min(self.batch_size, self.n),
                 )
             return
-        grid = captioned_grid(images, self.recipe.texts(range(self.n)))
+        grid = captioned_grid(images, self.recipe.texts(range(self.n)), self.columns)
         with forgiving("preview"):
             self.folder.mkdir(parents=True, exist_ok=True)
             grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [grid], step=trainer.global_step)
+                caption = self.recipe.caption(self.n, self.source.class_names)
+                logger.log_image("samples", [grid], step=trainer.global_step, caption=[caption])
             elif isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(grid.convert("RGB"))
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")

@@ -84,7 +84,8 @@ class TrackFidelity(EverySteps):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the generated and the reference set are large enough."""
         try:
-            self.scores.check_counts(self.n, self.source)
+            labels = self.recipe.labels(range(self.n)) if self.scores.of_classes else None
+            self.scores.check_counts(self.n, self.source, labels)
         except UserError as error:
             raise UserError(
                 f"{error}; change callbacks.track_fidelity.n={self.n} or metrics (metrics=none for no score)"
@@ -142,7 +143,7 @@ class TrackFidelity(EverySteps):
         try:
             with module.averaged() as denoiser, bar:
                 for made in self.recipe.images(denoiser, mine, self.batch_size):
-                    self.scores.update(made.images)
+                    self.scores.update(made.images, made.labels)
                     bar.update(len(made.images))
                     evaluations = max(evaluations, made.evaluations)
         except RuntimeError as error:

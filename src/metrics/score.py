@@ -1,0 +1,213 @@
+"""The base of scores of generated images, as torchmetrics `Metric`s.
+
+A score keeps sums or features of the generated images per process; `compute` combines them over the ranks. The states
+of the reference set are already combined over the ranks when `set_reference` receives them, and each rank holds a copy.
+`src.evaluation.scores` computes them and `src.evaluation.reference` caches them.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from src.errors import UserError
+from src.metrics.features import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A description of the set that generated images are compared with.
+
+    Attributes:
+        data: name of the data set.
+        split: name of the split.
+        count: number of images, over all ranks.
+        fingerprint: hash of the split's content; of the images of one class, followed by the class.
+    """
+
+    data: str
+    split: str
+    count: int
+    fingerprint: str
+
+
+class FidelityScore(Metric):
+    """A quality score of a set of generated images, usually its distance to a reference set.
+
+    Usage: `set_reference` once, then `update` with each rank's generated images, and `compute`. `reset` drops
+    the generated images and keeps the reference. `src.evaluation.scores.ScoreSet` does this for several scores and
+    computes the references.
+
+    Subclasses add states with `add_state`, fill them from features in `accumulate`, and compare the states of the
+    generated images with those of the reference in `compare`. Over the ranks, states with the reduction "sum" are
+    added and those with "cat" are concatenated.
+
+    Args:
+        name: key of the monitored number in the result of `compute`; contains the name of the feature space.
+        features: the feature space.
+        reference_split: the split of the data used as the reference; the papers use the training set.
+        smallest: minimum number of images of the generated set and of the reference.
+        because: the option that sets `smallest`, with its value, for messages.
+
+    Attributes:
+        num_images: number of generated images in the last `compute`, over all ranks.
+        reference: the reference set in use; None before `set_reference`.
+        needs_reference: False for a score of the generated images only.
+        needs_labels: True for a score of the classes on which the images were conditioned; `accumulate` then gets
+            `labels`, int64 (B,), too.
+        label: the class of the images, for a score of one class; see `of_class`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = False
+    needs_reference = True
+    needs_labels = False
+
+    def __init__(
+        self,
+        name: str,
+        features: FeatureExtractor,
+        reference_split: str,
+        smallest: int = 2,
+        because: str = "",
+    ):
+        super().__init__()
+        self.name = name
+        self.features = features
+        self.reference_split = reference_split
+        self.smallest = max(smallest, 2)
+        self.because = because
+        self.label: int | None = None
+        self.reference: Reference | None = None
+        self.num_images = 0
+        self._reference_states: dict[str, Tensor] = {}
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def state_names(self) -> list[str]:
+        """The names of the states, sorted."""
+        return sorted(self._defaults)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the score, for the protocol."""
+        return {}
+
+    def of_class(self, label: int) -> Self:
+        """A copy with the same feature network, for the images of one class; call it before `set_reference`.
+
+        `compute` of a copy without images returns no scores.
+        """
+        score = copy.deepcopy(self, {id(self.features): self.features})
+        score.label = label
+        return score
+
+    def accumulate(self, features: Tensor) -> None:
+        """Adds features (B, num_features), float32, to the states."""
+        raise NotImplementedError
+
+    def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+        """The score, from the states of both sets over all ranks."""
+        raise NotImplementedError
+
+    def update(self, images: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Adds images.
+
+        Args:
+            images: uint8 (B, C, H, W), on the score's device.
+            features: features of these images (B, num_features), if already computed.
+            labels: classes on which the images were conditioned, int64 (B,), on any device; for scores that need them.
+        """
+        features = self.features(images) if features is None else features
+        if self.needs_labels:
+            self.accumulate(features, labels.to(features.device, non_blocking=True))
+        else:
+            self.accumulate(features)
+        self.count += len(images)
+
+    def compute(self) -> dict[str, float]:
+        """The scores of all images since `reset`, over all ranks; the same on each rank.
+
+        Raises:
+            UserError: there are too few images or no reference, or the features or a score are not finite.
+        """
+        if self.needs_reference and self.reference is None:
+            raise UserError(f"{self.name}: no reference set; call set_reference before compute")
+        generated = self.states("the generated set")
+        if self.label is not None and not int(generated["count"]):
+            self.num_images = 0
+            return {}
+        self.check_count(int(generated["count"]), "the generated set")
+        reference = {name: tensor.to(self.device) for name, tensor in self._reference_states.items()}
+        self.num_images = int(generated["count"])
+        scores = self.compare(generated, reference)
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name}{self._of_class} is {value} over {self.num_images} images")
+        return scores
+
+    def check_count(self, count: int, whose: str) -> None:
+        """Checks the size of a set of images.
+
+        Args:
+            count: number of images.
+            whose: name of the set for messages, e.g. "the generated set".
+
+        Raises:
+            UserError: the set is too small.
+        """
+        if count < self.smallest:
+            because = f" ({self.because})" if self.because else ""
+            raise UserError(
+                f"{self.name}{self._of_class} needs at least {self.smallest} images{because}, but {whose} has {count}"
+            )
+
+    @property
+    def _of_class(self) -> str:
+        return "" if self.label is None else f" of class {self.label}"
+
+    def set_reference(self, reference: Reference, states: dict[str, Tensor]) -> None:
+        """Sets the reference.
+
+        Args:
+            reference: the description of the set.
+            states: the states of the score after `update` with all images of the set, over all ranks.
+
+        Raises:
+            ValueError: the split is not `reference_split`, or the states are not of `reference.count` images.
+        """
+        if reference.split != self.reference_split:
+            raise ValueError(
+                f"reference is the split {reference.split!r}, {self.name} uses {self.reference_split!r}"
+            )
+        if int(states["count"]) != reference.count:
+            raise ValueError(
+                f"reference has {reference.count} images, but {self.name} saw {int(states['count'])}: each rank"
+                " must read its share of the set"
+            )
+        self.reference = reference
+        self._reference_states = states
+
+    def states(self, whose: str) -> dict[str, Tensor]:
+        """Copies of the states by name: over all ranks in `sync_context` and `compute`, otherwise of this rank.
+
+        Args:
+            whose: name of the set for messages, e.g. "the generated set".
+
+        Raises:
+            UserError: the features are not finite.
+        """
+        states = {}
+        for name in self._defaults:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                states[name] = torch.cat(value) if value else torch.zeros(0, device=self.device)
+            else:
+                states[name] = value.clone()
+            if not states[name].isfinite().all():
+                raise UserError(f"{self.name}: features {self.features.name!r} of {whose} are not finite")
+        return states
