@@ -1,6 +1,9 @@
 """Networks: `network(x, label, condition) -> output`; see `base` for the interface."""
 
 from src.model.base import ForeignNetwork, Network, adapted
+from src.model.dit import DiT
+from src.model.edm2 import EDM2
+from src.model.resampling_unet import ResamplingUNet
 from src.model.unet import UNet
 
-__all__ = ["ForeignNetwork", "Network", "UNet", "adapted"]
+__all__ = ["EDM2", "DiT", "ForeignNetwork", "Network", "ResamplingUNet", "UNet", "adapted"]
