@@ -115,7 +115,7 @@ class DiT(Network):
             self.embedding.add_second_time()
 
     def _initialise(self) -> None:
-        """Xavier for linear layers and patches, std 0.02 for embeddings, zero for what ends a branch (DiT, sec. 3.2)."""
+        """Xavier for linear layers and patches, std 0.02 for embeddings, zero for modulations and the output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 xavier(module)

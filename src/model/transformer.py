@@ -83,7 +83,7 @@ class TokenAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with GELU (tanh approximation), or SwiGLU: out(silu(gate(x)) value(x)) (Shazeer 2020, arXiv:2002.05202).
+    """Two layers with GELU (tanh form), or SwiGLU: out(silu(gate(x)) value(x)) (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         width: channels of a token.
