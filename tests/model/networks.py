@@ -47,6 +47,7 @@ def small(name: str, trained: bool = True, **arguments) -> Network:
     torch.manual_seed(0)
     network = SMALL[name](**{"image_size": 8, "channels": 1, **arguments}).eval()
     if trained:
+        torch.manual_seed(1)  # independent of what else the network has
         for parameter_name, weight in network.named_parameters():
             if "second_time" not in parameter_name and not weight.any():
                 nn.init.normal_(weight, std=0.3)

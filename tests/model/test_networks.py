@@ -1,5 +1,7 @@
 """Properties that every network has: shapes, conditions, a second time, checkpointing, compilation, derivatives."""
 
+from functools import partial
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -60,34 +62,40 @@ def test_second_time_has_no_effect_at_initialisation_but_can_be_learned(name):
 
 @every_network
 def test_gradients_reach_every_parameter_and_checkpointing_does_not_change_them(name):
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         network = small(name, num_classes=3, checkpointing=checkpointing, **dropout(name)).train()
         (x, label), labels = batch(4, 1, 8, 8), torch.tensor([0, 1, 2, NO_CLASS])
         torch.manual_seed(3)  # of the dropout
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, saved), lambda t: t):
             loss = network(x, label, Condition(labels=labels)).square().mean()
         loss.backward()
         gradients.append([weight.grad for weight in network.parameters()])
-        without = [k for k, w in network.named_parameters() if not w.grad.abs().sum() > 0]
-        assert without == []
-        stored = sum(saved) if not checkpointing else stored
-    assert sum(saved) < stored / 2
+        kept.append(sum(t.numel() for t in saved))
+        assert [k for k, w in network.named_parameters() if not w.grad.abs().sum() > 0] == []
+    assert kept[1] < kept[0] / 2
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def keep(saved, t):
+    saved.append(t)
+    return t
 
 
 def dropout(name):
     return {} if name in ("dit", "jit") else {"dropout": 0.5}
 
 
-@every_network
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "dit" else pytest.mark.slow) for name in SMALL]
+)
 def test_compiles_without_graph_breaks(name):
     network = small(name, num_classes=3, checkpointing=True)
     (x, label), condition = batch(2, 1, 8, 8), Condition(labels=torch.tensor([0, NO_CLASS]))
     expected = network(x, label, condition)
     torch.compiler.reset()
-    network.compile(fullgraph=True, backend="aot_eager")
+    network.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(network(x, label, condition), expected)
 
 
@@ -117,7 +125,7 @@ def test_learns_a_handful_of_digits(name):
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02 if isinstance(network, EDM2) else 0.003)
     draw = torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(60):
+    for _ in range(30):
         t = torch.rand(8, generator=draw).view(8, 1, 1, 1)
         x_t = (1 - t) * x0 + t * torch.randn(x0.shape, generator=draw)
         loss = (network(x_t, 4 * t.flatten(), condition) - x0).square().mean()
@@ -126,7 +134,7 @@ def test_learns_a_handful_of_digits(name):
         optimizer.step()
         network.after_optimizer_step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.35 * sum(losses[:3]) / 3 * 10
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
 
 
 BAD = {
