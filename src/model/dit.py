@@ -102,7 +102,8 @@ class DiT(Network):
         self.patches = nn.Conv2d(channels, first, patch_size, patch_size, bias=bottleneck is None)
         self.patch_projection = nn.Identity() if bottleneck is None else nn.Linear(bottleneck, width)
         self.embedding = ConditionEmbedding(TIME_FEATURES, width, num_classes)
-        self.class_tokens = nn.Parameter(torch.empty(class_tokens, width)) if class_tokens else None
+        tokens = nn.Parameter(torch.empty(class_tokens, width)) if class_tokens else None
+        self.register_parameter("class_tokens", tokens)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, heads, int(mlp_ratio * width), norm=norm, qk_norm=qk_norm, swiglu=swiglu)
             for _ in range(depth)
