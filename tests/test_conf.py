@@ -50,7 +50,9 @@ NEEDS = {
     "model=unet_ddpmpp": ["model.base_channels=32"],
     "model=unet_edm2": ["model.base_channels=64", "model.blocks_per_level=1"],
     **{f"model=dit_{size}": ["model.depth=1"] for size in ("s", "b", "l", "xl")},
-    **{f"model=jit_{size}": ["data=cifar10", "model.depth=11", "model.width=64"] for size in ("b", "l", "h")},
+    **{
+        f"model=jit_{size}": ["data=cifar10", "model.depth=11", "model.width=192"] for size in ("b", "l", "h")
+    },
 }
 # Network sizes that train on 8x8 digits in seconds, by the class of the network.
 SMALL_NETWORK = {

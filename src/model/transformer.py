@@ -55,6 +55,17 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + 1e-6), times a learned scale in x's dtype, which the fused kernel requires."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class TokenAttention(nn.Module):
     """Multi-head self-attention over tokens.
 
@@ -69,8 +80,8 @@ class TokenAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -110,7 +121,7 @@ class FeedForward(nn.Module):
 def token_norm(width: int, kind: str) -> nn.Module:
     """Normalisation of tokens: LayerNorm without parameters ("layer"), or RMSNorm with a learned scale ("rms")."""
     if kind == "rms":
-        return nn.RMSNorm(width, eps=1e-6)
+        return RMSNorm(width)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 

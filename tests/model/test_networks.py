@@ -156,3 +156,17 @@ def test_bad_arguments_are_named_in_one_line(name, option):
     with pytest.raises(ValueError, match=rf"^{option}[ =]") as raised:
         small(name, **{option: BAD[name][option]})
     assert "\n" not in str(raised.value)
+
+
+@every_network
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_half_precision(name, weights):
+    """Mixed precision, and bfloat16 weights, give nearly the same output."""
+    network = small(name, num_classes=3)
+    (x, label), condition = batch(4, 1, 8, 8), Condition(labels=torch.tensor([0, 1, 2, NO_CLASS]))
+    expected = network(x, label, condition)
+    network.to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        output = network(x.to(weights), label, condition)
+    output.float().square().mean().backward()
+    assert (output - expected).abs().mean() < 0.05 * expected.abs().mean()
