@@ -52,6 +52,16 @@ def test_blocks_preserve_magnitude(encoder, heads):
     assert rms(block(unit(4, 48, 24, 24), unit(4, 32))) == pytest.approx(1, abs=0.1)
 
 
+@torch.no_grad()
+def test_encoder_and_attention_do_not_depend_on_the_magnitude_of_their_input():
+    torch.manual_seed(0)
+    block = MPBlock(48, 64, encoder=True, heads=4, embedding_channels=32, dropout=0.0)
+    x, embedding = unit(2, 48, 8, 8), unit(2, 32)
+    torch.testing.assert_close(block(5 * x, embedding), block(x, embedding), rtol=1e-3, atol=2e-3)
+    x = unit(2, 64, 8, 8)
+    torch.testing.assert_close(block._attention(5 * x), block._attention(x), rtol=1e-3, atol=2e-3)
+
+
 def test_network_preserves_magnitude():
     torch.manual_seed(0)
     network = small("edm2", image_size=32, base_channels=32, out_channels=8)
