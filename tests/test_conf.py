@@ -475,7 +475,7 @@ def test_two_steps(group, choice, command, only_run, tmp_path):
         "train",
         f"{group}={choice}",
         "data=digits",
-        *SMALL_NETWORK[network],
+        *SMALL_NETWORK.get(network, SMALL_NETWORK["UNet"]),
         "batch_size=8",
         "trainer.max_steps=2",
         "trainer.accelerator=cpu",
