@@ -1,17 +1,18 @@
 """The magnitude-preserving network of EDM2 (Karras et al. 2024, arXiv:2312.02696)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.model.attention import attend
-from src.model.base import Network, height_and_width
+from src.model.base import height_and_width
 from src.model.condition_embedding import class_rows, second_label
+from src.model.levels import LevelUNet
 from src.model.magnitude import MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, unit_magnitude
-from src.model.resampling_unet import double, halve
-from src.model.sizes import check_attention, check_base_channels, check_heads, check_levels
+from src.model.sizes import check_base_channels
 
 # the share t of the second operand of a sum or concatenation (config G)
 RESIDUAL, ATTENTION, CLASS, SKIP = 0.3, 0.3, 0.5, 0.5
@@ -83,7 +84,7 @@ class MPBlock(nn.Module):
         )
 
 
-class EDM2(Network):
+class EDM2(LevelUNet):
     """A U-Net in which all layers preserve the magnitude of activations, and weights have unit magnitude (config G).
 
     Use it with `parameterization=edm`, whose input has unit variance and whose label ln(sigma)/4 suits the Fourier
@@ -134,46 +135,20 @@ class EDM2(Network):
         self.reads = frozenset({"labels"} if num_classes else ())
         self.num_classes, self.checkpointing = num_classes, checkpointing
 
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        check_levels((height, width), widths, blocks_per_level)
         check_base_channels(base_channels)
-        check_attention(attention_factors, len(widths))
-        attends = [2**level in attention_factors for level in range(len(widths))]
-        for width in {*(w for w, attention in zip(widths, attends, strict=True) if attention), widths[-1]}:
-            check_heads(width, head_channels)
-
-        embedding_channels = max(widths)
+        embedding_channels = base_channels * max(channel_multipliers, default=1)
         self.fourier = MPFourier(base_channels)
         self.time_embedding = MPLayer(base_channels, embedding_channels)
         self.class_embedding = MPLayer(num_classes + 1, embedding_channels) if num_classes else None
-
-        def block(in_width: int, out_width: int, attention: bool = False, **options) -> MPBlock:
-            heads = out_width // head_channels if attention else 0
-            shared = {"embedding_channels": embedding_channels, "dropout": dropout}
-            return MPBlock(in_width, out_width, heads=heads, **shared, **options)
-
         self.conv_in = MPLayer(channels + 1, base_channels, 3)
-        skip_widths = [base_channels]
-        self.encoder = nn.ModuleList()
-        for level, width in enumerate(widths):
-            if level:
-                self.encoder.append(block(skip_widths[-1], skip_widths[-1], encoder=True, resample=halve))
-                skip_widths.append(skip_widths[-1])
-            for _ in range(blocks_per_level):
-                self.encoder.append(block(skip_widths[-1], width, attends[level], encoder=True))
-                skip_widths.append(width)
-        self.middle = nn.ModuleList(
-            [block(width, width, True, encoder=False), block(width, width, encoder=False)]
+        width = self.add_levels(
+            partial(MPBlock, embedding_channels=embedding_channels, dropout=dropout),
+            base_channels,
+            channel_multipliers,
+            blocks_per_level,
+            attention_factors,
+            head_channels,
         )
-        self.decoder, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            if level < len(widths) - 1:
-                self.upsample.append(block(width, width, encoder=False, resample=double))
-            blocks = nn.ModuleList()
-            for _ in range(blocks_per_level + 1):
-                blocks.append(block(width + skip_widths.pop(), widths[level], attends[level], encoder=False))
-                width = widths[level]
-            self.decoder.append(blocks)
         self.conv_out = MPLayer(width, self.out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros(()))
         self.second_time_embedding = None
@@ -212,15 +187,5 @@ class EDM2(Network):
         embedding = self.embed(label, condition, to_label)
         # a channel of ones replaces the biases
         x = self.conv_in(torch.cat((x, torch.ones_like(x[:, :1])), dim=1))
-        skips = [x]
-        for block in self.encoder:
-            x = self.run(block, x, embedding)
-            skips.append(x)
-        for block in self.middle:
-            x = self.run(block, x, embedding)
-        for level, blocks in enumerate(self.decoder):
-            if level:
-                x = self.run(self.upsample[level - 1], x, embedding)
-            for block in blocks:
-                x = self.run(block, mp_cat(x, skips.pop(), SKIP), embedding)
+        x = self.through_levels(x, embedding, partial(mp_cat, t=SKIP))
         return self.conv_out(x, self.gain_out)

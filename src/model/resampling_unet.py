@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.model.attention import attend
-from src.model.base import Network, height_and_width
+from src.model.base import height_and_width
 from src.model.blocks import group_norm, xavier, zero
 from src.model.condition_embedding import ConditionEmbedding
-from src.model.sizes import check_attention, check_base_channels, check_groups, check_heads, check_levels
-
-halve = partial(F.avg_pool2d, kernel_size=2)
-double = partial(F.interpolate, scale_factor=2.0, mode="nearest")
+from src.model.levels import LevelUNet
+from src.model.sizes import check_base_channels, check_groups
 
 
 class PixelAttention(nn.Module):
@@ -108,7 +106,7 @@ class ResamplingBlock(nn.Module):
         return self.attention((h + self.shortcut(x)) * self.skip_scale)
 
 
-class ResamplingUNet(Network):
+class ResamplingUNet(LevelUNet):
     """A U-Net in which residual blocks halve and double the resolution: ADM or DDPM++, depending on the options.
 
     ADM (Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 3) has adaptive group normalisation and attention with heads of
@@ -169,53 +167,30 @@ class ResamplingUNet(Network):
         self.reads = frozenset({"labels"} if num_classes else ())
         self.num_classes, self.checkpointing = num_classes, checkpointing
 
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        check_levels((height, width), widths, blocks_per_level)
         check_base_channels(base_channels)
-        check_groups(base_channels, widths, groups)
-        check_attention(attention_factors, len(widths))
+        check_groups(base_channels, [base_channels * m for m in channel_multipliers], groups)
         if decoder_attention not in ("all", "last"):
             raise ValueError(f"decoder_attention must be all or last, got {decoder_attention!r}")
-        attends = [2**level in attention_factors for level in range(len(widths))]
-        for width in {*(w for w, attention in zip(widths, attends, strict=True) if attention), widths[-1]}:
-            check_heads(width, head_channels)
-
-        def block(in_width: int, out_width: int, attention: bool = False, **options) -> ResamplingBlock:
-            heads = (out_width // (head_channels or out_width)) if attention else 0
-            return ResamplingBlock(in_width, out_width, heads=heads, **shared, **options)
-
-        shared = {
-            "embedding_channels": 4 * base_channels,
-            "scale_shift": scale_shift,
-            "project": project,
-            "skip_scale": skip_scale,
-            "dropout": dropout,
-            "groups": groups,
-        }
+        block = partial(
+            ResamplingBlock,
+            embedding_channels=4 * base_channels,
+            scale_shift=scale_shift,
+            project=project,
+            skip_scale=skip_scale,
+            dropout=dropout,
+            groups=groups,
+        )
         self.embedding = ConditionEmbedding(base_channels, 4 * base_channels, num_classes)
         self.conv_in = xavier(nn.Conv2d(channels, base_channels, 3, padding=1))
-        skip_widths = [base_channels]
-        self.encoder, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            if level:
-                self.downsample.append(block(skip_widths[-1], skip_widths[-1], resample=halve))
-                skip_widths.append(skip_widths[-1])
-            blocks = nn.ModuleList()
-            for _ in range(blocks_per_level):
-                blocks.append(block(skip_widths[-1], width, attends[level]))
-                skip_widths.append(width)
-            self.encoder.append(blocks)
-        self.middle = nn.ModuleList([block(width, width, True), block(width, width)])
-        self.decoder, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            if level < len(widths) - 1:
-                self.upsample.append(block(width, width, resample=double))
-            blocks = nn.ModuleList()
-            for number in range(blocks_per_level + 1):
-                chosen = decoder_attention == "all" or number == blocks_per_level
-                blocks.append(block(width + skip_widths.pop(), widths[level], attends[level] and chosen))
-                width = widths[level]
-            self.decoder.append(blocks)
+        width = self.add_levels(
+            lambda *widths, encoder, **options: block(*widths, **options),  # the same in the decoder
+            base_channels,
+            channel_multipliers,
+            blocks_per_level,
+            attention_factors,
+            head_channels,
+            last_only=decoder_attention == "last",
+        )
         self.norm_out = group_norm(width, groups)
         self.conv_out = zero(nn.Conv2d(width, self.out_channels, 3, padding=1))
         if second_time:
@@ -228,17 +203,5 @@ class ResamplingUNet(Network):
             ValueError: a condition or second time is given, but the network does not support it.
         """
         embedding = F.silu(self.embedding(label, condition, to_label))
-        x = self.conv_in(x)
-        skips = [x]
-        for level, blocks in enumerate(self.encoder):
-            for block in [*self.downsample[level - 1 : level], *blocks] if level else blocks:
-                x = self.run(block, x, embedding)
-                skips.append(x)
-        for block in self.middle:
-            x = self.run(block, x, embedding)
-        for level, blocks in enumerate(self.decoder):
-            if level:
-                x = self.run(self.upsample[level - 1], x, embedding)
-            for block in blocks:
-                x = self.run(block, torch.cat((x, skips.pop()), dim=1), embedding)
+        x = self.through_levels(self.conv_in(x), embedding, lambda x, skip: torch.cat((x, skip), dim=1))
         return self.conv_out(F.silu(self.norm_out(x)))

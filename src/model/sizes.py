@@ -7,6 +7,8 @@ def check_levels(size: tuple[int, int], widths: Sequence[int], blocks_per_level:
     """Checks that images of this height and width can be halved between the levels of a U-Net."""
     if not widths:
         raise ValueError("channel_multipliers is empty: give one for each level, e.g. (1, 2, 2)")
+    if min(widths) < 1:
+        raise ValueError("channel_multipliers must be positive")
     if blocks_per_level < 1:
         raise ValueError(f"blocks_per_level is {blocks_per_level}: it must be at least 1")
     factor = 2 ** (len(widths) - 1)

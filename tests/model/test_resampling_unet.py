@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.model.resampling_unet import PixelAttention, ResamplingBlock, double, halve
+from src.model.levels import double, halve
+from src.model.resampling_unet import PixelAttention, ResamplingBlock
 from tests.model.networks import batch, small
 
 
