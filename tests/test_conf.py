@@ -49,15 +49,28 @@ NEEDS = {
     "guidance": ["conditioning=class", "conditioning.dropout=0.1"],
     "model=unet_ddpm": ["data=cifar10"],
     "model=unet_small": ["data=fashion_mnist"],
+    # the published sizes are tested without memory, in tests/model
+    "model=unet_adm": ["model.base_channels=64"],
+    "model=unet_adm_256": ["data=cifar10", "model.base_channels=32"],
+    "model=unet_ddpmpp": ["model.base_channels=32"],
+    "model=unet_edm2": ["model.base_channels=64", "model.blocks_per_level=1"],
+    **{f"model=dit_{size}": ["model.depth=1"] for size in ("s", "b", "l", "xl")},
+    **{
+        f"model=jit_{size}": ["data=cifar10", "model.depth=11", "model.width=192"] for size in ("b", "l", "h")
+    },
 }
-# Network sizes that train on 8x8 digits in seconds, valid for the network of every experiment.
-SMALL_NETWORK = [
-    "model.base_channels=8",
-    "model.groups=4",
-    "model.channel_multipliers=[1,1]",
-    "model.blocks_per_level=1",
-    "model.attention_factors=[2]",
-]
+# Network sizes that train on 8x8 digits in seconds, by the class of the network.
+SMALL_NETWORK = {
+    "UNet": [
+        "model.base_channels=8",
+        "model.groups=4",
+        "model.channel_multipliers=[1,1]",
+        "model.blocks_per_level=1",
+        "model.attention_factors=[2]",
+    ],
+    "DiT": ["model.width=16", "model.depth=2", "model.heads=2"],
+}
+SMALL_NETWORK["ResamplingUNet"] = SMALL_NETWORK["UNet"]
 
 
 def needs(group: str, choice: str) -> list[str]:
@@ -175,6 +188,8 @@ PAPERS = {
         "weighting": "EDM",
         "time_sampling.mean": -1.2,
         "time_sampling.std": 1.2,
+        "model": "ResamplingUNet",
+        "model.blocks_per_level": 4,
         "model.dropout": 0.13,
         "batch_size": 512,
         "optimizer.lr": 1e-3,
@@ -293,7 +308,7 @@ def test_options_table_equals_the_composed_configuration(entry_point):
 
 
 # built in separate tests
-ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS}
+ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS, "launcher"}
 
 
 def reachable(root: object) -> list[object]:
@@ -360,7 +375,7 @@ def test_diffusion_choice_trains(group, choice, assembled):
         "callbacks=none",
         "schedule=cosine",
     ]
-    overrides = [*SMALL_NETWORK, *overrides, f"{group}={choice}", *needs(group, choice)]
+    overrides = [*SMALL_NETWORK["UNet"], *overrides, f"{group}={choice}", *needs(group, choice)]
     parts, _ = assembled(*overrides, "+trainer.limit_val_batches=1")
     weights = parts.module.denoiser.network.state_dict()
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -464,11 +479,12 @@ def test_tasks(choice):
 def test_two_steps(group, choice, command, only_run, tmp_path, monkeypatch):
     """Every experiment and debug preset trains, previews and saves: on 8x8 images, with a small network."""
     replace_font_and_encoder(monkeypatch)
+    network = composed("train", f"{group}={choice}").model._target_.rpartition(".")[2]
     status = command(
         "train",
         f"{group}={choice}",
         *(["data=emoji", "data.image_size=8"] if choice == "text_emoji" else ["data=digits"]),
-        *SMALL_NETWORK,
+        *SMALL_NETWORK.get(network, SMALL_NETWORK["UNet"]),
         "batch_size=8",
         "trainer.max_steps=2",
         "trainer.accelerator=cpu",

@@ -39,6 +39,28 @@ class SNR(Weighting):
         return level.snr
 
 
+class Velocity(Weighting):
+    """1/max(sigma, minimum)^2: unweighted error of the flow's velocity, for every parameterisation.
+
+    On the straight line alpha + sigma = 1, an error of x0 is sigma times one of the velocity (x_t - x0)/sigma. With
+    parameterization=x0 this is JiT's loss (Li & He 2025, arXiv:2511.13720, sec. 4), which bounds the weight.
+
+    Args:
+        minimum: the smallest sigma in the weight, in (0, 1]; 0.05 in the authors' code.
+
+    Raises:
+        ValueError: minimum is out of range.
+    """
+
+    def __init__(self, minimum: float = 0.05):
+        if not 0 < minimum <= 1:
+            raise ValueError(f"minimum must be in (0, 1], got {minimum}")
+        self.minimum = minimum
+
+    def __call__(self, level, c_out):
+        return 1 / level.sigma.clamp(min=self.minimum) ** 2
+
+
 class MinSNR(Weighting):
     """min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556, eq. 8).
 

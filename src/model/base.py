@@ -4,7 +4,9 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from src.conditioning import Condition
@@ -18,12 +20,14 @@ class Network(nn.Module, ABC):
         out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
         reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
         classifies: whether the output is logits of shape (B, classes), for `loss=classification`.
+        checkpointing: whether `run` recomputes activations in the backward pass.
     """
 
     image_shape: tuple[int, int, int] | None = None
     out_channels: int
     reads: frozenset[str] = frozenset()
     classifies = False
+    checkpointing: bool = False
 
     @abstractmethod
     def forward(
@@ -44,6 +48,19 @@ class Network(nn.Module, ABC):
         Returns:
             Shape (B, out_channels, H, W).
         """
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """block(*inputs); with `checkpointing`, only the inputs are kept for the backward pass.
+
+        The activations inside the block are computed again there, with the same dropout (Chen et al. 2016,
+        arXiv:1604.06174).
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def after_optimizer_step(self) -> None:
+        """Called after each optimiser step, for networks that constrain their weights; does nothing by default."""
 
 
 class ForeignNetwork(Network):

@@ -43,6 +43,29 @@ class WarmUpCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
+class InverseSquareRoot(LambdaLR):
+    """Linear warmup, then constant up to reference_steps, then 1/sqrt(k / reference_steps) (EDM2, eq. 67).
+
+    The schedule of Karras et al. 2024 (arXiv:2312.02696, sec. 2.3, table 6), which keeps the training from stalling
+    when weights have a fixed magnitude; the length of the training need not be known.
+
+    Args:
+        optimizer: the optimiser.
+        warmup_steps: length of the warmup; 0 for none.
+        reference_steps: steps until the decay starts, at least 1; 70,000 for most networks of the paper.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, reference_steps: int):
+        _check(warmup_steps=warmup_steps)
+        if reference_steps < 1:
+            raise ValueError(f"reference_steps must be at least 1, got {reference_steps}")
+
+        def factor(k: int) -> float:
+            return min(1.0, (k + 1) / max(warmup_steps, 1)) / math.sqrt(max(1.0, k / reference_steps))
+
+        super().__init__(optimizer, factor)
+
+
 def _check(warmup_steps: int) -> None:
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")

@@ -178,6 +178,13 @@ class DiffusionModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision=16-mixed
         self.gradient_norm = clip_or_skip(optimizer, self.loss.parameters(), limit, scaler)
 
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """Also lets the network constrain its weights, before averages and checkpoints are made of them."""
+        super().optimizer_step(*args, **kwargs)
+        after = getattr(self.denoiser.network, "after_optimizer_step", None)
+        if after is not None:  # plain modules have none
+            after()
+
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())
         if self.make_lr_schedule is None:

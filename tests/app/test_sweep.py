@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from src.app.build import build
+from src.app.options import CONF
 from src.app.sweep import launcher as launchers
 from src.app.sweep.cluster import Ray, Slurm
-from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, folder_name
+from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
 from src.app.sweep.launcher import Local
 from src.app.sweep.table import marginal_means
 from src.errors import UserError
@@ -102,6 +104,12 @@ def test_a_second_sweep_waits_for_the_devices_of_the_first(tmp_path, monkeypatch
     Local().run(first.waiting(rerun_failed=False), 1)
     assert first.outcomes()[0]["scores"] == {"fid": 1.5}
     assert notes(first)[0]["pid"] == process.pid, "the job was run twice"
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
+def test_every_launcher_is_built(choice):
+    launcher = build(composed("train", [f"launcher={choice}"]).launcher, launchers.Launcher, "launcher")
+    assert choice in type(launcher).__module__ + type(launcher).__name__.lower()
 
 
 def test_wrong_devices_are_refused(monkeypatch):

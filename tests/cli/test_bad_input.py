@@ -16,6 +16,12 @@ BAD = {
         ["+trainer.max_steps=2"],
         ["trainer.max_steps", "without the plus"],
     ),
+    "patches that do not divide the images": (
+        ["model=dit_tiny", "model.patch_size=3"],
+        ["model.patch_size=3", "8 pixels", "choose 1 or 2"],
+    ),
+    "heads that do not divide the width": (["model=dit_tiny", "model.heads=3"], ["model.heads=3", "divisor"]),
+    "levels that the images do not have": (["model=unet_adm_256"], ["channel_multipliers", "pad the images"]),
     "one score twice": (
         ["metrics=[fd_digits,fd_digits]"],
         ["metrics=[fd_digits,fd_digits]", "different scores"],

@@ -18,6 +18,18 @@ DROPOUT = ("model.dropout=0.2", *LABELS)  # makes the result depend on the globa
 # importance sampling with so few times that it differs from the uniform distribution after a few steps
 IMPORTANCE = ("time_sampling=importance", "time_sampling.history=2", "schedule.T=10", "loss=vlb")
 
+# a network whose weights are normalised after each step
+MAGNITUDE = (
+    "model=unet_edm2",
+    "model.channel_multipliers=[1,1]",
+    "model.blocks_per_level=1",
+    "model.attention_factors=[2]",
+    "model.head_channels=8",
+    "parameterization=edm",
+    "lr_schedule=edm2",
+    "lr_schedule.warmup_steps=2",
+)
+
 
 def checkpoint(folder, step):
     return torch.load(folder / "checkpoints" / f"step_{step:08d}.ckpt", weights_only=True)
@@ -95,6 +107,19 @@ class TestResume:
         assert command("train", "ckpt=last", "trainer.max_steps=12") == 0
         assert_identical(whole, training_state(only_run(), 12))
 
+    def test_with_weights_of_fixed_magnitude(self, command, only_run, tmp_path):
+        overrides = [*QUICK, *MAGNITUDE, "callbacks=checkpoints", "model.dropout=0.2"]
+        assert command("train", *overrides, "trainer.max_steps=12") == 0
+        whole = training_state(only_run().rename(tmp_path / "whole"), 12)
+        assert command("train", *overrides, "trainer.max_steps=7") == 0
+        assert command("train", "ckpt=last", "trainer.max_steps=12") == 0
+        assert_identical(whole, training_state(only_run(), 12))
+        weights = {k: w for k, w in whole.items() if k.startswith("/state_dict") and k.endswith("weight")}
+        assert len(weights) > 10
+        for weight in weights.values():
+            magnitude = weight.square().flatten(1).mean(1).sqrt()
+            torch.testing.assert_close(magnitude, torch.ones_like(magnitude), rtol=0, atol=1e-3)
+
     def test_other_seed_differs(self, command, only_run, uninterrupted):
         """Shows that the comparison above can fail."""
         assert command("train", *QUICK, *DROPOUT, "trainer.max_steps=12", "seed=1") == 0
@@ -167,7 +192,12 @@ def test_output_files(command, only_run):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(*LABELS, "guidance=classifier_free"), IMPORTANCE], ids=["dropped labels", "importance"]
+    "overrides",
+    [
+        pytest.param((*LABELS, "guidance=classifier_free"), id="dropped labels"),
+        pytest.param(IMPORTANCE, id="importance"),
+        pytest.param(MAGNITUDE, id="magnitude", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_as_one(tmp_path, overrides):
     """Data parallel over two processes (gloo): the same draws, and so the same weights up to rounding.

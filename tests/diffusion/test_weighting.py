@@ -6,10 +6,11 @@ import torch
 
 from src.diffusion.noise_level import NoiseLevel
 from src.diffusion.parameterization import EDM, Eps
+from src.diffusion.parameterization import Velocity as Flow
 from src.diffusion.schedule import EDM as Sigma
-from src.diffusion.schedule import VE, Linear
+from src.diffusion.schedule import VE, Linear, RectifiedFlow
 from src.diffusion.weighting import EDM as EDMWeighting
-from src.diffusion.weighting import P2, SNR, LearnedUncertainty, MinSNR, Simple
+from src.diffusion.weighting import P2, SNR, LearnedUncertainty, MinSNR, Simple, Velocity
 
 ALPHA, SIGMA = np.array([0.99, 0.6, 0.1]), np.array([0.1, 0.8, 0.99])
 LEVEL = NoiseLevel(torch.from_numpy(ALPHA), torch.from_numpy(SIGMA), torch.zeros(3))
@@ -26,6 +27,7 @@ RATIO = (ALPHA / SIGMA) ** 2
         (P2(2.0, 0.5), RATIO / np.sqrt(2 + RATIO)),
         (EDMWeighting(0.5), ((SIGMA / ALPHA) ** 2 + 0.25) / (SIGMA / ALPHA * 0.5) ** 2),
         (LearnedUncertainty(SNR()), RATIO),
+        (Velocity(0.2), 1 / np.maximum(SIGMA, 0.2) ** 2),
     ],
 )
 def test_weights_on_the_error_of_x0(weighting, expected):
@@ -38,6 +40,12 @@ def test_edm_weighs_edm_targets_equally():
         level = schedule(schedule.time_at(torch.rand(9, dtype=torch.float64)))
         c_out = EDM(0.5).coefficients(level)[2]
         torch.testing.assert_close(EDMWeighting(0.5)(level, c_out) * c_out**2, torch.ones_like(c_out))
+
+
+def test_velocity_weighs_the_flow_equally():
+    level = RectifiedFlow()(torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64))
+    c_out = Flow().coefficients(level)[2]
+    torch.testing.assert_close(Velocity(0.05)(level, c_out) * c_out**2, torch.ones_like(c_out))
 
 
 def test_snr_weighs_eps_equally():
