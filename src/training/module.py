@@ -46,6 +46,7 @@ class DiffusionModule(LightningModule):
     Attributes:
         gradient_norm: gradient norm of the latest optimiser step before clipping, shape (), on the device; not finite
             if the step was skipped.
+        is_updating: whether an optimiser step has begun to change the state and has not finished.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DiffusionModule(LightningModule):
         self.codec = codec
         self.conditioning = conditioning
         self.gradient_norm = torch.zeros(())
+        self.is_updating = False
         self._remembered: list[Tensor] = []
         # means over images; Lightning's reduction weights ranks equally, even with unequal numbers of images
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
@@ -140,6 +142,7 @@ class DiffusionModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Passes the losses of the global batch to `Loss.observe`, before a checkpoint can be written."""
+        self.is_updating = True
         if not self._remembered:
             return
         rows = self.all_gather(torch.cat(self._remembered))
@@ -150,6 +153,10 @@ class DiffusionModule(LightningModule):
         rows = rows[rows[:, 0].argsort()]
         draws = rows[:, 1:-1]
         self.loss.observe(draws.squeeze(1) if draws.shape[1] == 1 else draws, rows[:, -1])
+
+    def optimizer_step(self, *arguments, **named) -> None:
+        super().optimizer_step(*arguments, **named)
+        self.is_updating = False
 
     def _remember(self, positions: Tensor, draws: Tensor, losses: Tensor) -> None:
         if self.loss.learns_from_losses:
