@@ -206,7 +206,7 @@ def fail(when: int, original, call, *arguments, **named):
 ERRORS = {
     "a step": (STEP, 5, 4),
     "the backward pass": ("torch:Tensor.backward", 8, 7),
-    "the optimiser": ("torch.optim.adam:Adam.step", 8, 6),  # not saved in the middle of an update
+    "the optimiser": ("torch.optim.adam:adam", 8, 6),  # not saved in the middle of an update
     "validation": ("src.training.module:DiffusionModule.validation_step", 3, 5),
     "reading data": ("src.data.datamodule:_already_a_batch", 5, 4),
     "the curves": ("src.training.callbacks.curves:TrainingCurves.act", 2, 4),
