@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # Set by Lightning; with them, a second job of this process would be treated as a child.
 LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-GRACE = 20.0
+GRACE = 25.0
 """Seconds in which this process notices by itself that a child is lost, and saves; then it is ended."""
 
 _children: list[subprocess.Popen] = []

@@ -208,7 +208,7 @@ ERRORS = {
     "the backward pass": ("torch:Tensor.backward", 8, 7),
     "the optimiser": ("torch.optim.adam:adam", 8, 6),  # not saved in the middle of an update
     "validation": ("src.training.module:DiffusionModule.validation_step", 3, 5),
-    "reading data": ("src.data.datamodule:_already_a_batch", 5, 4),
+    "reading data": ("src.data.datamodule:_already_a_batch", 6, 4),
     "the curves": ("src.training.callbacks.curves:TrainingCurves.act", 2, 4),
     "a preview": ("src.generation.recipe:Recipe.trajectory", 1, None),
     "a score": ("src.evaluation.scores:ScoreSet.update", 1, None),
