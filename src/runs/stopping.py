@@ -34,14 +34,11 @@ def stop_signal(status: int | None) -> int | None:
 
 def describe_status(status: int) -> str:
     """What an exit status of a failed process means, e.g. "was killed by SIGKILL (out of memory?)"."""
-    signum = -status if status < 0 else status - 128
     if status == -signal.SIGKILL:
         return "was killed by SIGKILL (out of memory?)"
-    return (
-        f"was ended by {signal.Signals(signum).name}"
-        if signum in set(signal.Signals)
-        else f"ended with status {status}"
-    )
+    if -status in set(signal.Signals):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
 
 
 class Watch:

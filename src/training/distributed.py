@@ -48,6 +48,8 @@ def explain_lost_process(error: Exception) -> None:
         SystemExit: a child was ended by a signal that stops trainings; with the same status.
         UserError: another process has ended otherwise.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
     if not isinstance(error, torch.distributed.DistError) and not LOST_CONNECTION.search(str(error)):
         return
     end = time.monotonic() + 2  # its connections are closed a little before it has ended
@@ -101,9 +103,10 @@ def _wait_for_children(children: list[subprocess.Popen]) -> None:
     signum = stop_signal(status)
     if signum:
         time.sleep(3)  # the signal may have come to all processes
-        os.kill(
-            os.getpid(), signum
-        )  # it came before the training started, when the ranks do not pass signals on
+        # it came before the training started, when the ranks do not pass signals on
+        os.kill(os.getpid(), signum)
     time.sleep(GRACE)
+    if children != _children:  # this process has noticed, and runs the next job of a sweep
+        return
     log.error("process %d of %d %s; exiting", rank, len(children) + 1, describe_status(status))
     os._exit(128 + signum if signum else 1)
