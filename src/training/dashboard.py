@@ -105,7 +105,7 @@ class Dashboard(WandbLogger):
             run.log(dict(row))
             return
         # wandb drops rows of earlier steps than its own; a run that continues from one appends them
-        own = step if step >= run.step else None
+        own = step if isinstance(run.step, int) and step >= run.step else None
         run.log({**row, "trainer/global_step": step}, step=own, commit=True)
 
     def _try(self, action: Callable[..., None], *arguments: Any, **named: Any) -> None:

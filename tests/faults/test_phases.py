@@ -14,7 +14,7 @@ from tests.faults.states import differences, training_state
 def trained(tmp_path_factory):
     """A finished run of two steps."""
     folder = tmp_path_factory.mktemp("trained")
-    assert train(folder, "trainer.max_steps=2", "metrics=none").status == 0
+    assert train(folder, "trainer.max_steps=2").status == 0
     return run_folder(folder)
 
 

@@ -84,6 +84,8 @@ def test_wandb_settings_write_no_files(tmp_path, monkeypatch):
 class Run:
     """Counts steps as wandb does: a row of an earlier step is dropped."""
 
+    id = "abcd"
+
     def __init__(self):
         self.step = 0
         self.rows = []
