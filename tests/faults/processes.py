@@ -157,7 +157,7 @@ class Command:
         self.process.start()
         return self
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Returns the exit status as a shell does. If the process hangs, kills it and raises TimeoutError."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -229,7 +229,10 @@ def run_folder(folder: Path) -> Path:
 
 
 def start_command(
-    folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = (), **environment: str
+    folder: Path,
+    *arguments: str,
+    faults: Sequence["Fault | Replacement"] = (),
+    **environment: str,
 ) -> subprocess.Popen:
     """Starts a command, e.g. on two gloo processes, in a new session; output goes to folder/output.txt.
 
@@ -239,7 +242,8 @@ def start_command(
     name = "train"
     if arguments[0] in ("train", "sample", "evaluate"):
         name, *arguments = arguments
-    command = [sys.executable, "-m", "tests.faults.command", name, f"runs={folder / 'runs'}", *arguments]
+    module = ["tests.faults.command", name] if faults else [f"src.{name}"]
+    command = [sys.executable, "-m", *module, f"runs={folder / 'runs'}", *arguments]
     environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
