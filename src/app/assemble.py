@@ -14,13 +14,19 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.app.build import build, check_value, resolve
+from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
+from src.app.lightning import (
+    check_callback,
+    check_monitors,
+    check_trainer,
+    check_trainer_options,
+    joined_arguments,
+)
 from src.app.options import effect_of
 from src.app.parts import (
     codec_of,
@@ -42,7 +48,7 @@ from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
-from src.training.dashboard import CurveFiles, needs_package, wandb_settings
+from src.training.dashboard import CurveFiles, forgiving, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
@@ -50,29 +56,6 @@ from src.training.resume import ResumeCheck
 from src.training.signals import StopOnSignal
 
 log = logging.getLogger(__name__)
-
-# Trainer options that the framework decides, and what to do instead.
-DECIDED = {
-    "accumulate_grad_batches": "use max_device_batch=... (batch_size is global)",
-    "val_check_interval": "use validate_every=...",
-    "check_val_every_n_epoch": "use validate_every=...",
-    "limit_train_batches": "use trainer.max_steps=..., or debug=quick",
-    "overfit_batches": "use debug=overfit",
-    "fast_dev_run": "use debug=quick",
-    "max_epochs": "use trainer.max_steps=...",
-    "min_epochs": "use trainer.max_steps=...",
-    "min_steps": "use trainer.max_steps=...",
-    "reload_dataloaders_every_n_epochs": "there are no epochs",
-    "logger": "use logger=...",
-    "callbacks": "use callbacks=... or '+callbacks.mine={_target_: ...}'",
-    "plugins": "checkpoints and environment are its own",
-    "default_root_dir": "use runs=... or hydra.run.dir=...",
-    "enable_progress_bar": "use ~callbacks.progress",
-    "enable_checkpointing": "use callbacks.checkpoints.every=...",
-    "enable_model_summary": "a summary is printed",
-    "use_distributed_sampler": "the stream shares out its positions",
-    "num_sanity_val_steps": "everything is checked before the first step",
-}
 
 
 @dataclass(frozen=True)
@@ -147,6 +130,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         effects=effect_of,
         upgrade=upgrade,
         packages=("src", *config.trust),
+        assembly=("src.app.assemble", "src.app.parts"),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
     accumulation = accumulation_of(config, trainer.world_size)
@@ -248,6 +232,7 @@ def callbacks_of(
     }
     kinds = {"sample_images": SampleImages, "checkpoints": Checkpoints, "track_fidelity": TrackFidelity}
     callbacks: list[Callback] = [] if ema is None else [ema]
+    added: dict[str, Callback] = {}
     for name, node in (config.callbacks or {}).items():
         chosen = "_target_" in node  # a debug preset may set numbers of a callback that was not chosen
         if not chosen or (name == "track_fidelity" and scores is None):
@@ -255,19 +240,18 @@ def callbacks_of(
         if name == "sample_images" and recipe is None:
             continue
         option = f"callbacks.{name}"
-        callbacks.append(build(node, kinds.get(name, Callback), option, **joined.get(name, {})))
-    return callbacks
+        given = joined.get(name) or joined_arguments(node, class_of(node), folder / CHECKPOINTS)
+        added[option] = build(node, kinds.get(name, Callback), option, **given)
+        check_callback(added[option], option)
+    check_monitors(added, ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"])
+    return [*callbacks, *added.values()]
 
 
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
     launch_by_command_line()
-    for name in config.trainer:
-        if name in DECIDED:
-            raise UserError(f"trainer.{name}: the framework decides this; {DECIDED[name]}")
-    check_value(PositiveInt, config.trainer.max_steps, "trainer.max_steps")
-    check_value(PositiveFloat | None, config.trainer.gradient_clip_val, "trainer.gradient_clip_val")
+    check_trainer_options(config)
     make = partial(
         build,
         config.trainer,
@@ -287,9 +271,11 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     try:
-        return make()
-    except (MisconfigurationException, TypeError) as error:
+        trainer = make()
+    except (MisconfigurationException, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
+    check_trainer(trainer, config)
+    return trainer
 
 
 def has_several_processes(config: DictConfig) -> bool:
@@ -309,7 +295,8 @@ def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
             option: value for option, value in joined.items() if option not in node or option == "settings"
         }
         with needs_package(f"logger.{name}"):
-            loggers.append(build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined))
+            logger = build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined)
+        loggers.append(logger if name == "wandb" else forgiving(logger, name))
     return loggers
 
 

@@ -5,13 +5,12 @@ Nothing heavy is imported here: `--help` and a mistyped option answer at once.
 
 import json
 import os
-import signal
 import sys
-from typing import Any
 
-from src.app.messages import flush, say
 from src.app.options import CONF, OPTIONS, groups_of
 from src.errors import UserError
+from src.runs.output import forgiving_output
+from src.runs.stopping import LAUNCHER, ExitOnSignal, die_with
 
 JOB_FAILED = 1
 USER_ERROR = 2
@@ -23,7 +22,8 @@ def run(entry_point: str) -> None:
 
     Exits with status 0, or 2 after a mistake of the user's, reported in one line. In a sweep each job's outcome is
     written to its folder, a failing job does not stop the others, and a table closes the sweep; the status is then 1 if
-    a job has failed. Ctrl-C exits with 130 silently, unless the job handles it.
+    a job has failed. A signal ends the process with 128 + signal, unless the job handles it (`ExitOnSignal`); lost
+    output is no error.
 
     Args:
         entry_point: "train", "sample" or "evaluate".
@@ -33,21 +33,18 @@ def run(entry_point: str) -> None:
     # first, wherever they were typed: Hydra's parser takes flags only before all overrides or after them
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)
     if any(argument in ("--help", "-h") for argument in arguments):
-        say(help_text(entry_point))
+        with forgiving_output():
+            print(help_text(entry_point))
         return
     # With it, Hydra leaves exceptions to us instead of printing its own lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:
-        # not KeyboardInterrupt: Lightning takes that for a failure, and its status would be 1
-        signal.signal(signal.SIGINT, _exit_on_signal)
-    try:
-        failed = _run(entry_point, arguments)
-    except UserError as error:
-        sys.exit(_complain(str(error)))
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    flush()
+    if LAUNCHER in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        die_with(int(os.environ[LAUNCHER]))
+    with ExitOnSignal().installed(), forgiving_output():
+        try:
+            failed = _run(entry_point, arguments)
+        except UserError as error:
+            sys.exit(_complain(str(error)))
     if failed:
         sys.exit(JOB_FAILED)
 
@@ -71,10 +68,6 @@ def _run(entry_point: str, arguments: list[str]) -> int:
             return run_sweep(entry_point, sweep)
     run_single(entry_point, arguments)
     return 0
-
-
-def _exit_on_signal(signum: int, frame: Any) -> None:
-    sys.exit(128 + signum)
 
 
 def _complain(line: str) -> int:

@@ -15,6 +15,7 @@ from src.app.messages import explain
 from src.app.options import CONF, ENTRY_POINTS, check_options, nested
 from src.app.options import OPTIONS as SINGLE_OPTIONS
 from src.errors import UserError
+from src.runs.output import lost_log
 
 # Names the file to which a job of a sweep writes its scores.
 SCORES_TO = "DIFFUSION_LAB_SCORES_TO"
@@ -140,11 +141,13 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _redacted_log() -> Iterator[None]:
-    """Within it, no log line shows a value from the environment, and only the first process logs more than warnings."""
+    """Within it, no log line shows a value from the environment, only the first process logs more than warnings, and a
+    log that cannot be written is reported once."""
     root = logging.getLogger()
     level, formatters = root.level, {handler: handler.formatter for handler in root.handlers}
     for handler, formatter in formatters.items():
         handler.setFormatter(Redacting(formatter))
+        handler.handleError = lost_log
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         root.setLevel(logging.WARNING)
     try:

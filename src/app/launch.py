@@ -1,6 +1,7 @@
 """Several processes for one job of sampling or evaluation: `devices=2`."""
 
 import logging
+import os
 import socket
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.app.environment import redacted
 from src.errors import UserError
+from src.runs.output import forgiving_output
+from src.runs.stopping import LOST_CONNECTION, describe_status, die_with, stop_signal
 
 Job = Callable[[DictConfig], dict[str, float]]
 
@@ -24,7 +27,7 @@ def launch(job: Job, config: DictConfig) -> dict[str, float]:
     """Runs a job in this process, or with `devices` > 1 in as many new ones that share the work.
 
     The processes meet by torch.distributed: nccl on GPUs, gloo on the CPU. The first one's result is returned; if one
-    fails, the others are ended.
+    fails, the others are ended. They end with this process, too.
 
     Args:
         job: importable; called with the configuration in each process.
@@ -48,21 +51,42 @@ def launch(job: Job, config: DictConfig) -> dict[str, float]:
     content = OmegaConf.to_container(config)
     with tempfile.TemporaryDirectory() as exchange:
         threads = max(1, torch.get_num_threads() // config.devices)
-        arguments = (job, content, config.devices, address, on_gpus, threads, exchange)
+        arguments = (os.getpid(), job, content, config.devices, address, on_gpus, threads, exchange)
         # it would announce that it ends the other processes
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+        started = torch.multiprocessing.spawn(_process, arguments, nprocs=config.devices, join=False)
         try:
-            torch.multiprocessing.spawn(_process, arguments, nprocs=config.devices)
-        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException):
+            while not started.join():
+                pass
+        except (
+            torch.multiprocessing.ProcessRaisedException,
+            torch.multiprocessing.ProcessExitedException,
+        ) as error:
             message = Path(exchange, "error")
             if message.is_file():
                 raise UserError(message.read_text()) from None
+            _explain(error, [process.exitcode for process in started.processes])
             raise
+        finally:
+            for process in started.processes:  # alive after a signal to this process
+                process.kill()
         return torch.load(Path(exchange, "scores"), weights_only=True)
+
+
+def _explain(error: Any, statuses: list[int]) -> None:
+    """Raises what the end of a process by a signal means; returns after an exception of a process."""
+    rank = error.error_index
+    if LOST_CONNECTION.search(str(error)):  # because of another process that has ended
+        rank = next((other for other, status in enumerate(statuses) if status < 0), rank)
+    if signum := stop_signal(statuses[rank]):
+        raise SystemExit(128 + signum) from None
+    if statuses[rank] < 0:
+        raise UserError(f"process {rank} of {len(statuses)} {describe_status(statuses[rank])}") from None
 
 
 def _process(
     rank: int,
+    parent: int,
     job: Job,
     content: dict[str, Any],
     world_size: int,
@@ -74,6 +98,7 @@ def _process(
     from src.app.build import trusting
     from src.app.jobs import Redacting, register
 
+    die_with(parent)
     register()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(Redacting(logging.Formatter("%(message)s")))
@@ -88,7 +113,7 @@ def _process(
     config = OmegaConf.create(content)
     config.device = f"cuda:{rank}" if on_gpus else "cpu"
     try:
-        with trusting(config.trust):
+        with forgiving_output(), trusting(config.trust):
             scores = job(config)
         if rank == 0:
             torch.save(scores, Path(exchange, "scores"))

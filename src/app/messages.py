@@ -2,35 +2,16 @@
 
 import difflib
 import inspect
-import sys
 from pathlib import Path
 from typing import Any
 
 from src.app.options import CONF, ENTRY_POINTS, OPTIONS, groups_of
 from src.errors import UserError
-from src.runs.machine import discard_output
 
 # Groups and nodes to which any name can be added.
 OPEN = ("callbacks", "logger", "wrappers")
 # Options of the network that the framework sets.
 FOLLOWING = ("model.channels", "model.image_size", "model.num_classes", "model.token_channels")
-
-
-def say(line: str) -> None:
-    """Prints a line; a lost output (a closed pipe, a full disk) is no error."""
-    try:
-        print(line)
-    except OSError:
-        discard_output(sys.stdout)
-    flush()
-
-
-def flush() -> None:
-    """Flushes what was printed; a lost output is no error."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard_output(sys.stdout)
 
 
 def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.app.assemble import Experiment, assemble
 from src.app.build import trusting
-from src.app.messages import check_names, say
+from src.app.messages import check_names
 from src.app.options import CONF, check_options
 from src.app.overrides import trusted_folders, written_out
 from src.app.sweep.jobs import combinations, composed
@@ -92,7 +92,7 @@ def plan(arguments: Sequence[str]) -> int:
         try:
             check_options("train", config)
             if alike not in known:
-                say(f"measuring   {' '.join(varied) or 'a few steps'}")
+                print(f"measuring   {' '.join(varied) or 'a few steps'}")
                 known[alike] = measured(config)
             rows.append((" ".join(varied), known[alike]))
         except UserError as error:

@@ -3,6 +3,7 @@
 import logging
 import shlex
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,13 +11,17 @@ from omegaconf import DictConfig
 
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
+from src.app.options import effect_of
 from src.app.overrides import in_override, write_overrides
+from src.errors import UserError
 from src.evaluation.record import Record
 from src.runs.files import write_json
 from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, SCORES_FILE, find_run, locked
 from src.runs.machine import environment, is_first_process
+from src.runs.output import failures, forget_failures
 from src.training.dashboard import finish_dashboards
-from src.training.distributed import leave
+from src.training.distributed import explain_lost_process, leave
+from src.training.resume import flat
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +57,16 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         write_overrides(folder, list(HydraConfig.get().overrides.task))
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
+    forget_failures()
     for logger in trainer.loggers:
         logger.log_hyperparams({**resolve(config, "config"), "environment": record})
     try:
         trainer.fit(experiment.module, experiment.data, ckpt_path=experiment.checkpoint, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        explain_lost_process(error)
+        raise
     finally:
         finish_dashboards()
         leave()
@@ -78,6 +89,8 @@ def closing_summary(
     grids = sorted((folder / "samples").glob("step_*.png"))
     if grids:
         results["pictures"] = str(grids[-1])
+    if failed := failures():
+        results["failed"] = ", ".join(f"{what} {times} times" for what, times in failed.items())
     following = []
     if (folder / CHECKPOINTS).is_dir():
         results["checkpoint"] = str(find_run(folder).checkpoint)
@@ -93,8 +106,17 @@ def closing_summary(
             following.append(
                 f"  python -m src.sample {trust}run=... guidance=classifier {guide} guidance.scale=2"
             )
-        following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}")
+        allow = " allow_changes=true" if changes_with_length(config, 2 * step) else ""
+        following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}{allow}")
     width = max(map(len, results), default=0) + 2
     return "\n".join(
         ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]
     )
+
+
+def changes_with_length(config: DictConfig, max_steps: int) -> bool:
+    """Whether options on which the results depend follow trainer.max_steps, e.g. that of a cosine schedule."""
+    longer = deepcopy(config)
+    longer.trainer.max_steps = max_steps
+    before, after = (flat(resolve(each, "config")) for each in (config, longer))
+    return any(effect_of(key) in ("tuning", "experiment") for key in before if before[key] != after[key])

@@ -1,16 +1,11 @@
 """Atomic file writes, and the sidecar file with a checkpoint's size and hash."""
 
 import json
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 
@@ -114,12 +109,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)  # makes the rename durable
     finally:
         os.close(folder)
-
-
-@contextmanager
-def forgiving(what: str) -> Iterator[None]:
-    """Logs an OSError of the block (e.g. a full disk) instead of raising it."""
-    try:
-        yield
-    except OSError as error:
-        log.error("%s: %s; training continues", what, error.strerror or error)

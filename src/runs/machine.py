@@ -1,14 +1,17 @@
 """The machine: versions, hardware, git revision, SLURM, memory allocator."""
 
 import ctypes
+import logging
 import os
 import platform
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -28,8 +31,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES},
     }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def git_revision() -> str | None:
@@ -65,6 +76,16 @@ def is_first_process(several: bool = True) -> bool:
     """
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return not several or all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def requeue() -> None:
+    """Requeues this SLURM job; after the restart the run is found by the job id."""
+    job = slurm_job()
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=10)
+        log.warning("job %s requeued", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("job %s could not be requeued: %s", job, error)
 
 
 def discard_output(stream: TextIO) -> None:

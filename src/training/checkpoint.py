@@ -163,7 +163,10 @@ def _known_step(checkpoint: Path) -> float:
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` optimiser steps, at the end of training and when a signal stops it.
+    """Saves every `every` optimiser steps, at the end of training, and when a signal or an error stops it.
+
+    After an error, the steps that are complete are saved: at an error in a step, those before it. Nothing is saved if
+    the error came between the update of the weights and that of their average.
 
     Keeps the newest `keep` files. If the training continues from an earlier step, checkpoints of later steps, including
     the best one, and later snapshots of averages are renamed, so that all files belong to one history.
@@ -232,8 +235,29 @@ class Checkpoints(Checkpoint):
             raise UserError(self._lost(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Stopped) and self._saved >= 0 and self._save(trainer):
+        """Saves what has been trained, whatever the exception is."""
+        if self._saved < 0:  # the training has not started
+            return
+        if not isinstance(exception, Stopped):
+            if trainer.is_global_zero:
+                self._save_after_error(trainer, pl_module)
+        elif self._save(trainer):
             log.error("%s", self._lost(trainer))  # the exit status remains that of the signal
+
+    def _save_after_error(self, trainer: Trainer, module: LightningModule) -> None:
+        """Saves without the other ranks, which may be gone, and keeps all earlier checkpoints."""
+        step, ema = trainer.global_step, module.ema
+        if module.is_updating or (ema is not None and ema.updates != step):
+            log.error("step %d is not saved, since the error came in the middle of an update", step)
+        elif step not in (self._saved, self._tried):
+            try:
+                content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                trainer.strategy.checkpoint_io.save_checkpoint(content, self._path(step))
+            except Exception as error:  # e.g. one of the device, after which nothing can be read from it
+                log.error("step %d is not saved: %s", step, error)
+        kept = checkpoints_by_step(self.folder)
+        if kept:
+            log.error("an error at step %d ends the training; continue with ckpt=%s", step, kept[-1])
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.ckpt"

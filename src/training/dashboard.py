@@ -6,15 +6,17 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.fabric.utilities.logger import _add_prefix
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.errors import UserError
-from src.runs.files import forgiving
+from src.runs.output import tolerated
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,24 @@ class CurveFiles(CSVLogger):
         super().__init__(folder, name="csv", flush_logs_every_n_steps=1)
 
     def save(self) -> None:
-        with forgiving("curves"):  # the rows stay in memory until the next save
+        with tolerated("csv"):  # the rows stay in memory until the next save
             super().save()
+
+
+def forgiving(logger: Logger, name: str) -> Logger:
+    """A logger whose methods do not raise: a failure is reported once and counted (`tolerated`)."""
+
+    def shielded(method: Callable[..., Any]) -> Callable[..., None]:
+        @wraps(method)
+        def call(*arguments: Any, **named: Any) -> None:
+            with tolerated(f"logger {name}"):
+                method(*arguments, **named)
+
+        return call
+
+    for method in ("log_metrics", "log_hyperparams", "save", "finalize"):
+        setattr(logger, method, shielded(getattr(logger, method)))
+    return logger
 
 
 class Dashboard(WandbLogger):
@@ -66,7 +84,7 @@ class Dashboard(WandbLogger):
     def _keep_id(self) -> None:
         file = Path(self.save_dir) / RUN_ID_FILE
         if self.version and not file.is_file():
-            with forgiving("the run's id for wandb"):
+            with tolerated("the run's id for wandb"):
                 file.write_text(self.version)
 
     @rank_zero_only
@@ -75,11 +93,20 @@ class Dashboard(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self._try(super().log_metrics, metrics, step)
+        self._try(self._log, metrics, step)
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self._try(super().log_image, key, images, step, **kwargs)
+
+    def _log(self, metrics: dict[str, Any], step: int | None) -> None:
+        run, row = self.experiment, _add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)
+        if step is None or self._wandb_init.get("sync_tensorboard"):
+            run.log(dict(row))
+            return
+        # wandb drops rows of earlier steps than its own; a run that continues from one appends them
+        own = step if isinstance(run.step, int) and step >= run.step else None
+        run.log({**row, "trainer/global_step": step}, step=own, commit=True)
 
     def _try(self, action: Callable[..., None], *arguments: Any, **named: Any) -> None:
         if self._lost:
@@ -158,7 +185,11 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(
-            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE
+            silent=True,
+            console="off",
+            init_timeout=PATIENCE,
+            finish_timeout=PATIENCE,
+            x_transaction_log_flush_interval=1.0,  # by default a killed run loses 15 seconds
         ),
     }
 

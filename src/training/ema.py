@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from src.runs.files import forgiving
+from src.runs.output import tolerated
 from src.training import post_hoc
 from src.training.nonfinite import is_free_to_read
 
@@ -202,6 +202,6 @@ class PowerEMA(EMA):
             self.updates % self.snapshot_every == 0 or self.updates == trainer.max_steps
         )
         if due and self.updates != before and trainer.is_global_zero:
-            with forgiving(f"snapshot of the averages at step {self.updates}"):
+            with tolerated("snapshot of the averages"):
                 folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
                 post_hoc.save(folder, self.updates, self.stds, self.averages)

@@ -27,15 +27,18 @@ UNRELATED = ("src.errors", "src.runs")
 MOST_PARTS = 100
 
 
-def code_fingerprints(objects: Iterable[Any], packages: Sequence[str] = ("src",)) -> dict[str, Any]:
+def code_fingerprints(
+    objects: Iterable[Any], packages: Sequence[str] = ("src",), assembly: Sequence[str] = ()
+) -> dict[str, Any]:
     """Fingerprints of the modules on which objects depend.
 
     Args:
         objects: for example a LightningModule and a data module; their attributes are included recursively.
         packages: only modules of these packages are included.
+        assembly: modules that build the objects; what they import does not count.
 
     Returns:
-        {"format": `FORMAT`, "modules": {name: start of the SHA-256 of its syntax tree}}.
+        {"format": `FORMAT`, "modules": {name: start of the SHA-256 of its syntax tree}, "assembly": the same}.
     """
     found: set[str] = set()
     todo = modules_of(objects, packages)
@@ -44,9 +47,12 @@ def code_fingerprints(objects: Iterable[Any], packages: Sequence[str] = ("src",)
         if name not in found and _source(name) is not None:
             found.add(name)
             todo |= {other for other in imports_of(name) if _counts(other, packages)}
-    digests = {name: sha256(ast.dump(_tree(name)).encode()).hexdigest()[:12] for name in sorted(found)}
+    digests = {
+        "modules": {name: _digest(name) for name in sorted(found)},
+        "assembly": {name: _digest(name) for name in assembly},
+    }
     _tree.cache_clear()
-    return {"format": FORMAT, "modules": digests}
+    return {"format": FORMAT, **digests}
 
 
 def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
@@ -123,6 +129,10 @@ def _source(module: str) -> Path | None:
     except (ImportError, ValueError):
         return None
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _digest(module: str) -> str:
+    return sha256(ast.dump(_tree(module)).encode()).hexdigest()[:12]
 
 
 @cache

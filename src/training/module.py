@@ -46,6 +46,7 @@ class DiffusionModule(LightningModule):
     Attributes:
         gradient_norm: gradient norm of the latest optimiser step before clipping, shape (), on the device; not finite
             if the step was skipped.
+        is_updating: whether an optimiser step has begun to change the state and has not finished.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DiffusionModule(LightningModule):
         self.codec = codec
         self.conditioning = conditioning
         self.gradient_norm = torch.zeros(())
+        self.is_updating = False
         self._remembered: list[Tensor] = []
         # means over images; Lightning's reduction weights ranks equally, even with unequal numbers of images
         names = ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"]
@@ -148,6 +150,7 @@ class DiffusionModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Passes the losses of the global batch to `Loss.observe`, before a checkpoint can be written."""
+        self.is_updating = True
         if not self._remembered:
             return
         rows = self.all_gather(torch.cat(self._remembered))
@@ -184,6 +187,7 @@ class DiffusionModule(LightningModule):
         after = getattr(self.denoiser.network, "after_optimizer_step", None)
         if after is not None:  # plain modules have none
             after()
+        self.is_updating = False
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.loss.parameters())

@@ -5,7 +5,6 @@ accelerator the decision is made on the device; on the CPU reading is free.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from src.errors import UserError
-from src.runs.folder import CHECKPOINTS, checkpoints_by_step
 
 
 def is_free_to_read(number: Tensor) -> bool:
@@ -110,11 +108,9 @@ class SkipNonFinite(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": self.skipped}, step=self._step)
         if self._longest >= self.stop_after:
-            kept = checkpoints_by_step(Path(trainer.default_root_dir) / CHECKPOINTS)
-            before = f"the last checkpoint is {kept[-1].name}; " if kept else ""
             raise UserError(
-                f"stopped at step {self._step}: loss or gradient not finite {self._longest} times in a row; {before}"
-                "lower optimizer.lr, or choose trainer.precision=32-true"
+                f"stopped at step {self._step}: loss or gradient not finite {self._longest} times in a row;"
+                " lower optimizer.lr, or choose trainer.precision=32-true"
             )
 
     def _read(self) -> None:

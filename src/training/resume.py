@@ -112,6 +112,9 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
     if then["code"].get("format") == now["code"]["format"]:
         changed = _different(then["code"]["modules"], now["code"]["modules"])
         code = [f"code: {module} has changed" for module in changed]
+        if "assembly" in then["code"]:  # not in checkpoints of earlier releases
+            changed = _different(then["code"]["assembly"], now["code"]["assembly"])
+            unknown += [f"code: {module}, which joins the parts, has changed" for module in changed]
     else:
         unknown.append(
             "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
@@ -203,6 +206,7 @@ class ResumeCheck(Callback):
         effects: maps a dotted option to the effect of changing it, see `compare`.
         upgrade: converts a configuration stored by an earlier release.
         packages: packages whose code is compared: `src`, and those trusted by the user.
+        assembly: modules that join the parts; if they have changed, the resume is approximate, with a warning.
     """
 
     def __init__(
@@ -213,6 +217,7 @@ class ResumeCheck(Callback):
         effects: Callable[[str], str],
         upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
         packages: Sequence[str] = ("src",),
+        assembly: Sequence[str] = (),
     ):
         self.config = config
         self.checkpoint = checkpoint
@@ -220,6 +225,7 @@ class ResumeCheck(Callback):
         self.effects = effects
         self.upgrade = upgrade
         self.packages = packages
+        self.assembly = assembly
         self._code: dict[str, Any] | None = None
         self._origin: Origin | None = None
         self._retuned = False
@@ -283,7 +289,7 @@ class ResumeCheck(Callback):
         self, trainer: Trainer, module: LightningModule, data: LightningDataModule, fingerprint: str | None
     ) -> Origin:
         if self._code is None:
-            self._code = code_fingerprints((module, data), self.packages)
+            self._code = code_fingerprints((module, data), self.packages, self.assembly)
         return Origin(
             fingerprint, self._code, trainer.world_size, trainer.accumulate_grad_batches, machine(trainer)
         )

@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import threading
 import time
 from typing import Any
 
@@ -13,12 +11,12 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.runs.machine import slurm_job
+from src.runs.machine import requeue, slurm_job
+from src.runs.stopping import Watch, handlers
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PATIENCE = 30.0
+PATIENCE = 25.0
 """Seconds without progress after a signal until the process exits without saving."""
 
 
@@ -36,31 +34,16 @@ class Stopped(SystemExit):
         self.signum = signum
 
 
-class Watch:
+class StepWatch(Watch):
     """Ends the process after a signal if the step makes no progress, e.g. if data loading or a collective hangs.
 
-    A thread is notified of signals by `signal.set_wakeup_fd`, since a blocked main thread runs no Python handlers. It
-    waits for `PATIENCE` seconds or three times the longest part of a step so far, whichever is longer.
+    It waits for `PATIENCE` seconds or three times the longest part of a step so far, whichever is longer.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._since: float | None = None
         self._longest = 0.0
-        self._ended = threading.Event()
-
-    def start(self) -> None:
-        """Starts watching; must be called in the main thread."""
-        self._ended.clear()
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._wait_for_signals, args=(self._reader,), daemon=True).start()
-
-    def end(self) -> None:
-        """Stops watching."""
-        self._ended.set()
-        signal.set_wakeup_fd(self._previous)
-        os.close(self._writer)
 
     def moved(self, waiting: bool = True) -> None:
         """Records that a part of a step has finished.
@@ -73,15 +56,9 @@ class Watch:
             self._longest = max(self._longest, now - self._since)
         self._since = now if waiting else None
 
-    def _wait_for_signals(self, reader: int) -> None:
-        while data := os.read(reader, 1):
-            if data[0] in SIGNALS:
-                self._leave_if_nothing_moves(data[0])
-        os.close(reader)
-
-    def _leave_if_nothing_moves(self, signum: int) -> None:
+    def react(self, signum: int) -> None:
         came = time.monotonic()
-        while not self._ended.wait(0.2):
+        while not self.ended.wait(0.2):
             since = self._since
             patience = max(PATIENCE, 3 * self._longest)
             if since is not None and time.monotonic() - max(since, came) > patience:
@@ -99,7 +76,7 @@ class StopOnSignal(Checkpoint):
     The handler only sets a flag: a save in the handler could happen in the middle of an update, and a collective in the
     handler would deadlock if the other ranks are elsewhere. After each step the ranks reduce the flag, so it is enough
     to signal one process. Validation, previews and scores are finished first. A second SIGINT ends the process
-    immediately, and so does any signal if there is no progress (`Watch`). If SIGHUP was ignored (nohup), it stays
+    immediately, and so does any signal if there is no progress (`StepWatch`). If SIGHUP was ignored (nohup), it stays
     ignored. In a SLURM job, SIGUSR1 also requeues the job.
 
     It is a subclass of `Checkpoint` so that Lightning calls it after all other callbacks.
@@ -109,14 +86,12 @@ class StopOnSignal(Checkpoint):
         self._signum = 0
         self._step = 0
         self._previous: dict[int, Any] = {}
-        self._watch = Watch()
+        self._watch = StepWatch()
         self._group: torch.distributed.ProcessGroup | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signum = 0
-        self._previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        if self._previous[signal.SIGHUP] is signal.SIG_IGN:
-            del self._previous[signal.SIGHUP]
+        self._previous = handlers()
         self._listen()
         self._watch.start()
         if trainer.world_size > 1:
@@ -199,13 +174,3 @@ def _validation_is_due(trainer: Trainer) -> bool:
     """Whether Lightning validates after this step. A stop before it would skip this validation for good."""
     batches = trainer.global_step * trainer.accumulate_grad_batches
     return sum(trainer.num_val_batches) > 0 and batches % trainer.val_check_interval == 0
-
-
-def requeue() -> None:
-    """Requeues this SLURM job; after the restart the run is found by the job id."""
-    job = slurm_job()
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=30)
-        log.warning("job %s requeued", job)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.error("job %s could not be requeued: %s", job, error)

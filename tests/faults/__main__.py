@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from src.runs.folder import find_run
-from tests.faults import processes
+from tests.faults import phases, processes
 from tests.faults.processes import DDP, ROOT, STEPS, TINY, Command, Fault, resume, run, run_folder, train
 from tests.faults.saving import kill_while_saving
 from tests.faults.states import differences, training_state
@@ -257,6 +257,33 @@ def signals(folder: Path, table: Table, ddp: bool) -> None:
         table.count("signals to a training of two processes (gloo)", problem)
 
 
+def phases_and_outputs(folder: Path, table: Table, ddp: bool) -> None:
+    """Signals in every phase, lost output at any moment, errors in a training, and every precision."""
+    trained = run_folder(folder / "baseline" / "no_workers")
+    expected = training_state(trained, STEPS)
+
+    def count(row: str, name: str, problem: Callable[[Path], str | None]) -> None:
+        place = folder / "phase"
+        found = problem(place)
+        table.count(row, f"{name}: {found}" if found else None)
+        shutil.rmtree(place, ignore_errors=True)
+
+    for case in phases.cases():
+        if case.who is None or ddp:
+            of = "one process" if case.who is None else "two processes (gloo)"
+            row = f"signals to {of} in each phase"
+            count(row, case.name, lambda place, case=case: phases.problem_of(case, place, trained))
+    for name, fault in phases.lost_outputs():
+        row = "output lost during a training"
+        count(row, name, lambda place, fault=fault: phases.problem_without_output(fault, place, expected))
+    for name in phases.ERRORS:
+        row = "an error in a training"
+        count(row, name, lambda place, name=name: phases.problem_after_error(name, place, expected))
+    for name in (*phases.PRECISIONS, *phases.REFUSED_PRECISIONS):
+        row = "precisions, end to end or refused"
+        count(row, name, lambda place, name=name: phases.problem_of_precision(name, place))
+
+
 # rows of the table that count tests
 TESTED = {
     "tests of malformed image files": "tests/data/test_image_folder.py",
@@ -295,6 +322,7 @@ def main() -> None:
             save_kills(folder, chance, options.saves, table)
             sampling_kills(folder, chance, options.drawings, table)
             signals(folder, table, ddp=options.ddp > 0)
+            phases_and_outputs(folder, table, ddp=options.ddp > 0)
             if options.ddp:
                 ddp_kills(folder, chance, options.ddp, table)
             tested(table)

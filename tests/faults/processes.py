@@ -66,14 +66,20 @@ class Fault:
         call: number n of the call, from 1.
         signum: the signal.
         again: how many times the signal is sent.
+        rank: the only rank with the fault; None for all ranks.
+        group: whether the signal is sent to all processes of the group, as by Ctrl-C in a terminal.
     """
 
     place: str
     call: int = 1
     signum: int = signal.SIGKILL
     again: int = 1
+    rank: int | None = None
+    group: bool = False
 
     def install(self) -> None:
+        if self.rank is not None and int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+            return
         owner, name, original = resolve(self.place)
         calls = 0
 
@@ -82,7 +88,7 @@ class Fault:
             calls += 1
             if calls == self.call:
                 for _ in range(self.again):
-                    os.kill(os.getpid(), self.signum)
+                    os.kill(0 if self.group else os.getpid(), self.signum)
             return original(*arguments, **named)
 
         setattr(owner, name, hit)
@@ -151,7 +157,7 @@ class Command:
         self.process.start()
         return self
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Returns the exit status as a shell does. If the process hangs, kills it and raises TimeoutError."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -223,11 +229,21 @@ def run_folder(folder: Path) -> Path:
 
 
 def start_command(
-    folder: Path, *arguments: str, faults: Sequence["Fault | Replacement"] = (), **environment: str
+    folder: Path,
+    *arguments: str,
+    faults: Sequence["Fault | Replacement"] = (),
+    **environment: str,
 ) -> subprocess.Popen:
-    """Starts src.train as a command, e.g. on two gloo processes, in a new session; output goes to folder/output.txt."""
+    """Starts a command, e.g. on two gloo processes, in a new session; output goes to folder/output.txt.
+
+    The command is src.train, unless the first argument is the name of another.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.faults.command", "train", f"runs={folder / 'runs'}", *arguments]
+    name = "train"
+    if arguments[0] in ("train", "sample", "evaluate"):
+        name, *arguments = arguments
+    module = ["tests.faults.command", name] if faults else [f"src.{name}"]
+    command = [sys.executable, "-m", *module, f"runs={folder / 'runs'}", *arguments]
     environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}

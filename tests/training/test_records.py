@@ -2,19 +2,21 @@
 
 import json
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.app.options import effect_of
 from src.errors import UserError
 from src.runs.files import sidecar_path
-from src.runs.machine import is_first_process
+from src.runs.machine import installed, is_first_process
 from src.training.checkpoint import AtomicCheckpointIO
-from src.training.dashboard import RUN_ID_FILE, needs_package, wandb_settings
+from src.training.dashboard import RUN_ID_FILE, Dashboard, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.resume import ResumeCheck
 
@@ -79,6 +81,37 @@ def test_wandb_settings_write_no_files(tmp_path, monkeypatch):
     assert wandb_settings(tmp_path / "run", None)["id"] == "abcd" != settings["id"]
 
 
+class Run:
+    """Counts steps as wandb does: a row of an earlier step is dropped."""
+
+    id = "abcd"
+
+    def __init__(self):
+        self.step = 0
+        self.rows = []
+
+    def log(self, row, step=None, commit=None):
+        step = self.step if step is None else step
+        if step >= self.step:
+            self.rows.append((step, row))
+            self.step = step + 1
+
+
+def test_no_row_of_a_continued_run_is_dropped_by_wandb(tmp_path):
+    dashboard = Dashboard(id="abcd", mode="offline", save_dir=str(tmp_path))
+    dashboard._experiment = Run()
+    for step in (20, 20, 40, 30, 60):  # two kinds of rows at step 20; continued from step 20 after step 40
+        dashboard.log_metrics({"train/loss": 1.0}, step=step)
+    rows = dashboard.experiment.rows
+    assert [own for own, _ in rows] == [20, 21, 40, 41, 60]
+    assert [row["trainer/global_step"] for _, row in rows] == [20, 20, 40, 30, 60]
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert installed("torch") == version("torch")
+    assert installed("no-such-package") is None
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
 def test_the_first_process(monkeypatch, name):
     assert is_first_process()
@@ -94,5 +127,7 @@ def test_rank_is_not_read_from_the_allocation(monkeypatch):
 
 
 def test_lightning_has_the_function_that_is_replaced():
-    """`StopOnSignal` synchronises signals between ranks; Lightning's function waits for the device at every step."""
+    """`StopOnSignal` synchronises signals between ranks; Lightning's function waits for the device at every step.
+    Lightning's observer kills rank 0 before it can save."""
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    assert callable(subprocess_script._launch_process_observer)

@@ -16,6 +16,7 @@ from src.evaluation.record import Record
 from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Generated
 from src.metrics.fidelity import KernelDistance
+from src.runs.output import failures, forget_failures
 from src.training.callbacks import TrackFidelity
 from tests.conftest import ROOT
 from tests.metrics.pixels import REAL, Source, score_of
@@ -68,6 +69,7 @@ def fit(tmp_path):
     """Trains a few steps with a `TrackFidelity` and returns it."""
 
     def run(*errors, max_steps=4, scores=None, source=None, resume=None, **settings):
+        forget_failures()
         settings = {"every": 1, "n": 50, "device_batch": 20, **settings}
         callback = TrackFidelity(
             scores=scores or ScoreSet([score_of(), score_of(KernelDistance, subset_size=20)]),
@@ -154,7 +156,7 @@ def test_a_score_that_is_not_finite_is_reported_and_training_continues(fit, tmp_
 
     scores.monitored.compare = compare
     callback = fit(9, 1, 5, max_steps=3, scores=scores)
-    assert "step 2: fd_pixels is nan over 50 images; training continues" in caplog.text
+    assert "score failed: fd_pixels is nan over 50 images; training continues" in caplog.text
     assert best_step(tmp_path) == 3
     assert callback.latest.protocol["recipe"]["training_steps"] == 3
 
@@ -164,10 +166,16 @@ def test_lack_of_memory_is_reported_and_training_continues(fit, tmp_path, caplog
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
     )
     fit(9, full, 5, max_steps=3)
-    assert "step 2: out of memory while scoring with 20 images per batch" in caplog.text
+    assert "score failed: out of memory with 20 images per batch; lower" in caplog.text
     assert best_step(tmp_path) == 3
-    with pytest.raises(RuntimeError, match="a bug"):
-        fit(RuntimeError("a bug"), max_steps=1)
+
+
+def test_failures_are_reported_once_and_counted(fit, tmp_path, caplog):
+    fit(9, RuntimeError("one"), UserError("two"), 5, max_steps=4)
+    assert caplog.text.count("score failed: one; training continues") == 1
+    assert "two" not in caplog.text
+    assert failures() == {"score": 2}
+    assert best_step(tmp_path) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_reported_once_and_training_continues(fit, tmp_path, caplog):

@@ -18,16 +18,15 @@ from typing import IO, Any
 
 from src.app.environment import redacted
 from src.app.jobs import SCORES_TO, run_single
-from src.app.messages import say
 from src.app.sweep.jobs import CONSOLE_FILE, Job
 from src.errors import UserError
+from src.runs.stopping import SIGNALS, Watch, handlers
 
 log = logging.getLogger(__name__)
 
 POLL = 0.1
 # Time for the jobs of a stopped sweep to save, in seconds.
 PATIENCE = 120
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Launcher(ABC):
@@ -242,7 +241,7 @@ def run_job(job: Job, settings: Mapping[str, str] | None = None, folder: str | N
             return 0
         process = start(job, settings or {}, [lease])
         if threading.current_thread() is threading.main_thread():
-            for signum in (*STOPPING, signal.SIGUSR1):
+            for signum in SIGNALS:
                 signal.signal(signum, lambda signum, _: process.send_signal(signum))
         return process.wait()
 
@@ -293,16 +292,18 @@ def stopping() -> Iterator[list[int]]:
 
     def keep(signum: int, frame: Any) -> None:
         if not stopped:
-            say("stopping: waiting for the running jobs to save (again to end them at once)")
+            print("stopping: waiting for the running jobs to save (again to end them at once)")
         stopped.append(signum)
 
-    before = {signum: signal.getsignal(signum) for signum in STOPPING}
-    for signum, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(signum, keep)
+    before = handlers()
+    watch = Watch()  # takes the place of that which ends the process
+    watch.start()
+    for signum in before:
+        signal.signal(signum, keep)
     try:
         yield stopped
     finally:
+        watch.end()
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -345,4 +346,4 @@ class Report:
         said = f"failed: {outcome['error']}" if "error" in outcome else first
         minutes = (time.monotonic() - self.started) / self.done * self.left / 60
         estimate = f"; {self.left} left, about {minutes:.1f} min" if self.left else ""
-        say(f"job {job.number:<4}    {' '.join(job.varied)}: {said}{estimate}")
+        print(f"job {job.number:<4}    {' '.join(job.varied)}: {said}{estimate}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.app.messages import check_names, explain, say
+from src.app.messages import check_names, explain
 from src.app.options import CONF, check_options
 from src.app.overrides import refuse_harmful, trusted_folders, with_guidance, written_out
 from src.app.sweep.jobs import (
@@ -78,7 +78,7 @@ def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
     waiting = sweep.waiting(rerun_failed)
     for job in waiting:  # only failed jobs have one
         (job.folder / OUTCOME_FILE).unlink(missing_ok=True)
-    say(
+    print(
         f"sweep       {sweep.folder}\njobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
     )
     ready = []
@@ -89,7 +89,7 @@ def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
                 ready.append(replace(job, steps=steps))
             else:
                 job.close(error=error)
-                say(f"cannot run  {' '.join(job.varied)}: {error}")
+                print(f"cannot run  {' '.join(job.varied)}: {error}")
             advance()
     try:
         launcher.run(ready, len(sweep.jobs))

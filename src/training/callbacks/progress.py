@@ -1,49 +1,15 @@
 """The progress bar of a training without epochs."""
 
-import logging
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from src.runs.machine import discard_output
-
-log = logging.getLogger(__name__)
-
-
-class _Forgiving:
-    """A stream that is redirected to the null device if a write fails (a closed pipe, a full disk)."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._lose(error)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._lose(error)
-
-    def _lose(self, error: OSError) -> None:
-        discard_output(self._stream)
-        log.warning("output is lost (%s); training continues", error.strerror or error)
-
 
 class StepProgressBar(TQDMProgressBar):
     """Shows the optimiser steps out of max_steps.
-
-    If the standard output cannot be written to, the bar ends and the training continues.
 
     Args:
         every: optimiser steps between two updates; larger if the output is not a terminal, for at most 200 updates.
@@ -64,7 +30,7 @@ class StepProgressBar(TQDMProgressBar):
             desc=description,
             disable=self.is_disabled,
             dynamic_ncols=True,
-            file=_Forgiving(sys.stdout),
+            file=sys.stdout,
             bar_format=self.BAR_FORMAT,
             **settings,
         )

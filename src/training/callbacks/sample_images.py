@@ -1,29 +1,27 @@
 """Previews during training."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL.Image import Image
 from torch import Tensor
 
 from src.data.source import ImageSource
+from src.errors import UserError
 from src.generation.pictures import captioned_grid
 from src.generation.recipe import Recipe
-from src.runs.files import forgiving
+from src.runs.output import tolerated
 from src.training.callbacks.every import EverySteps
-
-log = logging.getLogger(__name__)
 
 
 class SampleImages(EverySteps):
     """Generates a grid of images every N steps, always from the same noise, with the averaged weights.
 
     The grid is written to <folder>/step_<k>.png and logged as `samples` to W&B, with the names of the classes as its
-    caption, and to TensorBoard. If a preview runs out of memory, it is skipped with one warning, and the training
-    continues.
+    caption, and to TensorBoard. A preview that fails does not end the training (`tolerated`).
 
     Args:
         recipe: the sampling recipe.
@@ -58,26 +56,15 @@ class SampleImages(EverySteps):
         self.columns = recipe.columns(n)
         self.n = n - n % (self.columns or 1)
         self.batch_size = batch_size or device_batch
-        self._warned = False
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        try:
-            images = self._images(module)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_lack_of_memory(error):
-                raise
-            if not self._warned:
-                self._warned = True
-                log.warning(
-                    "preview: out of memory with %d images per batch; training continues without previews. Lower "
-                    "callbacks.sample_images.batch_size",
-                    min(self.batch_size, self.n),
-                )
-            return
-        grid = captioned_grid(images, self.recipe.texts(range(self.n)), self.columns)
-        with forgiving("preview"):
+        if trainer.is_global_zero:
+            with tolerated("preview"):
+                texts = self.recipe.texts(range(self.n))
+                self._show(trainer, captioned_grid(self._images(module), texts, self.columns))
+
+    def _show(self, trainer: Trainer, grid: Image) -> None:
+        with tolerated("preview file"):
             self.folder.mkdir(parents=True, exist_ok=True)
             grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
@@ -89,9 +76,17 @@ class SampleImages(EverySteps):
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")
 
     def _images(self, module: LightningModule) -> Tensor:
-        with module.averaged() as denoiser:
-            made = self.recipe.images(denoiser, range(self.n), self.batch_size)
-            return torch.cat([batch.images.cpu() for batch in made])
+        try:
+            with module.averaged() as denoiser:
+                made = self.recipe.images(denoiser, range(self.n), self.batch_size)
+                return torch.cat([batch.images.cpu() for batch in made])
+        except (RuntimeError, MemoryError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            size = min(self.batch_size, self.n)
+            raise UserError(
+                f"out of memory with {size} images per batch; lower callbacks.sample_images.batch_size"
+            ) from None
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

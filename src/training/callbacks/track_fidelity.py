@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from src.errors import UserError
 from src.evaluation.record import Record
 from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Recipe
-from src.runs.files import forgiving
+from src.runs.output import tolerated
 from src.training.callbacks.every import EverySteps
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ class TrackFidelity(EverySteps):
     """Generates images with the averaged weights and scores them every N steps, on all ranks.
 
     Scores are logged under their names. The checkpoint with the best value of the first score is written to `best`,
-    with its `Record` in a .json file. If scoring runs out of memory, or a result is not finite, an error is logged and
-    the training continues.
+    with its `Record` in a .json file. A score that fails, e.g. for lack of memory, does not end the training
+    (`tolerated`); with several ranks this holds for the generation of images and for results that are not finite.
 
     Args:
         scores: the scores; the first selects the best checkpoint.
@@ -102,6 +103,11 @@ class TrackFidelity(EverySteps):
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.at_end and trainer.global_step % self.every:
             return
+        # with several ranks, one that left out a collective would make the others wait
+        with tolerated("score") if trainer.world_size == 1 else nullcontext():
+            self._score(trainer, module)
+
+    def _score(self, trainer: Trainer, module: LightningModule) -> None:
         scores = self.scores.to(module.device)
         if scores.needs_reference:
             scores.set_references(self.source, trainer.global_rank, trainer.world_size, self.cache)
@@ -111,7 +117,8 @@ class TrackFidelity(EverySteps):
         try:
             found = scores.compute()
         except UserError as error:  # raised on all ranks
-            log.error("step %d: %s; training continues", trainer.global_step, error)
+            with tolerated("score"):
+                raise error
             return
         made = self.record(trainer.global_step, evaluations)
         self.latest = Record(found, scores.protocol(made, self.recipe.codec.describe()))
@@ -128,7 +135,7 @@ class TrackFidelity(EverySteps):
         """Generates this rank's images and adds them to the scores.
 
         Returns:
-            The network evaluations per image; None if a rank ran out of memory.
+            The network evaluations per image; None if a rank has failed.
         """
         is_main = trainer.is_global_zero
         if is_main:
@@ -139,24 +146,23 @@ class TrackFidelity(EverySteps):
         mine = range(trainer.global_rank, self.n, trainer.world_size)
         self.scores.reset()
         bar = tqdm(desc="score", total=len(mine), unit="image", delay=2, leave=False, disable=not is_main)
-        evaluations, fits = 0, True
+        evaluations, failed = 0, None
         try:
             with module.averaged() as denoiser, bar:
                 for made in self.recipe.images(denoiser, mine, self.batch_size):
                     self.scores.update(made.images, made.labels)
                     bar.update(len(made.images))
                     evaluations = max(evaluations, made.evaluations)
-        except RuntimeError as error:
-            if not is_oom_error(error):
-                raise
-            fits = False
-        if not trainer.strategy.reduce_boolean_decision(fits):
-            log.error(
-                "step %d: out of memory while scoring with %d images per batch; training continues. Lower"
-                " callbacks.track_fidelity.batch_size",
-                trainer.global_step,
-                self.batch_size,
-            )
+        except Exception as error:
+            failed = error
+            if isinstance(error, RuntimeError) and is_oom_error(error):
+                failed = UserError(
+                    f"out of memory with {self.batch_size} images per batch; lower"
+                    " callbacks.track_fidelity.batch_size"
+                )
+        if not trainer.strategy.reduce_boolean_decision(failed is None):
+            with tolerated("score"):
+                raise failed or UserError("another process could not generate its images")
             return None
         # with an adaptive solver the number differs between batches and ranks
         return int(trainer.strategy.reduce(torch.tensor(evaluations, device=module.device), reduce_op="max"))
@@ -167,7 +173,7 @@ class TrackFidelity(EverySteps):
         if trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failures):
             self.best_value = before  # the file still holds the previous best
         elif trainer.is_global_zero:
-            with forgiving("record of the best score"):
+            with tolerated("record of the best score"):
                 record.write(self.best.with_suffix(".json"))
 
     def _is_best(self, value: float) -> bool:
