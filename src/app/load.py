@@ -112,7 +112,8 @@ def load(
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config)
+    codec = codec_of(config, source)
+    conditioning = conditioning_of(config, source, codec)
     denoiser = denoiser_of(config, codec, conditioning, outputs)
     recipe = recipe_of(config, seed, denoiser, codec, conditioning)
     warn_of_amplified_errors(denoiser, recipe)

@@ -12,6 +12,7 @@ from src.app.build import build, check_value, class_of, resolve
 from src.app.options import CONF
 from src.conditioning import Conditioning
 from src.data.codec import Codec
+from src.data.examples import Examples
 from src.data.source import ImageSource
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
 from src.diffusion.distance import Distance, Squared
@@ -60,9 +61,21 @@ def codec_of(config: DictConfig, source: ImageSource) -> Codec:
     return build(config.codec, Codec, "codec", image_shape=source.image_shape)
 
 
-def conditioning_of(config: DictConfig) -> Conditioning | None:
-    """What the network is conditioned on."""
-    return build(config.conditioning, Conditioning, "conditioning")
+def conditioning_of(config: DictConfig, source: ImageSource, codec: Codec) -> Conditioning | None:
+    """What the network is conditioned on; images come from the validation split in previews and scores.
+
+    Raises:
+        UserError: it does not suit the images.
+    """
+    if not config.conditioning:
+        return None
+    joined = {"examples": Examples(source, codec)} if _takes(config.conditioning, "examples") else {}
+    conditioning = build(config.conditioning, Conditioning, "conditioning", **joined)
+    try:
+        conditioning.check(codec.shape)
+    except ValueError as error:
+        raise UserError(f"conditioning.{error}") from None
+    return conditioning
 
 
 def denoiser_of(
@@ -89,11 +102,17 @@ def denoiser_of(
         raise UserError(str(error)) from None
 
 
+# Options of the network that follow the conditioning, and cannot be given.
+OF_CONDITIONING = ("num_classes", "condition_channels")
+
+
 def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int) -> Network:
     """The network, checked against what it is given; `outputs` for each channel."""
     channels, height, width = codec.shape
+    reads_images = conditioning is not None and "image" in conditioning.kinds
     offered: dict[str, Any] = {
         "num_classes": getattr(conditioning, "num_classes", 0),
+        "condition_channels": channels if reads_images else 0,
         "channels": channels,
         "image_size": height if height == width else [height, width],
     }
@@ -102,7 +121,7 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
     joined = {
         name: value
         for name, value in offered.items()
-        if _takes(config.model, name) and (name == "num_classes" or name not in config.model)
+        if _takes(config.model, name) and (name in OF_CONDITIONING or name not in config.model)
     }
     network = adapted(build(config.model, nn.Module, "model", **joined), codec.shape)
     built, needed = network.image_shape or codec.shape, codec.shape

@@ -2,5 +2,6 @@
 
 from .condition import NO_CLASS, Condition
 from .conditioning import ByClass, Conditioning
+from .low_resolution import LowResolution
 
-__all__ = ["NO_CLASS", "ByClass", "Condition", "Conditioning"]
+__all__ = ["NO_CLASS", "ByClass", "Condition", "Conditioning", "LowResolution"]

@@ -77,6 +77,12 @@ class Prediction:
         """A copy with another F, whose coefficients are the same."""
         return Prediction(self.x_t, self.level, output, self._c_skip, self._c_out, self.variance)
 
+    def detach(self) -> "Prediction":
+        """A copy without a graph."""
+        variance = None if self.variance is None else self.variance.detach()
+        output = self._output.detach()
+        return Prediction(self.x_t.detach(), self.level, output, self._c_skip, self._c_out, variance)
+
     def chunk(self, parts: int) -> list["Prediction"]:
         """The predictions of equal parts of the batch, whose level is one for all images."""
         variances = [None] * parts if self.variance is None else self.variance.chunk(parts)

@@ -89,13 +89,22 @@ class Recipe:
         """The denoiser with the recipe's wrappers."""
         return wrapped(denoiser, self.wrappers)
 
-    def start(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Start:
-        """The initial state of the images with these indices, on the denoiser's device."""
+    def start(
+        self, denoiser: BaseDenoiser, indices: Sequence[int], condition: Condition | None = None
+    ) -> Start:
+        """The initial state of the images with these indices, on the denoiser's device.
+
+        Args:
+            denoiser: the denoiser.
+            indices: their indices in the sampling run.
+            condition: their condition, instead of that which `conditioning` gives these indices.
+        """
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
         x_T = noise(torch.empty(len(indices), *self.codec.shape, device=device))
         x_T = x_T * denoiser.schedule(self.times(denoiser.schedule)[:1]).scalars()[0].sigma
-        condition = None if self.conditioning is None else self.conditioning.of_samples(indices).to(device)
+        if condition is None and self.conditioning is not None:
+            condition = self.conditioning.of_samples(indices).to(device)
         return Start(x_T, condition, noise)
 
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
@@ -183,4 +192,5 @@ def describe(part: object | None) -> str:
     if isinstance(part, type):
         return f"{part.__name__}()"
     numbers = part.keywords if isinstance(part, partial) else vars(part)
-    return f"{kind_of(part).__name__}({', '.join(f'{name}={value!r}' for name, value in numbers.items())})"
+    words = [f"{name}={describe(v) if isinstance(v, partial) else repr(v)}" for name, v in numbers.items()]
+    return f"{kind_of(part).__name__}({', '.join(words)})"

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
 from src.model.embedding import TimeEmbedding
+
+if TYPE_CHECKING:
+    from src.conditioning import Condition
 
 
 class UNet(Network):
@@ -37,6 +41,8 @@ class UNet(Network):
         groups: groups of every group normalisation; must divide the channels of every level.
         second_time: also embed the label of a second time, for losses and samplers of steps from t to s. Its
             embedding is added to that of t and initialised to zero.
+        condition_channels: channels of an image in the condition, which is a further input of the first convolution;
+            0 for none.
 
     Raises:
         ValueError: the image size cannot be halved once per level, the groups do not divide the channels, or there is
@@ -57,13 +63,16 @@ class UNet(Network):
         dropout: float = 0.0,
         groups: int = 32,
         second_time: bool = False,
+        condition_channels: int = 0,
     ):
         super().__init__()
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes = num_classes
-        self.reads = frozenset({"labels"} if num_classes else ())
+        self.reads = frozenset(
+            kind for kind, size in (("labels", num_classes), ("image", condition_channels)) if size
+        )
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
@@ -92,6 +101,9 @@ class UNet(Network):
         if second_time:  # created last, so that the initial weights of the other layers do not depend on it
             self.second_time_embedding = TimeEmbedding(base_channels, embedding_channels)
             zero(self.second_time_embedding.linear2)
+        self.conv_condition = None
+        if condition_channels:  # the convolution of concatenated channels is a sum of two; last, as above
+            self.conv_condition = xavier(nn.Conv2d(condition_channels, base_channels, 3, padding=1))
 
     def _add_encoder(
         self,
@@ -159,7 +171,7 @@ class UNet(Network):
             raise ValueError("the network has no second time: build it with second_time=true")
         embedding = F.silu(embedding)
 
-        x = self.conv_in(x)
+        x = self._first(x, condition)
         skips = [x]
         for i, level in enumerate(self.encoder):
             if i > 0:
@@ -179,6 +191,19 @@ class UNet(Network):
                 x = block(torch.cat((x, skips.pop()), dim=1), embedding)
 
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _first(self, x: Tensor, condition: "Condition | None") -> Tensor:
+        """The first convolution, of x and of the condition's image."""
+        image = None if condition is None else condition.image
+        if self.conv_condition is None:
+            if image is not None:
+                raise ValueError(
+                    "the network reads no images: give no image, or build it with condition_channels > 0"
+                )
+            return self.conv_in(x)
+        if image is None:  # as a dropped one
+            image = x.new_zeros(len(x), self.conv_condition.in_channels, *x.shape[2:])
+        return self.conv_in(x) + self.conv_condition(image.to(x.dtype))
 
 
 def _check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:
