@@ -55,7 +55,7 @@ def sample_on_this_process(config: DictConfig) -> dict[str, float]:
         made = task.run(loaded, config.n, config.batch_size, folder)
     except ValueError as error:
         for option in ("task", "restoration"):
-            if named(error) in (config[option] or {}):
+            if named(error) in (config.get(option) or {}):
                 raise UserError(f"{option}.{error}") from None
         raise
     if rank() == 0:
@@ -71,7 +71,7 @@ def task_of(config: DictConfig) -> Task:
     Raises:
         UserError: a restoration was chosen that has no effect on the task.
     """
-    restoration = build(config.restoration, Restoration, "restoration")
+    restoration = build(config.get("restoration"), Restoration, "restoration")
     if issubclass(class_of(config.task) or Task, Restore):
         return build(config.task, Task, "task", restoration=restoration)
     task = build(config.task, Task, "task")

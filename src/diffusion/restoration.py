@@ -4,7 +4,7 @@ Each method is a sampler around another sampler, the solver. The solver makes th
 between them, or the predictions that the solver gets. No network is trained for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.errors import UserError
 
-from .denoiser import BaseDenoiser, WrappedDenoiser
+from .denoiser import BaseDenoiser, WrappedDenoiser, Wrapper, wrapped
 from .forward import diffuse
 from .measurement import Blur, Downsample, Mask, Measurement, Operator
 from .noise_level import NoiseLevel, conditional_variance
@@ -30,9 +30,11 @@ class Restoration(Sampler):
 
     Attributes:
         operators: the kinds of operator that the method supports.
+        inside_clipping: whether the method changes unclipped predictions; it then takes the clipping as `outer`.
     """
 
     operators: tuple[type[Operator], ...] = (Mask, Blur, Downsample)
+    inside_clipping: bool = False
 
     def __init__(self, solver: Sampler, measurement: Measurement):
         self.solver, self.measurement = solver, measurement
@@ -193,16 +195,26 @@ class PiGDM(Restoration):
         solver: any sampler.
         measurement: any operator; a blur needs noise above 0.
         data_std: standard deviation of a pixel of the data; 1 in the paper.
+        outer: wrappers of the guided denoiser, e.g. clipping. Inside the guidance, clipping would stop the gradient at
+            every clipped pixel, and leave the guided x0 unbounded.
 
     Raises:
         ValueError: data_std is not positive.
     """
 
-    def __init__(self, solver: Sampler, measurement: Measurement, data_std: float = 1.0):
+    inside_clipping = True
+
+    def __init__(
+        self,
+        solver: Sampler,
+        measurement: Measurement,
+        data_std: float = 1.0,
+        outer: Sequence[Wrapper] = (),
+    ):
         super().__init__(solver, measurement)
         if data_std <= 0:
             raise ValueError(f"data_std must be positive, got {data_std}")
-        self.data_std = data_std
+        self.data_std, self.outer = data_std, outer
 
     def step(self, denoiser, x_t, t, s, noise, path):
         def guided(x: Tensor, level: NoiseLevel) -> Prediction:
@@ -219,7 +231,7 @@ class PiGDM(Restoration):
             prediction, gradient = with_gradient(denoiser, x, level, cotangent)
             return prediction.with_x0(prediction.x0.add(gradient, alpha=of_noise / level.alpha))
 
-        return self.solver.step(_Changed(denoiser, guided), x_t, t, s, noise, path)
+        return self.solver.step(wrapped(_Changed(denoiser, guided), self.outer), x_t, t, s, noise, path)
 
 
 class DDNM(Restoration):

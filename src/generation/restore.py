@@ -1,7 +1,7 @@
 """Tasks that make images from measurements or from low-resolution images: inpaint, deblur, upsample, superres."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.conditioning import Condition, LowResolution
 from src.data.source import Split
+from src.diffusion.denoiser import Wrapper, wrapped
 from src.diffusion.measurement import Blur, Downsample, Mask, Measurement, Operator, enlarged
 from src.diffusion.restoration import PiGDM, RePaint, Restoration
 from src.diffusion.sampler import PerImageNoise, Sampler
@@ -18,7 +19,7 @@ from src.errors import UserError
 from src.generation.inputs import Inputs, inputs_of, masks_of
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import image_rows, save_images
-from src.generation.recipe import kind_of
+from src.generation.recipe import CLIPPING, kind_of
 from src.generation.tasks import GRID, Made, Task, last_state, save_grid
 
 FILLED = 128
@@ -30,12 +31,14 @@ class Plan(NamedTuple):
 
     Attributes:
         sampler: the sampler.
+        wrappers: the wrappers of the denoiser, the innermost first.
         condition: what the network reads; None for nothing.
         shown: the measurement as images for the grid, floating point.
         measurement: the measurement, if the method uses one.
     """
 
     sampler: Sampler
+    wrappers: Sequence[Wrapper]
     condition: Condition | None
     shown: Tensor
     measurement: Measurement | None = None
@@ -66,7 +69,8 @@ class FromImages(Task):
             numbers = range(first, min(first + batch_size, n))
             made = self.plan(loaded, inputs, numbers)
             x_T, condition, noise = recipe.start(denoiser, numbers, made.condition)
-            states = made.sampler.trajectory(recipe.around(denoiser), x_T, times, condition, noise)
+            around = wrapped(denoiser, made.wrappers)
+            states = made.sampler.trajectory(around, x_T, times, condition, noise)
             last = last_state(states)
             images = self.finished(recipe.codec.decode(last.x).cpu(), inputs, numbers)
             save_images(images, folder / "images", first)
@@ -151,8 +155,12 @@ class Restore(FromImages):
     def plan(self, loaded, inputs, numbers):
         x = loaded.recipe.codec.encode(inputs.images[numbers.start : numbers.stop].to(loaded.device))
         measurement, shown = self.measured(x, loaded, inputs, numbers)
-        sampler = self.restoration(loaded.recipe.sampler, measurement)
-        return Plan(sampler, inputs.condition_of(loaded, numbers, x), shown, measurement)
+        wrappers, outer = loaded.recipe.wrappers, {}
+        if kind_of(self.restoration).inside_clipping:
+            outer["outer"] = [wrap for wrap in wrappers if kind_of(wrap) in CLIPPING]
+            wrappers = [wrap for wrap in wrappers if kind_of(wrap) not in CLIPPING]
+        sampler = self.restoration(loaded.recipe.sampler, measurement, **outer)
+        return Plan(sampler, wrappers, inputs.condition_of(loaded, numbers, x), shown, measurement)
 
     @abstractmethod
     def measured(
@@ -347,7 +355,8 @@ class SuperResolution(FromImages):
         x = loaded.recipe.codec.encode(inputs.images[numbers.start : numbers.stop].to(loaded.device))
         low = x if inputs.from_files else conditioning.low(x)
         condition = conditioning.of_low(low)
-        return Plan(loaded.recipe.sampler, condition, enlarged(low, conditioning.factor))
+        recipe = loaded.recipe
+        return Plan(recipe.sampler, recipe.wrappers, condition, enlarged(low, conditioning.factor))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
