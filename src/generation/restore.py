@@ -64,6 +64,8 @@ class FromImages(Task):
             raise UserError("task: this task needs a network of pixels; choose a run with codec=pixels")
         inputs = self.inputs(loaded, n)
         n, times = len(inputs.images), recipe.times(denoiser.schedule)
+        for old in (folder / "images").glob("[0-9]*"):
+            old.unlink()
         shown, misfits, evaluations = [], [], 0
         for first in track(range(0, n, batch_size), description="sampling", transient=True):
             numbers = range(first, min(first + batch_size, n))

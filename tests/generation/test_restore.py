@@ -74,6 +74,8 @@ def test_image_i_does_not_depend_on_the_batch_or_the_number(task, tmp_path):
     task().run(run, 5, 5, tmp_path / "whole")
     task().run(run, 3, 1, tmp_path / "parts")
     whole, parts = written(tmp_path / "whole"), written(tmp_path / "parts")
+    task().run(run, 2, 2, tmp_path / "whole")
+    assert len(written(tmp_path / "whole")) == 2  # none of an earlier run
     assert (np.abs(whole[:3].astype(int) - parts) <= 1).all()
     assert (whole[0] != whole[1]).any()
 
