@@ -46,7 +46,8 @@ def module_of(*overrides: str) -> DiffusionModule:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", list(overrides))
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
+    codec = codec_of(config, source)
+    conditioning = conditioning_of(config, source, codec)
     loss = loss_of(config, denoiser_of(config, codec, conditioning))
     return DiffusionModule(loss, torch.optim.Adam, None, None, 0, BATCH, codec, conditioning)
 

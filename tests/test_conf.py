@@ -21,6 +21,7 @@ from src.app.build import build
 from src.app.cli import help_text
 from src.app.options import CONF, ENTRY_POINTS, OPTIONS
 from src.app.parts import codec_of, scores_of, source_of
+from src.app.sample import task_of
 from src.errors import UserError
 from src.generation.tasks import Task
 from src.metrics.score import FidelityScore
@@ -149,6 +150,7 @@ def test_leaf_is_one_class_and_its_options(group):
         "time_sampling",
         "spacing",
         "clipping",
+        "restoration",
     ],
 )
 def test_values_equal_the_defaults_of_the_class(group):
@@ -459,7 +461,7 @@ def test_overrides_take_precedence_over_the_experiment():
 
 @pytest.mark.parametrize("entry_point", ["sample", "evaluate"])
 def test_sampling_and_scoring_share_the_choices_of_training(entry_point):
-    groups = set(groups_of(entry_point)) - PRESETS - {"task"}
+    groups = set(groups_of(entry_point)) - PRESETS - {"task", "restoration"}
     assert groups <= set(groups_of("train"))
     config, training = composed(entry_point), composed("train")
     for group in groups:
@@ -471,6 +473,14 @@ def test_sampling_and_scoring_share_the_choices_of_training(entry_point):
 def test_tasks(choice):
     config = composed("sample", f"task={choice}")
     assert type(build(config.task, Task, "task")) is get_class(config.task["_target_"])
+
+
+@pytest.mark.parametrize("choice", choices("restoration"))
+def test_restorations(choice):
+    config = composed("sample", f"restoration={choice}", "task=inpaint")
+    assert task_of(config).restoration.func is get_class(config.restoration._target_)
+    with pytest.raises(UserError, match=r"^restoration has no effect on Draw"):
+        task_of(composed("sample", f"restoration={choice}"))
 
 
 @pytest.mark.parametrize(

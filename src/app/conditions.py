@@ -8,18 +8,20 @@ from omegaconf import DictConfig
 
 from src.app.build import build, takes
 from src.conditioning import ByClass, Conditioning
+from src.data.codec import Codec
+from src.data.examples import Examples
 from src.data.source import ImageSource
 from src.errors import UserError
 
 
-def conditioning_of(config: DictConfig, source: ImageSource) -> Conditioning | None:
+def conditioning_of(config: DictConfig, source: ImageSource, codec: Codec) -> Conditioning | None:
     """What the network is conditioned on, with the classes or prompts of sampled images.
 
-    A text encoder is also given to the source, for its captions.
+    A text encoder is also given to the source, for its captions. Images come from the validation split.
 
     Raises:
-        UserError: prompts or classes of a network that is not conditioned on them, a class that does not exist, or no
-            text encoder.
+        UserError: prompts or classes of a network that is not conditioned on them, a class that does not exist, no
+            text encoder, or a condition that does not suit the images.
     """
     joined: dict[str, Any] = {}
     prompts = prompts_of(config)
@@ -29,7 +31,14 @@ def conditioning_of(config: DictConfig, source: ImageSource) -> Conditioning | N
         raise UserError(
             "prompts: this network is not conditioned on text; leave them out, or train with conditioning=text"
         )
+    if config.conditioning and takes(config.conditioning, "examples"):
+        joined["examples"] = Examples(source, codec)
     conditioning = build(config.conditioning, Conditioning, "conditioning", **joined)
+    if conditioning is not None:
+        try:
+            conditioning.check(codec.shape)
+        except ValueError as error:
+            raise UserError(f"conditioning.{error}") from None
     source.text_encoder = getattr(conditioning, "encoder", None)
     if conditioning is None and "run" in (config.guidance or {}):
         return None  # the classes are those of guidance=classifier

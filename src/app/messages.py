@@ -11,7 +11,13 @@ from src.errors import UserError
 # Groups and nodes to which any name can be added.
 OPEN = ("callbacks", "logger", "wrappers")
 # Options of the network that the framework sets.
-FOLLOWING = ("model.channels", "model.image_size", "model.num_classes", "model.token_channels")
+FOLLOWING = (
+    "model.channels",
+    "model.image_size",
+    "model.num_classes",
+    "model.token_channels",
+    "model.condition_channels",
+)
 
 
 def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> None:

@@ -85,12 +85,18 @@ def denoiser_of(
         raise UserError(str(error)) from None
 
 
+# Options of the network that follow the conditioning, and cannot be given.
+OF_CONDITIONING = ("num_classes", "token_channels", "condition_channels")
+
+
 def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int) -> Network:
     """The network, checked against what it is given; `outputs` for each channel."""
     channels, height, width = codec.shape
+    reads_images = conditioning is not None and "image" in conditioning.kinds
     offered: dict[str, Any] = {
         "num_classes": getattr(conditioning, "num_classes", 0),
         "token_channels": getattr(conditioning, "token_channels", 0),
+        "condition_channels": channels if reads_images else 0,
         "channels": channels,
         "image_size": height if height == width else [height, width],
     }
@@ -99,8 +105,7 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
     joined = {
         name: value
         for name, value in offered.items()
-        if takes(config.model, name)
-        and (name in ("num_classes", "token_channels") or name not in config.model)
+        if takes(config.model, name) and (name in OF_CONDITIONING or name not in config.model)
     }
     network = adapted(build(config.model, nn.Module, "model", **joined), codec.shape)
     built, needed = network.image_shape or codec.shape, codec.shape

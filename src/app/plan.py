@@ -159,7 +159,9 @@ def _callbacks(
             batch = next(iter(data.val_dataloader())).to(module.device)
             x0 = module.encode(batch)
             level = denoiser.schedule(torch.full((len(x0),), denoiser.schedule.t_max / 2, device=x0.device))
-            condition = None if module.conditioning is None else module.conditioning.of_data(batch.condition)
+            condition = (
+                None if module.conditioning is None else module.conditioning.of_data(batch.condition, x0)
+            )
             once = watch.time(lambda: denoiser(x0, level, condition)) / len(x0)
             passes = 1 if module.ema is None else 2
             hours["validations"] = once * images * passes * (steps // config.validate_every) / 3600
@@ -200,7 +202,9 @@ def _flops(experiment: Experiment) -> int:
     network, denoiser = module.denoiser.network, module.denoiser
     level = denoiser.schedule(torch.full((1,), denoiser.schedule.t_max / 2, device=x0.device))
     condition = (
-        None if module.conditioning is None else module.conditioning.of_data(batch.condition).index(slice(1))
+        None
+        if module.conditioning is None
+        else module.conditioning.of_data(batch.condition, x0).index(slice(1))
     )
     was_training = network.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -58,7 +58,8 @@ def parts_of(config: DictConfig, outputs: int | None = None) -> Restored:
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
     """
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
+    codec = codec_of(config, source)
+    conditioning = conditioning_of(config, source, codec)
     return Restored(source, codec, conditioning, denoiser_of(config, codec, conditioning, outputs))
 
 

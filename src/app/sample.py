@@ -5,11 +5,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from src.app.build import build, named
+from src.app.build import build, class_of, named
 from src.app.launch import launch
 from src.app.load import load_with
+from src.diffusion.restoration import Restoration
 from src.errors import UserError
 from src.generation.recipe import describe, warn_of_missing_signal
+from src.generation.restore import Restore
 from src.generation.tasks import Task
 from src.runs.files import write_json
 from src.runs.folder import recipe_folder
@@ -27,7 +29,7 @@ def sample(config: DictConfig) -> dict[str, float]:
     Returns:
         Nothing: pictures have no score.
     """
-    task = build(config.task, Task, "task")
+    task = task_of(config)
     if config.devices > 1 and not task.shared:
         raise UserError(
             f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
@@ -41,7 +43,7 @@ def sample(config: DictConfig) -> dict[str, float]:
 
 def sample_on_this_process(config: DictConfig) -> dict[str, float]:
     """The share of this process; see `sample`."""
-    task = build(config.task, Task, "task")
+    task = task_of(config)
     if config.devices > 1 and not task.shared:
         raise UserError(
             f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
@@ -56,11 +58,30 @@ def sample_on_this_process(config: DictConfig) -> dict[str, float]:
     try:
         made = task.run(loaded, config.n, config.batch_size, folder)
     except ValueError as error:
-        if named(error) not in config.task:
-            raise
-        raise UserError(f"task.{error}") from None
+        for option in ("task", "restoration"):
+            if named(error) in (config.get(option) or {}):
+                raise UserError(f"{option}.{error}") from None
+        raise
     if rank() == 0:
-        write_json(folder / "recipe.json", {**asked, **loaded.record(made.evaluations)})
+        write_json(folder / "recipe.json", {**asked, **made.record, **loaded.record(made.evaluations)})
         lines = [*made.lines, f"evaluations {made.evaluations} of the network for an image"]
         log.info("%s", "\n".join(lines))
     return {}
+
+
+def task_of(config: DictConfig) -> Task:
+    """The task, with its restoration if it takes one.
+
+    Raises:
+        UserError: a restoration was chosen that has no effect on the task.
+    """
+    restoration = build(config.get("restoration"), Restoration, "restoration")
+    if issubclass(class_of(config.task) or Task, Restore):
+        return build(config.task, Task, "task", restoration=restoration)
+    task = build(config.task, Task, "task")
+    if restoration is not None:
+        raise UserError(
+            f"restoration has no effect on {type(task).__name__}: choose restoration=null, or task=inpaint, deblur or"
+            " upsample"
+        )
+    return task

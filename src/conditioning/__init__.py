@@ -2,6 +2,16 @@
 
 from .condition import NO_CLASS, Condition
 from .conditioning import ByClass, Conditioning
+from .low_resolution import LowResolution
 from .text import ByText, TextEncoder, TextTable
 
-__all__ = ["NO_CLASS", "ByClass", "ByText", "Condition", "Conditioning", "TextEncoder", "TextTable"]
+__all__ = [
+    "NO_CLASS",
+    "ByClass",
+    "ByText",
+    "Condition",
+    "Conditioning",
+    "LowResolution",
+    "TextEncoder",
+    "TextTable",
+]

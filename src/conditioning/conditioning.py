@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
+from torch import Tensor
 
 from src.randomness import draws_at, generator
 
@@ -50,12 +51,24 @@ class Conditioning(ABC):
     def describe_samples(self) -> str:
         """A description of the condition of image i of a sampling run, for records."""
 
-    def of_data(self, condition: Condition) -> Condition:
-        """The part of the data's condition that is passed to the network."""
+    def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027 - most accept every shape
+        """Checks the conditioning against (C, H, W) of the network's images.
+
+        Raises:
+            ValueError: it does not suit them.
+        """
+
+    def of_data(self, condition: Condition, x0: Tensor) -> Condition:
+        """The condition that is passed to the network for images of the data.
+
+        Args:
+            condition: the condition of the data.
+            x0: the encoded images, shape (B, C, H, W).
+        """
         return condition.only(self.kinds)
 
     def of_training(
-        self, condition: Condition, positions: torch.Tensor, seed: int, batch_size: int
+        self, condition: Condition, x0: Tensor, positions: Tensor, seed: int, batch_size: int
     ) -> Condition:
         """The condition of training images, after dropout.
 
@@ -63,15 +76,16 @@ class Conditioning(ABC):
 
         Args:
             condition: the condition of the data.
+            x0: the encoded images, shape (b, C, H, W).
             positions: positions in the training stream, int64, shape (b,), on the CPU.
             seed: the run's seed.
             batch_size: the global batch size.
         """
-        condition = self.of_data(condition)
+        condition = self.of_data(condition, x0)
         if not self.dropout:
             return condition
 
-        def drawn(number: int) -> torch.Tensor:
+        def drawn(number: int) -> Tensor:
             return torch.rand(batch_size, generator=generator(seed, "condition dropout", number))
 
         return condition.drop(draws_at(positions, batch_size, drawn) < self.dropout)

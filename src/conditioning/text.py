@@ -102,7 +102,7 @@ class ByText(Conditioning):
         prompts = self._prompts()
         return [prompts[i % len(prompts)] for i in indices]
 
-    def of_samples(self, indices):
+    def of_samples(self, indices, seed):
         if self._table is None:
             self._table = self.encoder(self._prompts())
         return self._table.condition([i % len(self._table) for i in indices])

@@ -91,6 +91,12 @@ class Prediction:
             -other._c_skip * self.level.sigma / other._c_out,
         )
 
+    def detach(self) -> "Prediction":
+        """A copy without a graph."""
+        variance = None if self.variance is None else self.variance.detach()
+        output = self._output.detach()
+        return Prediction(self.x_t.detach(), self.level, output, self._c_skip, self._c_out, variance)
+
     def chunk(self, parts: int) -> list["Prediction"]:
         """The predictions of equal parts of the batch, whose level is one for all images."""
         variances = [None] * parts if self.variance is None else self.variance.chunk(parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.conditioning import Condition
-from src.data.source import ImageSource, Split
+from src.data.source import ImageSet, ImageSource, Split
 from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.generation.recipe import Recipe
@@ -50,8 +50,8 @@ class LoadedRun:
             **self.recipe.record(self.denoiser.variance, evaluations),
         }
 
-    def data(self, split: Split, indices: range) -> tuple[Tensor, Condition | None]:
-        """Images of the run's data, encoded by the codec, and their conditions, on the denoiser's device.
+    def images(self, split: Split, indices: range) -> ImageSet:
+        """A split of the run's data, which has images with these indices.
 
         Raises:
             UserError: the split has fewer images.
@@ -60,8 +60,20 @@ class LoadedRun:
         images = self.source.split(split)
         if len(indices) and indices[-1] >= len(images):
             raise UserError(f"n={len(indices)}: the {split} split has {len(images)} images; choose fewer")
-        condition = None
-        if self.recipe.conditioning is not None:
-            condition = self.recipe.conditioning.of_data(images.condition(indices)).to(self.device)
+        return images
+
+    def data(self, split: Split, indices: range) -> tuple[Tensor, Condition | None]:
+        """Images of the run's data, encoded by the codec, and their conditions, on the denoiser's device.
+
+        Raises:
+            UserError: the split has fewer images.
+        """
+        images = self.images(split, indices)
         x0 = self.recipe.codec.encode(images.images(indices).to(self.device))
-        return x0, condition
+        return x0, self.condition_of(images.condition(indices), x0)
+
+    def condition_of(self, condition: Condition, x0: Tensor) -> Condition | None:
+        """What the network reads for encoded images of the data with this condition, on the denoiser's device."""
+        if self.recipe.conditioning is None:
+            return None
+        return self.recipe.conditioning.of_data(condition, x0).to(self.device)

@@ -73,6 +73,18 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
+def image_rows(*rows: Tensor, columns: int = 16) -> Image.Image:
+    """A grid in which the images of each row stand directly above those of the next.
+
+    Args:
+        rows: uint8, each of shape (B, C, H, W).
+        columns: largest number of images beside each other.
+    """
+    columns = min(len(rows[0]), columns)
+    blocks = [part for parts in zip(*(row.split(columns) for row in rows), strict=True) for part in parts]
+    return image_grid(torch.cat(blocks), columns=columns)
+
+
 def save_images(images: Tensor, folder: Path, first: int) -> None:
     """Writes images as <folder>/000000.png, ..., numbered from `first`; uint8, shape (B, C, H, W).
 

@@ -131,13 +131,21 @@ class Recipe:
             return f"class: {names[0]}"
         return f"{'columns' if columns else 'row by row'}: {', '.join(names)}"
 
-    def start(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Start:
-        """The initial state of the images with these indices, on the denoiser's device."""
+    def start(
+        self, denoiser: BaseDenoiser, indices: Sequence[int], condition: Condition | None = None
+    ) -> Start:
+        """The initial state of the images with these indices, on the denoiser's device.
+
+        Args:
+            denoiser: the denoiser.
+            indices: their indices in the sampling run.
+            condition: their condition, instead of that which `conditioning` gives these indices.
+        """
         device = next(denoiser.parameters()).device
         noise = PerImageNoise(self.seed, indices)
         x_T = noise(torch.empty(len(indices), *self.codec.shape, device=device))
         x_T = x_T * denoiser.schedule(self.times(denoiser.schedule)[:1]).scalars()[0].sigma
-        condition = self.condition(indices)
+        condition = self.condition(indices) if condition is None else condition
         return Start(x_T, None if condition is None else condition.to(device), noise)
 
     def texts(self, indices: Sequence[int]) -> list[str] | None:
@@ -230,5 +238,12 @@ def describe(part: object | None) -> str:
     if isinstance(part, type):
         return f"{part.__name__}()"
     numbers = part.keywords if isinstance(part, partial) else vars(part)
-    values = {name: getattr(value, "identity", None) or repr(value) for name, value in numbers.items()}
-    return f"{kind_of(part).__name__}({', '.join(f'{name}={value}' for name, value in values.items())})"
+    words = [f"{name}={_in_words(value)}" for name, value in numbers.items()]
+    return f"{kind_of(part).__name__}({', '.join(words)})"
+
+
+def _in_words(value: object) -> str:
+    """An argument for records: a second run by its identity, a part by its description."""
+    if isinstance(value, partial):
+        return describe(value)
+    return getattr(value, "identity", None) or repr(value)

@@ -1,21 +1,29 @@
-"""The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions and edits."""
+"""The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions, img2img."""
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
-from src.data.codec import Codec
+from src.data.source import Split
 from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
 from src.errors import UserError
+from src.generation.inputs import inputs_of
 from src.generation.loaded import LoadedRun
-from src.generation.pictures import animation, captioned_grid, image_grid, read_images, save_images
+from src.generation.pictures import (
+    animation,
+    captioned_grid,
+    image_grid,
+    image_rows,
+    read_images,
+    save_images,
+)
 from src.generation.recipe import CLIPPING, describe, kind_of
 from src.runs.files import file_sha256, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
@@ -32,10 +40,12 @@ class Made(NamedTuple):
     Attributes:
         lines: the written files, for the terminal.
         evaluations: network evaluations per image.
+        record: what else the result depends on, for records.
     """
 
     lines: list[str]
     evaluations: int
+    record: Mapping[str, Any] = MappingProxyType({})
 
 
 class Task(ABC):
@@ -106,7 +116,7 @@ class Draw(Task):
         images = read_images(folder / "images", range(shown), channels)
         texts = loaded.recipe.texts(range(n))
         grid = captioned_grid(images, texts and texts[:shown], loaded.recipe.columns(shown))
-        lines = _save_grid(grid, folder)
+        lines = save_grid(grid, folder)
         if texts is not None:
             write_json(folder / "prompts.json", texts)
             lines.append(f"prompts     {folder / 'prompts.json'}")
@@ -178,7 +188,7 @@ class Trajectory(Task):
         )
         strips = torch.stack([noisy, clean], dim=1).flatten(0, 2)
         grid = image_grid(recipe.codec.decode(strips), columns=len(shown))
-        return Made(_save_grid(grid, folder), states[-1].evaluations)
+        return Made(save_grid(grid, folder), states[-1].evaluations)
 
 
 class Interpolate(Task):
@@ -208,11 +218,11 @@ class Interpolate(Task):
         of_rows.generators[:: self.columns] = noise.generators[0::2]
         of_rows.generators[self.columns - 1 :: self.columns] = noise.generators[1::2]
         times = recipe.times(denoiser.schedule)
-        last = _last(
+        last = last_state(
             recipe.sampler.trajectory(recipe.around(denoiser), rows.flatten(0, 1), times, condition, of_rows)
         )
         grid = image_grid(recipe.codec.decode(last.x), columns=self.columns)
-        return Made(_save_grid(grid, folder), last.evaluations)
+        return Made(save_grid(grid, folder), last.evaluations)
 
 
 class Reconstruct(Task):
@@ -227,9 +237,7 @@ class Reconstruct(Task):
 
     from_noise = False
 
-    def __init__(
-        self, split: Literal["train", "validation", "test"] = "test", tolerance: float | None = None
-    ):
+    def __init__(self, split: Split = "test", tolerance: float | None = None):
         self.split = split
         self.tolerance = tolerance
 
@@ -247,38 +255,42 @@ class Reconstruct(Task):
         x0, condition = loaded.data(self.split, range(n))
         times = recipe.times(denoiser.schedule)
         states = encode(denoiser, x0, times, condition, self.tolerance)
-        encoded = _last(track(states, description="encoding", total=len(times), transient=True))
+        encoded = last_state(track(states, description="encoding", total=len(times), transient=True))
         # without wrappers, as in the encoding
-        decoded = _last(recipe.sampler.trajectory(denoiser, encoded.x, times, condition))
+        decoded = last_state(recipe.sampler.trajectory(denoiser, encoded.x, times, condition))
         error = (decoded.x - x0).square().mean().sqrt().item()
-        lines = _save_grid(_pairs(x0, decoded.x, recipe.codec), folder)
+        lines = save_grid(image_rows(recipe.codec.decode(x0), recipe.codec.decode(decoded.x)), folder)
         lines.append(f"error       {error:.4g} (root mean square, images in [-1, 1])")
         return Made(lines, encoded.evaluations + decoded.evaluations)
 
 
 class ImageToImage(Task):
-    """Images of the data, partially noised and then denoised (SDEdit, Meng et al. 2022).
+    """Images, partially noised and then denoised (SDEdit, Meng et al. 2022).
 
     The grid shows each image above its edited version.
 
     Args:
         strength: the fraction of the steps that is run, in (0, 1]; larger values change the image more.
+        images: a file or a folder, scaled and cropped to the run's size; None for images of `split`.
         split: the split of the data.
     """
 
     from_noise = False
 
-    def __init__(self, strength: float = 0.5, split: Literal["train", "validation", "test"] = "test"):
-        self.strength = strength
-        self.split = split
+    def __init__(self, strength: float = 0.5, images: str | None = None, split: Split = "test"):
+        self.strength, self.images, self.split = strength, images, split
 
     def run(self, loaded, n, batch_size, folder):
         recipe, denoiser = loaded.recipe, loaded.denoiser
-        x0, condition = loaded.data(self.split, range(n))
-        noise = PerImageNoise(recipe.seed, range(n))
+        inputs = inputs_of(loaded, self.images, self.split, n, scaled=True)
+        numbers = range(len(inputs.images))
+        x0 = recipe.codec.encode(inputs.images.to(loaded.device))
+        condition = inputs.condition_of(loaded, numbers, x0)
+        noise = PerImageNoise(recipe.seed, numbers)
         x_t, times = renoise(denoiser, x0, recipe.times(denoiser.schedule), self.strength, noise)
-        last = _last(recipe.sampler.trajectory(recipe.around(denoiser), x_t, times, condition, noise))
-        return Made(_save_grid(_pairs(x0, last.x, recipe.codec), folder), last.evaluations)
+        last = last_state(recipe.sampler.trajectory(recipe.around(denoiser), x_t, times, condition, noise))
+        grid = image_rows(inputs.images, recipe.codec.decode(last.x).cpu())
+        return Made(save_grid(grid, folder), last.evaluations, {"inputs": inputs.record})
 
 
 def _is_deterministic_ddim(sampler: Sampler) -> bool:
@@ -289,7 +301,7 @@ def _is_deterministic_ddim(sampler: Sampler) -> bool:
     return False
 
 
-def _last(states: Iterable[State]) -> State:
+def last_state(states: Iterable[State]) -> State:
     """The last state; each earlier state is freed before the next step."""
     for state in states:
         last = state
@@ -297,14 +309,8 @@ def _last(states: Iterable[State]) -> State:
     return last
 
 
-def _pairs(above: Tensor, below: Tensor, codec: Codec) -> Image.Image:
-    """A grid with each image of `above` directly above that of `below`."""
-    columns = min(len(above), 16)
-    rows = [half for pair in zip(above.split(columns), below.split(columns), strict=True) for half in pair]
-    return image_grid(codec.decode(torch.cat(rows)), columns=columns)
-
-
-def _save_grid(grid: Image.Image, folder: Path) -> list[str]:
+def save_grid(grid: Image.Image, folder: Path) -> list[str]:
+    """Writes <folder>/grid.png; returns the line for the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / "grid.png")
     return [f"grid        {folder / 'grid.png'}"]

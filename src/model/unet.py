@@ -42,6 +42,8 @@ class UNet(Network):
             embedding is added to that of t and initialised to zero.
         token_channels: width of the tokens of a text; 0 for a network without text.
         pooled_text: also add a linear map of the mean of the tokens to the time embedding.
+        condition_channels: channels of an image in the condition, which is a further input of the first convolution;
+            0 for none.
 
     Raises:
         ValueError: the image size cannot be halved once per level, the groups do not divide the channels, or there is
@@ -64,13 +66,14 @@ class UNet(Network):
         second_time: bool = False,
         token_channels: int = 0,
         pooled_text: bool = False,
+        condition_channels: int = 0,
     ):
         super().__init__()
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes = num_classes
-        read = {"labels": num_classes, "tokens": token_channels}
+        read = {"labels": num_classes, "tokens": token_channels, "image": condition_channels}
         self.reads = frozenset(kind for kind, size in read.items() if size)
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -108,6 +111,9 @@ class UNet(Network):
             self.text_embedding = nn.Sequential(
                 nn.LayerNorm(token_channels), xavier(nn.Linear(token_channels, embedding_channels))
             )
+        self.conv_condition = None
+        if condition_channels:  # the convolution of concatenated channels is a sum of two; last, as above
+            self.conv_condition = xavier(nn.Conv2d(condition_channels, base_channels, 3, padding=1))
 
     def _add_encoder(
         self,
@@ -178,7 +184,7 @@ class UNet(Network):
             embedding = embedding + self.text_embedding(_mean_of_text(*text))
         embedding = F.silu(embedding)
 
-        x = self.conv_in(x)
+        x = self._first(x, condition)
         skips = [x]
         for i, level in enumerate(self.encoder):
             if i > 0:
@@ -198,6 +204,19 @@ class UNet(Network):
                 x = block(torch.cat((x, skips.pop()), dim=1), embedding, text)
 
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _first(self, x: Tensor, condition: Condition | None) -> Tensor:
+        """The first convolution, of x and of the condition's image."""
+        image = None if condition is None else condition.image
+        if self.conv_condition is None:
+            if image is not None:
+                raise ValueError(
+                    "the network reads no images: give no image, or build it with condition_channels > 0"
+                )
+            return self.conv_in(x)
+        if image is None:  # as a dropped one
+            image = x.new_zeros(len(x), self.conv_condition.in_channels, *x.shape[2:])
+        return self.conv_in(x) + self.conv_condition(image.to(x.dtype))
 
     def _text(self, x: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor] | None:
         """The tokens, (B, 1 + L, token_channels), the null token first, and the mask; None in a network without text.

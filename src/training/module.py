@@ -91,7 +91,9 @@ class DiffusionModule(LightningModule):
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
         condition = None
         if self.conditioning is not None:
-            condition = self.conditioning.of_training(batch.condition, positions, self.seed, self.batch_size)
+            condition = self.conditioning.of_training(
+                batch.condition, x0, positions, self.seed, self.batch_size
+            )
         # Dropout uses the global generator, which is therefore seeded by the position in the training stream.
         torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
         losses = self.loss(x0, draws, eps, condition)
@@ -112,7 +114,7 @@ class DiffusionModule(LightningModule):
         keyed = [generator(VALIDATION_SEED, "validation", int(i)) for i in batch.positions]
         draws = torch.cat([self.loss.draw_for_validation(1, g) for g in keyed])
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in keyed]).to(x0, non_blocking=True)
-        condition = None if self.conditioning is None else self.conditioning.of_data(batch.condition)
+        condition = None if self.conditioning is None else self.conditioning.of_data(batch.condition, x0)
         self.validation_losses["val/loss"].update(self.loss(x0, draws, eps, condition))
         if self.ema is not None:
             with self.averaged():

@@ -133,7 +133,14 @@ def test_start_without_signal_is_warned_about(command, run, capsys, arguments, w
 @pytest.mark.parametrize(
     ("task", "evaluations"),
     # reconstruct: encoding takes as many evaluations as decoding; img2img: strength 0.5 takes half of the steps
-    [("trajectory", 6), ("interpolate", 6), ("reconstruct", 12), ("img2img", 3)],
+    [
+        ("trajectory", 6),
+        ("interpolate", 6),
+        ("reconstruct", 12),
+        ("img2img", 3),
+        ("deblur", 6),
+        ("upsample", 6),
+    ],
 )
 def test_tasks(command, run, tmp_path, capsys, task, evaluations):
     assert (
@@ -142,6 +149,50 @@ def test_tasks(command, run, tmp_path, capsys, task, evaluations):
     assert f"evaluations {evaluations} of the network" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "grid.png").width >= 256
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["network_evaluations"] == evaluations
+
+
+def test_inpainting_of_files(command, run, tmp_path):
+    """The known pixels of the written images are the bytes of the files."""
+    (tmp_path / "files").mkdir()
+    source = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    for name, image in zip("ab", source, strict=True):
+        Image.fromarray(image).save(tmp_path / "files" / f"{name}.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 5:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = [f"task.images={tmp_path}/files", f"task.mask={tmp_path}/mask.png", f"out={tmp_path}/out"]
+    few = ["sampler.steps=4", "restoration=repaint", "restoration.jump_length=1", "restoration.n_resample=2"]
+    assert command("sample", f"run={run}", "task=inpaint", *given, *few) == 0
+    found = pixels(tmp_path / "out")
+    assert (found[..., :5] == source[..., :5]).all()
+    assert (found[..., 5:] != source[..., 5:]).any()
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert "restoration=RePaint(jump_length=1, n_resample=2)" in recipe["task"]
+    assert recipe["network_evaluations"] == 4 + 3
+    assert {len(recipe["inputs"]["sha256"]), len(recipe["inputs"]["mask"]["sha256"])} == {64}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task=inpaint", "task.images=none.png"], ["task.images=none.png: no such file or folder"]),
+        (["task=inpaint", "task.maks=box"], ["task.maks", "did you mean task.mask"]),
+        (["task=inpaint", "sampler.steps=5"], ["restoration.jump_length=10", "more sampler.steps"]),
+        (
+            ["task=inpaint", "restoration=dps", "restoration.scale=-1"],
+            ["restoration.scale must be at least 0"],
+        ),
+        (["task=inpaint", "sampler=dpmpp_2m"], ["sampler must be a single-step method"]),
+        (["task=upsample", "task.factor=3"], ["task.factor=3 must divide"]),
+        (["task=deblur", "restoration=repaint"], ["RePaint does not support this measurement"]),
+        (["task=superres"], ["conditioning=low_resolution"]),
+        (["restoration=dps"], ["restoration has no effect on Draw"]),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_of_restorations_are_one_line(command, run, capsys, overrides, words):
+    assert command("sample", f"run={run}", "n=2", *overrides) == 2
+    assert_one_line(capsys.readouterr().err, words)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -56,7 +56,7 @@ def test_only_keeps_the_given_kinds():
     assert whole.kinds == {"labels", "tokens", "image"}
     assert whole.only(frozenset({"tokens"})).kinds == {"tokens"}
     assert whole.only(frozenset({"tokens"})).mask is not None
-    assert ByClass(4).of_data(whole).kinds == {"labels"}
+    assert ByClass(4).of_data(whole, whole.image).kinds == {"labels"}
 
 
 def labels_of(conditioning, indices, seed=0):

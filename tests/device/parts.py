@@ -43,7 +43,8 @@ def parts(*overrides: str) -> Parts:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*SMALL, *overrides])
     source = source_of(config)
-    codec, conditioning = codec_of(config, source), conditioning_of(config, source)
+    codec = codec_of(config, source)
+    conditioning = conditioning_of(config, source, codec)
     denoiser = denoiser_of(config, codec, conditioning)
     loss = loss_of(config, denoiser)
     module = DiffusionModule(loss, torch.optim.Adam, None, None, 0, BATCH, codec, conditioning)

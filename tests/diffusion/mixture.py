@@ -82,6 +82,51 @@ class Mixture:
         return v[:, None, None, None]
 
 
+class Posterior:
+    """p(x0 | y) of a mixture for y = A x0 + n, n ~ N(0, noise^2 I): again a mixture.
+
+        S_k = v_k A A^T + noise^2 I,    K_k = v_k A^T S_k^-1
+        p(k | y) ~ w_k N(y; A m_k, S_k),    mean_k = m_k + K_k (y - A m_k)
+
+    Args:
+        mixture: the distribution of x0, of D numbers.
+        matrix: A, shape (M, D).
+        y: shape (M,).
+        noise: standard deviation of n; 0 needs independent rows of A.
+    """
+
+    def __init__(self, mixture: Mixture, matrix: Tensor, y: Tensor, noise: float = 0.0):
+        self.mixture, self.matrix, self.y, self.noise = mixture, matrix, y, noise
+        means = mixture.means.flatten(1)
+        gram, one = matrix @ matrix.T, torch.eye(len(y), dtype=torch.float64)
+        inner = [v * gram + noise**2 * one for v in mixture.variances]
+        self.gains = [v * matrix.T @ S.inverse() for v, S in zip(mixture.variances, inner, strict=True)]
+        evidence = [
+            torch.distributions.MultivariateNormal(matrix @ m, S).log_prob(y)
+            for m, S in zip(means, inner, strict=True)
+        ]
+        self.weights = (mixture.weights.log() + torch.stack(evidence)).softmax(dim=0)
+        self.means = torch.stack(
+            [m + K @ (y - matrix @ m) for m, K in zip(means, self.gains, strict=True)]
+        ).view_as(mixture.means)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x0 | y], shape (C, H, W)."""
+        return (self.weights[:, None, None, None] * self.means).sum(dim=0)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n images, shape (n, C, H, W): samples of the components, each corrected by its own measurement."""
+        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        mixture = self.mixture
+        z = torch.randn(n, *mixture.means.shape[1:], dtype=torch.float64, generator=generator)
+        x = mixture.means[component] + mixture.variances[component].sqrt().view(-1, 1, 1, 1) * z
+        n_y = self.noise * torch.randn(n, len(self.y), dtype=torch.float64, generator=generator)
+        misfit = self.y - x.flatten(1) @ self.matrix.T - n_y
+        gains = torch.stack(self.gains)[component]
+        return x + torch.einsum("ndm,nm->nd", gains, misfit).view_as(x)
+
+
 class MixtureDenoiser(BaseDenoiser):
     """The exact denoiser of a mixture; counts its calls.
 

@@ -242,3 +242,33 @@ def test_error_names_the_invalid_argument_and_a_fix(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         UNet(**arguments | changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_condition_image_is_concatenated_to_the_input():
+    network = perturbed(tiny(condition_channels=3))
+    assert network.reads == {"image"}
+    x, label = batch()
+    image = torch.randn(4, 3, 8, 8)
+    joined = nn.Conv2d(4, 16, 3, padding=1)
+    with torch.no_grad():
+        joined.weight.copy_(torch.cat([network.conv_in.weight, network.conv_condition.weight], dim=1))
+        joined.bias.copy_(network.conv_in.bias + network.conv_condition.bias)
+    expected = joined(torch.cat([x, image], dim=1))
+    torch.testing.assert_close(network._first(x, Condition(image=image)), expected, rtol=1e-5, atol=1e-5)
+    found = network(x, label, Condition(image=image))
+    dropped = network(x, label, Condition(image=image).dropped())
+    assert not torch.allclose(found, dropped)
+    assert torch.equal(dropped, network(x, label))
+
+
+def test_without_condition_channels_nothing_changes():
+    plain, reading = tiny().state_dict(), tiny(condition_channels=1).state_dict()
+    added = {"conv_condition.weight", "conv_condition.bias"}
+    assert set(reading) - set(plain) == added
+    assert all(torch.equal(plain[name], reading[name]) for name in plain)
+
+
+def test_an_unread_image_is_refused():
+    x, label = batch()
+    with pytest.raises(ValueError, match=r"^the network reads no images"):
+        tiny()(x, label, Condition(image=x))
