@@ -14,8 +14,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from src.app import jobs
@@ -79,46 +77,43 @@ def ranks(images: Tensor, pictures: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Prints the table and writes the grid."""
+    """Prints the shares and ranks, and writes the grid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="a run folder or a checkpoint")
-    parser.add_argument("--scale", default="4", help="guidance scale (default: 4)")
+    parser.add_argument("--scale", default="3", help="guidance scale (default: 3)")
     parser.add_argument("--steps", default="25", help="DDIM steps (default: 25)")
     parser.add_argument("--grid", default="docs/images/emoji.png", help="file of the grid")
     arguments = parser.parse_args()
     steps = f"sampler.steps={arguments.steps}"
     guided = loaded_run(arguments.run, steps, "guidance=classifier_free", f"guidance.scale={arguments.scale}")
     train = guided.source.split("train")
-    spaces = {"pixels": lambda images: images.flatten(1).float()}
-    if expanded(POOL3_FILE).is_file():
-        extractor = InceptionFeatures()
-        spaces["Inception"] = lambda images: torch.cat([extractor(part) for part in images.split(25)])
-    table = Table("images made from", *(f"{name}: first / five / mean rank" for name in spaces))
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
     for split in ("train", "test"):
         images = guided.source.split(split)
         which = chosen(images)
         captions, pictures = [images.captions[i] for i in which], images.images(which)
         generated = made(guided, captions)
-        if split == "test":
-            shown = range(0, N, 3)
-            pairs = torch.stack([generated[shown], pictures[shown]], dim=1)
-            side_by_side = torch.cat(list(pairs.unbind(dim=1)), dim=3)
-            Path(arguments.grid).parent.mkdir(parents=True, exist_ok=True)
-            captioned_grid(side_by_side, [captions[i] for i in shown], columns=6).save(arguments.grid)
+        rows[f"{split} captions"] = generated, pictures
         text = guided.recipe.conditioning.encoder(captions)
-        rows = {
-            f"captions of the {split} split": generated,
-            f"nearest other caption ({split})": nearest_training_pictures(
-                train, text, N, which if split == "train" else []
-            ),
-        }
-        references = {name: space(pictures) for name, space in spaces.items()}
-        for row, candidates in rows.items():
-            found = [ranks(space(candidates), references[name]) for name, space in spaces.items()]
-            table.add_row(row, *(f"{sum(r == 1)} % / {sum(r <= 5)} % / {r.mean():.1f}" for r in found))
-    Console().print(table)
+        others = nearest_training_pictures(train, text, N, which if split == "train" else [])
+        rows[f"{split} captions, nearest other picture"] = others, pictures
+    shown = range(0, N, 3)  # of the test split
+    pairs = torch.cat([generated[shown], pictures[shown]], dim=3)
+    Path(arguments.grid).parent.mkdir(parents=True, exist_ok=True)
+    captioned_grid(pairs, [captions[i] for i in shown], columns=6).save(arguments.grid)
+
+    spaces = {"pixels": lambda images: images.flatten(1).float()}
+    if expanded(POOL3_FILE).is_file():
+        extractor = InceptionFeatures()
+        spaces["Inception"] = lambda images: torch.cat([extractor(part) for part in images.split(25)])
+    print(f"{'':<48}first  five  mean rank")
+    for name, space in spaces.items():
+        for row, (candidates, pictures) in rows.items():
+            found = ranks(space(candidates), space(pictures))
+            shares = f"{sum(found == 1):>3} % {sum(found <= 5):>3} %  {found.mean():.1f}"
+            print(f"{f'{row}, {name}':<48}{shares}", flush=True)
 
 
 if __name__ == "__main__":
