@@ -56,7 +56,7 @@ def test_dropped_images_are_zero():
 def test_samples_have_the_low_resolution_of_examples():
     x0 = random(3, 1, 4, 4)
     conditioning = LowResolution(2, examples=lambda indices: x0[[i % 3 for i in indices]])
-    found = conditioning.of_samples([4, 0])
+    found = conditioning.of_samples([4, 0], 0)
     assert torch.equal(found.image, conditioning.of_data(Condition(), x0[[1, 0]]).image)
 
 
@@ -69,7 +69,7 @@ def test_samples_have_the_low_resolution_of_examples():
             lambda: LowResolution(3).check((1, 8, 8)),
             "factor=3 must divide the height and width of the images, 8 x 8",
         ),
-        (lambda: LowResolution(2).of_samples([0]), "examples are needed"),
+        (lambda: LowResolution(2).of_samples([0], 0), "examples are needed"),
     ],
 )
 def test_what_does_not_suit_is_refused(make, message):

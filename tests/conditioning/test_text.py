@@ -38,10 +38,10 @@ def test_samples_have_the_prompts_in_turn():
     conditioning = ByText(Letters(), prompts=["ab", "c", ""])
     assert conditioning.token_channels == 2
     assert conditioning.texts(range(4)) == ["ab", "c", "", "ab"]
-    found = conditioning.of_samples([3, 1, 5])
+    found = conditioning.of_samples([3, 1, 5], 0)
     assert found.kinds == {"tokens"}
     assert found.mask.sum(dim=1).tolist() == [2, 1, 0]
-    assert torch.equal(found.tokens[:1], conditioning.of_samples([0]).tokens)
+    assert torch.equal(found.tokens[:1], conditioning.of_samples([0], 0).tokens)
     assert "text i mod 3 of ['ab', 'c', '']" in conditioning.describe_samples()
     assert "letters" in conditioning.describe_samples()
 
@@ -50,11 +50,11 @@ def test_without_prompts_samples_have_the_captions():
     conditioning = ByText(Letters(), captions=lambda: ["a", "b"])
     assert "validation" in conditioning.describe_samples()
     assert conditioning.texts([1, 2]) == ["b", "a"]
-    assert conditioning.of_samples([1]).tokens[0, 0].tolist() == [1, 0]
+    assert conditioning.of_samples([1], 0).tokens[0, 0].tolist() == [1, 0]
 
 
 def test_no_prompts_and_no_captions():
     with pytest.raises(ValueError, match="prompts is empty"):
         ByText(Letters(), prompts=[])
     with pytest.raises(ValueError, match="no captions"):
-        ByText(Letters(), captions=list).of_samples([0])
+        ByText(Letters(), captions=list).of_samples([0], 0)
