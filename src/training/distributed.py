@@ -52,7 +52,7 @@ def explain_lost_process(error: Exception) -> None:
         return
     if not isinstance(error, torch.distributed.DistError) and not LOST_CONNECTION.search(str(error)):
         return
-    end = time.monotonic() + 2  # its connections are closed a little before it has ended
+    end = time.monotonic() + GRACE / 2  # its connections are closed before it has ended
     while not (lost := _lost()) and _children and time.monotonic() < end:
         time.sleep(0.05)
     if lost is None:

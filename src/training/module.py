@@ -83,6 +83,13 @@ class DiffusionModule(LightningModule):
     def denoiser(self) -> Denoiser:
         return self.loss.denoiser
 
+    def setup(self, stage: str) -> None:
+        """Converts the weights to the precision of the training before a checkpoint is loaded into them.
+
+        Lightning does it afterwards, which would round the weights of 64-true.
+        """
+        self.trainer.precision_plugin.convert_module(self)
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns `loss` and, for callbacks, detached tensors of shape (b,): `losses`, the loss of each image, on the
         device, and `times`, its time as a quantile of the schedule's range, in [0, 1]."""

@@ -33,6 +33,25 @@ OF_RUNS = {
 # In rank 0, right after it has started the other processes, which then import for seconds.
 LAUNCHED = "src.training.distributed:_observe"
 SECONDS = 30
+# With two processes: phase, signal, and the rank that receives it. Only rank 0 starts others, previews and saves.
+TWO_PROCESSES = (
+    ("launch", signal.SIGTERM, 0),
+    ("launch", signal.SIGHUP, 0),
+    ("launch", signal.SIGINT, "group"),
+    ("launch", signal.SIGKILL, 0),
+    ("start", signal.SIGUSR1, 0),
+    ("data", signal.SIGUSR1, 1),
+    ("data", signal.SIGINT, "group"),
+    ("a step", signal.SIGHUP, 1),
+    ("a step", signal.SIGINT, "group"),
+    ("validation", signal.SIGTERM, 1),
+    ("a preview", signal.SIGTERM, 0),
+    ("a save", signal.SIGUSR1, 0),
+    ("sampling", signal.SIGINT, "group"),
+    ("sampling", signal.SIGHUP, 0),
+    ("evaluation", signal.SIGTERM, 0),
+    ("evaluation", signal.SIGINT, "group"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +78,8 @@ def cases() -> Iterator[Case]:
     for phase in (*PHASES, *OF_RUNS):
         for signum in SIGNALS:
             yield Case(phase, signum)
-    for i, phase in enumerate(
-        ("launch", "start", "data", "a step", "validation", "a preview", "a save", *OF_RUNS)
-    ):
-        for j, signum in enumerate((*SIGNALS, signal.SIGINT)):
-            who = "group" if j == 4 else (i + j) % 2
-            if phase not in ("launch", "start", "sampling", "evaluation") or who != 1:
-                yield Case(phase, signum, who)
-    yield Case("launch", signal.SIGKILL, 0)
+    for phase, signum, who in TWO_PROCESSES:
+        yield Case(phase, signum, who)
 
 
 def slurm(folder: Path) -> dict[str, str]:
@@ -101,38 +114,30 @@ def problem_of(case: Case, folder: Path, trained: Path) -> str | None:
 
 
 def _of_two_processes(case: Case, folder: Path, trained: Path) -> str | None:
-    step, rank, began = None, 0 if case.who == "group" else case.who, 0.0
+    step, faults, began = None, [], time.monotonic()
     if case.phase in OF_RUNS:
-        name, _, _ = OF_RUNS[case.phase]
-        arguments = [
-            name,
-            f"run={trained}",
-            "n=4000",
-            "batch_size=2",
-            "sampler.steps=20",
-            "devices=2",
-            "device=cpu",
-        ]
-        leader = start_command(folder, *arguments, "hydra.run.dir=" + str(folder))
-        processes.wait_for(lambda: len(processes.members(leader.pid)) >= 3, 300)
-        time.sleep(5)
-        began = time.monotonic()
-        target = os.killpg if case.who == "group" else os.kill
-        target(leader.pid, case.signum)
-    elif case.signum == signal.SIGKILL:
-        # without faults, since their import would delay the other rank's first line
-        leader = start_command(folder, "train", *DDP)
-        processes.wait_for(lambda: len(processes.ranks(leader)) == 2, 300)
-        os.kill(leader.pid, signal.SIGKILL)
+        arguments = [OF_RUNS[case.phase][0], f"run={trained}", "n=4000", "batch_size=2", "sampler.steps=20"]
+        arguments += ["devices=2", "device=cpu", f"hydra.run.dir={folder}"]
     else:
+        arguments = ["train", *DDP]
         place, call, step = (LAUNCHED, 1, None) if case.phase == "launch" else PHASES[case.phase]
-        fault = Fault(place, call, case.signum, rank=rank, group=case.who == "group")
-        leader = start_command(folder, "train", *DDP, faults=[fault])
+        rank = 0 if case.who == "group" else case.who
+        faults = [Fault(place, call, case.signum, rank=rank, group=case.who == "group")]
+    if case.signum == signal.SIGKILL:  # below: the import of faults would delay the other rank's first line
+        faults = []
+    leader = start_command(folder, *arguments, faults=faults)
     try:
+        if not faults:
+            shared = case.phase in OF_RUNS
+            others = processes.members if shared else (lambda _: processes.ranks(leader))
+            processes.wait_for(lambda: len(others(leader.pid)) >= (3 if shared else 2), 300)
+            time.sleep(5 if shared else 0)
+            began = time.monotonic()
+            (os.killpg if case.who == "group" else os.kill)(leader.pid, case.signum)
         status = leader.wait(600)
         status = 128 - status if status < 0 else status
+        waited = 0 if faults else time.monotonic() - began
         output = (folder / "output.txt").read_text()
-        waited = time.monotonic() - began if began else 0
         return _wrong(case, status, waited, leader.pid, output, folder, step)
     finally:
         processes.leave_nothing(leader)

@@ -263,12 +263,11 @@ DDP = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.precision=32-true", "
 
 def ranks(leader: subprocess.Popen) -> list[int]:
     """Process IDs of rank 0 and, once it has started, rank 1."""
-    children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children").read_text().split()
-    own = [
-        int(child)
-        for child in children
-        if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-    ]
+    own = []
+    for child in Path(f"/proc/{leader.pid}/task/{leader.pid}/children").read_text().split():
+        with suppress(ProcessLookupError, FileNotFoundError):  # a short-lived child
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                own.append(int(child))
     return [leader.pid, *own]
 
 
