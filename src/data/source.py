@@ -171,7 +171,9 @@ class ImageSource(ABC):
     def _checked(self, split: Split, images: ImageSet) -> ImageSet:
         if (images.labels is None) != (self.num_classes == 0):
             raise RuntimeError(f"{self.name}: labels contradict num_classes={self.num_classes}")
-        if (images.captions is None) == self.captioned or (self.captioned and len(images.captions) != len(images)):
+        if (images.captions is None) == self.captioned or (
+            self.captioned and len(images.captions) != len(images)
+        ):
             raise RuntimeError(f"{self.name}: captions contradict captioned={self.captioned}")
         if images.labels is not None and len(images):
             low, high = int(images.labels.min()), int(images.labels.max())
