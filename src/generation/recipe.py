@@ -93,8 +93,11 @@ class Recipe:
     def around(self, denoiser: BaseDenoiser) -> BaseDenoiser:
         """The denoiser with the recipe's wrappers; further networks of guidance are moved to its device."""
         around = wrapped(denoiser, self.wrappers)
-        weight = next(denoiser.parameters(), None)
-        return around if weight is None else around.to(weight.device)
+        devices = [parameter.device for parameter in around.parameters()]
+        first = next(denoiser.parameters(), None)
+        if first is not None and any(device != first.device for device in devices):
+            around.to(first.device)
+        return around
 
     def condition(self, indices: Sequence[int]) -> Condition | None:
         """The condition of the images with these indices, on the CPU; None for unconditional sampling."""

@@ -13,6 +13,8 @@ from tests.device.parts import BATCH, batch_on, choices, parts
 # Choices that need another one; all others stand by themselves.
 NEEDS = {
     "loss=hybrid": ["variance=learned_range"],
+    "loss=classification": ["conditioning=class", "model=encoder_tiny"],
+    "model=encoder_tiny": ["conditioning=class", "loss=classification"],
     "variance=learned": ["loss=vlb"],
     "variance=learned_range": ["loss=vlb"],
 }
