@@ -44,13 +44,14 @@ def run(entry_point: str) -> None:
         from src.app.messages import explain
         from src.app.overrides import prepare
 
+        name = entry_point
         try:
-            sys.argv[1:] = prepare(entry_point, arguments)
-            failed = run_hydra(entry_point)
+            name, sys.argv[1:] = prepare(entry_point, arguments)
+            failed = run_hydra(name)
         except UserError as error:
             sys.exit(_complain(str(error)))
         except Exception as error:
-            line = explain(error, entry_point, sys.argv[1:])
+            line = explain(error, entry_point, sys.argv[1:], name)
             if line is None:
                 raise
             sys.exit(_complain(line))

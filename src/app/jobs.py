@@ -31,8 +31,8 @@ def register() -> None:
     sweep.register()
 
 
-def run_hydra(entry_point: str) -> int:
-    """Composes the configuration from sys.argv and runs the job, or the jobs of a sweep.
+def run_hydra(name: str) -> int:
+    """Composes the configuration of this name with sys.argv and runs the job, or the jobs of a sweep.
 
     Returns:
         How many jobs of a sweep have failed.
@@ -55,7 +55,7 @@ def run_hydra(entry_point: str) -> int:
             return None
 
     sweeping = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry_point)
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     if sweeping:
         from src.app.sweep import reporting_to
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.app.build import build
 from src.app.options import groups_of
 from src.app.parts import codec_of, conditioning_of, denoiser_of, recipe_of, source_of
-from src.app.stored import upgrade
+from src.app.stored import read_config
 from src.data.source import ImageSource
 from src.diffusion.variance import Variance
 from src.errors import UserError
@@ -20,8 +20,8 @@ from src.runs.folder import FoundRun, find_run
 from src.runs.machine import keep_freed_memory
 from src.runs.processes import rank
 from src.training import post_hoc
-from src.training.checkpoint import read_checkpoint
 from src.training.ema import EMA
+from src.training.reading import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,7 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     chosen.pop("data", None)
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
-    try:
-        own = OmegaConf.create(upgrade(content["config"]))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
+    own = OmegaConf.create(read_config(content, found.checkpoint))
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     variance = build(merged.variance, Variance, "variance")
@@ -119,8 +116,14 @@ def load(
     averages, name, decay = averages_of(content, config, found, weights)
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    state |= averages
+    broken = next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None)
+    if broken:
+        raise UserError(
+            f"{found.checkpoint}: {name} weights are not finite ({broken}); choose another checkpoint"
+        )
     try:
-        denoiser.network.load_state_dict(state | averages)
+        denoiser.network.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None

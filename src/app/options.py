@@ -19,7 +19,7 @@ order       the same images in the same order, rounded differently, in part with
 tuning      optimiser and learning-rate schedule: refused like `experiment`; with allow_changes=true the new values are
             taken and the optimiser's state is kept
 experiment  another experiment: refused unless allow_changes=true
-once        belongs to one start and is never stored
+once        belongs to one start and is never taken from a run folder; loggers are, by name
 """
 
 ENTRY_POINTS = ("train", "sample", "evaluate")
@@ -79,7 +79,7 @@ WRAPPERS = Option(
     effect="none",
 )
 CACHE = Option(
-    "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
+    "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="once"
 )
 
 TRAIN = (
@@ -131,7 +131,7 @@ TRAIN = (
     ),
     TRUST,
     WRAPPERS,
-    Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
+    Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="once"),
     Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
     CACHE,
     Option(
@@ -160,7 +160,11 @@ LOAD = (
     Option("devices", 1, "processes that share the work, on as many GPUs or on the CPU", int, least=1),
     Option("data.root", None, "where the run's data lie now, if they have moved", str, optional=True),
     Option(
-        "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
+        "data.cache",
+        None,
+        "folder of the data's index and pixels, instead of the default",
+        str,
+        optional=True,
     ),
     TRUST,
     WRAPPERS,
@@ -188,14 +192,15 @@ OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "eva
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
-    "data.cache": "none",
+    "data.cache": "once",
     "guidance": "none",
     "data.root": "none",  # the fingerprint shows whether the images are others
-    "logger": "none",
+    "logger": "once",
     "metrics": "none",
     "sampler": "none",
     "spacing": "none",
     "trainer.max_steps": "none",
+    "trainer.profiler": "once",
     "optimizer": "tuning",
     "lr_schedule": "tuning",
     "trainer.accelerator": "order",

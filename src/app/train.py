@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
-from src.app.overrides import in_override, write_overrides
+from src.app.overrides import given_again, in_override, own_arguments
 from src.evaluation.record import Record
 from src.runs.files import write_json
 from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, SCORES_FILE, find_run, locked
@@ -49,7 +49,7 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         if source.num_classes:  # which label is which class
             source.prepare()
             record["classes"] = list(source.class_names)
-        write_overrides(folder, list(HydraConfig.get().overrides.task))
+        record["arguments"] = own_arguments(list(HydraConfig.get().overrides.task))  # for `requeued_run`
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
     for logger in trainer.loggers:
@@ -85,7 +85,10 @@ def closing_summary(folder: Path, step: int, scores: dict[str, float], config: D
         ]
         if config.metrics:
             following.append(f"  python -m src.evaluate {trust}{run}")
-        following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}")
+        again = " ".join(map(shlex.quote, given_again(list(HydraConfig.get().overrides.task))))
+        following.append(
+            f"  python -m src.train {again}{' ' if again else ''}{ckpt} trainer.max_steps={2 * step}"
+        )
     width = max(map(len, results), default=0) + 2
     return "\n".join(
         ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]
