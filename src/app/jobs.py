@@ -1,6 +1,5 @@
 """One job: what Hydra, or a launcher in another process or on another machine, calls with a composed configuration."""
 
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from src.app.options import CONF, ENTRY_POINTS, check_options, nested
 from src.app.options import OPTIONS as SINGLE_OPTIONS
 from src.app.sweep import OUTCOME_FILE
 from src.errors import UserError
+from src.runs.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ def run_hydra(name: str) -> int:
 
     register()
     failures: list[Exception] = []
-    failed: list[int] = []
 
     def once(config: Any) -> float | None:
         # raised below: Hydra would print a line of its own first
@@ -57,11 +56,11 @@ def run_hydra(name: str) -> int:
     sweeping = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     if sweeping:
-        from src.app.sweep import reporting_to
+        from src.app.sweep import reported
 
-        with reporting_to(failed):
+        with reported() as sweep:
             main(sweep_job)()
-        return sum(failed)
+        return sweep.failed
     main(once)()
     if failures:
         raise failures[0]
@@ -92,7 +91,7 @@ def sweep_job(config: Any) -> float | None:
     except Exception as error:
         outcome["error"] = redacted(str(error)) or type(error).__name__
         log.error("job failed: %s", outcome["error"], exc_info=not isinstance(error, UserError))
-    (Path(settings.runtime.output_dir) / OUTCOME_FILE).write_text(json.dumps(outcome, indent=2))
+    write_json(Path(settings.runtime.output_dir) / OUTCOME_FILE, outcome)
     return next(iter((outcome.get("scores") or {}).values()), None)
 
 

@@ -28,7 +28,7 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
     """
     groups = groups_of(entry_point)
     own = {option.name.partition(".")[0] for option in OPTIONS[entry_point]}
-    for override in _parsed(arguments):
+    for override in parsed(arguments):
         key = override.key_or_group
         root = key.partition(".")[0]
         if root in ("hydra", *OPEN) or key.startswith("hydra/"):
@@ -51,7 +51,12 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
             raise UserError(f"{key}: no such option; there is {', '.join(known) or root}")
 
 
-def _parsed(arguments: list[str]) -> list[Any]:
+def parsed(arguments: list[str]) -> list[Any]:
+    """The overrides of a command line, without Hydra's flags.
+
+    Raises:
+        UserError: one cannot be read.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -140,7 +145,7 @@ def _wrong_option(entry_point: str, arguments: list[str], config_name: str) -> s
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = _parsed(arguments)
+    overrides = parsed(arguments)
     sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
     for override in overrides:
         if override.is_sweep_override() and not sweeping:

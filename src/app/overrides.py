@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from src.app.messages import check_names
+from src.app.messages import check_names, parsed
 from src.app.options import CONF, effect_of
 from src.errors import UserError
 from src.runs.files import Damaged, read_json
@@ -42,10 +42,19 @@ def prepare(entry_point: str, arguments: list[str]) -> tuple[str, list[str]]:
             left = continue_with(run.checkpoint, [a for a in arguments if not a.startswith("ckpt=")])
         entry_point = CONTINUED
         arguments = [*left, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
+    if any(argument in ("-m", "--multirun") for argument in arguments):
+        arguments = [*arguments, f"hydra.job.config.override_dirname.exclude_keys={fixed(arguments)}"]
     if folders:
         places = ",".join(f"'file://{folder}'" for folder in folders)
         arguments = [*arguments, f"hydra.searchpath=[{places}]"]
     return entry_point, arguments
+
+
+def fixed(arguments: list[str]) -> str:
+    """The options that are the same in all jobs of a sweep, as a list: their values are left out of folder names."""
+    return (
+        f"[{','.join(dict.fromkeys(o.key_or_group for o in parsed(arguments) if not o.is_sweep_override()))}]"
+    )
 
 
 def trusted_packages(arguments: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions and edits."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from src.errors import UserError
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import animation, image_grid, read_images, save_images
 from src.generation.recipe import describe
-from src.runs.files import file_sha256, write_json
+from src.runs.files import Damaged, file_sha256, read_json, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
@@ -124,12 +123,12 @@ class _Origin:
     def evaluations(self) -> int:
         """Network evaluations per image of the existing images; 0 if they are of another origin."""
         try:
-            stored = json.loads(self.path.read_text())
-            evaluations = stored.pop("network_evaluations")
-        except (OSError, ValueError, KeyError, AttributeError):
+            stored = read_json(self.path, dict[str, Any])
+        except (FileNotFoundError, Damaged):
             return 0
-        same = {name: value for name, value in self.content.items() if name != "network_evaluations"}
-        return evaluations if stored == same and isinstance(evaluations, int) else 0
+        evaluations = stored.get("network_evaluations")
+        same = stored == {**self.content, "network_evaluations": evaluations}
+        return evaluations if same and isinstance(evaluations, int) else 0
 
     def prepare(self) -> None:
         """Removes images of another origin."""

@@ -117,14 +117,14 @@ def check_contained(folder: Path) -> None:
         if real in seen:
             continue
         seen.add(real)
-        try:
-            kind = stat.S_IFMT(os.stat(real).st_mode)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: remove it") from None
         if os.path.commonpath([root, real]) != root:
             raise UserError(
                 f"{path} is a link out of the run folder, to {real}: remove it, or copy what it leads to"
             )
+        try:
+            kind = stat.S_IFMT(os.stat(real).st_mode)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: remove it") from None
         if kind == stat.S_IFDIR:
             todo += [os.path.join(real, name) for name in os.listdir(real)]
         elif kind != stat.S_IFREG:

@@ -22,6 +22,7 @@ from src.errors import UserError
 from src.runs.files import Damaged, Sidecar, read_json, sidecar_path, write_json
 from src.runs.folder import BEST_FILE, checkpoints_by_step
 from src.training import post_hoc
+from src.training.dashboard import cut_curves
 from src.training.ema import EMA
 from src.training.reading import read_checkpoint
 from src.training.signals import Stopped
@@ -209,6 +210,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
+            cut_curves(Path(trainer.default_root_dir), trainer.global_step)
             for path in checkpoints_by_step(self.folder):
                 if path > self._path(trainer.global_step):
                     set_aside(path)
