@@ -1,6 +1,7 @@
 """Joins the parts of a training: configuration -> objects."""
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -207,6 +208,9 @@ def checkpoint_of(config: DictConfig) -> Path | None:
 
 def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
     """What makes the optimiser and its learning-rate schedule, both tried on one parameter."""
+    for name, value in (config.optimizer or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"optimizer.{name}={value}: give a finite number")
     optimizer = build(config.optimizer, Optimizer, "optimizer")
     lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
     option = "optimizer"

@@ -231,10 +231,12 @@ def continue_with(checkpoint: Path, arguments: list[str]) -> list[str]:
         other, followed_name = _place(config, followed)
         if name in node and node[name] == other.get(followed_name):
             node[name] = f"${{{followed}}}"
-    trainer = config["trainer"] | {"_target_": _conf("trainer", "auto")["_target_"]}
+    trainer = (config.get("trainer") or {}) | {"_target_": _conf("trainer", "auto")["_target_"]}
     trainer.pop("profiler", None)  # it writes to a folder
-    watching = {"checkpoints": _conf("callbacks", "checkpoints")["checkpoints"]} | (config["callbacks"] or {})
-    config |= {"trainer": trainer, "callbacks": watching, "logger": config["logger"] or {}}
+    watching = {"checkpoints": _conf("callbacks", "checkpoints")["checkpoints"]} | (
+        config.get("callbacks") or {}
+    )
+    config |= {"trainer": trainer, "callbacks": watching, "logger": config.get("logger") or {}}
     left = _applied(config, arguments)
     replaced = {argument.partition("=")[0] for argument in arguments}
     for group in {"callbacks", "logger"} - replaced:
@@ -280,22 +282,25 @@ def _watching(group: str, name: str, node: Any) -> Any:
     Raises:
         UserError: it is neither.
     """
-    if not isinstance(node, dict) or "_target_" not in node:  # numbers of a debug preset
-        return node
-    check_classes({key: value for key, value in node.items() if key != "_target_"}, f"{group}.{name}")
-    if str(node["_target_"]).startswith(trusted()):
+    if not isinstance(node, dict):
+        raise UserError(f"{group}.{name}={node}: this is no part of a configuration")
+    target = str(node.get("_target_", ""))
+    numbers = {key: value for key, value in node.items() if key != "_target_"}
+    check_classes(numbers, f"{group}.{name}")
+    if target.startswith(trusted()):
         find_class(node, f"{group}.{name}", trusted())
         return node
-    ours = {
-        key: value for path in (CONF / group).glob("*.yaml") for key, value in _conf(group, path.stem).items()
-    }
-    if name not in ours or name == "defaults":
+    if not target and group == "callbacks":  # numbers of a debug preset, for a callback that was not chosen
+        return numbers
+    files = (CONF / group).glob("*.yaml")
+    ours = {key: node for path in files for key, node in _conf(group, path.stem).items() if key != "defaults"}
+    if name not in ours:
         raise UserError(
-            f"{group}.{name}: {str(node['_target_'])[:100]} is not taken from a run folder, which may be untrusted:"
-            f" give it again with '+{group}.{name}={{_target_: ...}}', or leave it out with '~{group}.{name}'"
+            f"{group}.{name}: {target[:100]} is not taken from a run folder, which may be untrusted: give it again with"
+            f" '+{group}.{name}={{_target_: ...}}', or leave it out with '~{group}.{name}'"
         )
-    kept = ("project", "tags") if group == "logger" else node  # no logger's folder
-    return ours[name] | {key: value for key, value in node.items() if key in kept and key != "_target_"}
+    kept = ("project", "tags") if group == "logger" else numbers  # no logger's folder
+    return ours[name] | {key: value for key, value in numbers.items() if key in kept}
 
 
 def _register(config: dict[str, Any]) -> None:

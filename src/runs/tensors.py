@@ -1,5 +1,6 @@
 """Loads files of tensors and primitives, which may be untrusted."""
 
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ def load_tensors(path: Path, mapped: bool) -> Any:
     with zipfile.ZipFile(path) as file:
         if any(entry.file_size > size for entry in file.infolist()):
             raise ValueError("it is compressed")
+    mapped &= os.fsencode(path) == str(path).encode(errors="replace")  # torch maps no file with another name
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     todo, parts = [(content, 0)], 0
     while todo:

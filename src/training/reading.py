@@ -143,10 +143,10 @@ def _restore_for_trial(content: Mapping[str, Any], module: Any) -> None:
     for number, state in stored["state"].items():
         alike = {n: parameters[number] if m.shape == probe.shape else m for n, m in moments.items()}
         _compare_shapes(state, alike, f"optimizer_states.{number}")
-    if isinstance(configured, dict):
+    stored_schedules = content["lr_schedulers"][:1]  # none, if the schedule is new
+    for stored in stored_schedules if isinstance(configured, dict) else ():
         schedule = configured["lr_scheduler"]["scheduler"]
         fresh = schedule.state_dict()
-        (stored,) = content["lr_schedulers"]
         if foreign := [name for name in stored if name not in fresh and hasattr(schedule, name)]:
             raise ValueError(f"lr_schedulers: unknown entry {foreign[0]}")
         _compare(stored, fresh, "lr_schedulers")

@@ -54,14 +54,13 @@ class Evil:
 
 
 def good_run(folder: Path) -> Path:
-    """A small run with previews, averages, snapshots, samples and scores."""
+    """A small run with previews, averages, snapshots and samples."""
     made = train(folder, "ema=power", "ema.snapshot_every=1", "trainer.max_steps=2", "metrics=none")
     assert made.status == 0, made.output
     (place,) = (folder / "runs").iterdir()
     place.rename(folder / RUN)
-    for command in (SAMPLE, EVALUATE):
-        done = run(folder, *command)
-        assert done.status == 0, done.output
+    done = run(folder, *SAMPLE)
+    assert done.status == 0, done.output
     return folder / RUN
 
 
