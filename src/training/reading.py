@@ -162,9 +162,9 @@ def _compare(stored: Any, fresh: Any, name: str) -> None:
         for key in fresh.keys() & stored.keys():
             _compare(stored[key], fresh[key], f"{name}.{key}")
     elif isinstance(fresh, list | tuple) and isinstance(stored, list | tuple):
-        if len(stored) != len(fresh):
+        if fresh and len(stored) != len(fresh):
             raise ValueError(f"{name} has {len(stored)} parts, not {len(fresh)}")
-        for number, pair in enumerate(zip(stored, fresh, strict=True)):
+        for number, pair in enumerate(zip(stored, fresh, strict=False)):
             _compare(*pair, f"{name}.{number}")
     elif stored is not None and not isinstance(
         stored, int | float | Tensor if _is_number(fresh) else type(fresh)

@@ -375,9 +375,9 @@ ENTRIES: tuple[tuple[Any, ...], ...] = (
         ("origin", "code"),
         ("origin", "world_size"),
         ("origin", "machine"),
-        ("callbacks", "PowerEMA", "weights"),
+        ("callbacks", "EMA", "weights"),
     ),
-    *(("callbacks", "PowerEMA"), ("callbacks", "SkipNonFinite", "skipped"), ("pytorch-lightning_version",)),
+    *(("callbacks", "EMA"), ("callbacks", "SkipNonFinite", "skipped"), ("pytorch-lightning_version",)),
     *(("config", "model"), ("config", "callbacks"), ("config", "trainer"), ("config", "data", "image_size")),
 )
 SIZES = (
