@@ -103,7 +103,7 @@ def read_config(content: Mapping[str, Any], origin: Path) -> dict[str, Any]:
         for group in groups & config.keys():
             if not isinstance(config[group], dict | None):
                 raise TypeError(group)
-        for _, value in _leaves(config, ""):
+        for value in _leaves(config):
             lengths += len(value) if isinstance(value, str) else 0
             if lengths > LONGEST or not isinstance(value, str | int | float | bool | None):
                 raise TypeError("value")
@@ -135,15 +135,16 @@ def check_classes(node: Any, option: str) -> None:
             check_classes(value, f"{option}.{number}")
 
 
-def _leaves(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if parts is None:
-        yield name, node
-        return
-    for key, value in parts:
-        if not isinstance(key, str | int):
-            raise TypeError(name)
-        yield from _leaves(value, f"{name}.{key}" if name else str(key))
+def _leaves(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        if not all(isinstance(key, str | int) for key in node):
+            raise TypeError("key")
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from _leaves(value)
+    else:
+        yield node
 
 
 def _escaped(node: Any) -> Any:

@@ -169,7 +169,7 @@ def _compare(stored: Any, fresh: Any, name: str) -> None:
     elif stored is not None and not isinstance(
         stored, int | float | Tensor if _is_number(fresh) else type(fresh)
     ):
-        raise ValueError(f"{name} is a {type(stored).__name__}")
+        raise ValueError(f"{name} is of type {type(stored).__name__}")
     elif isinstance(stored, int | float) and not -LARGEST < stored < LARGEST and _is_number(fresh):
         raise ValueError(f"{name}={stored}")
 
