@@ -44,6 +44,7 @@ FOLLOWING = {"lr_schedule.total_steps": "trainer.max_steps", "ema.batch_size": "
 NUMBERS_ONLY = {"callbacks", "logger", "trainer"}
 LONGEST = 1_000_000
 """Characters of all stored texts."""
+LONGEST_LIST = 1000
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +142,8 @@ def _leaves(node: Any) -> Iterator[Any]:
             raise TypeError("key")
         node = list(node.values())
     if isinstance(node, list):
+        if len(node) > LONGEST_LIST:
+            raise TypeError("list")
         for value in node:
             yield from _leaves(value)
     else:
