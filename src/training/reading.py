@@ -6,6 +6,7 @@ from typing import Any, NotRequired
 
 import torch
 from lightning.pytorch import Trainer
+from packaging.version import Version
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -110,6 +111,7 @@ def check_fits(content: Mapping[str, Any], trainer: Trainer, module: Any) -> Non
         UserError: a state has other entries, types or shapes.
     """
     try:
+        Version(content["pytorch-lightning_version"])  # Lightning compares it
         _restore_for_trial(content, module)
         weights = dict(module.denoiser.network.named_parameters())
         for callback in trainer.callbacks:
