@@ -40,9 +40,9 @@ def prepare(entry_point: str, arguments: list[str]) -> tuple[str, list[str]]:
 
         own = [a for a in arguments if not a.startswith("ckpt=")]
         with trusting(trusted_packages(arguments)):
-            left = continue_with(run.checkpoint, own, _given(arguments, "conditioning.encoder.name"))
+            continue_with(run.checkpoint, own, _given(arguments, "conditioning.encoder.name"))
         entry_point = CONTINUED
-        arguments = [*left, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
+        arguments = [*own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
     if folders:
         places = ",".join(f"'file://{folder}'" for folder in folders)
         arguments = [*arguments, f"hydra.searchpath=[{places}]"]

@@ -19,6 +19,7 @@ from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.runs.folder import FoundRun
 from src.training import post_hoc
+from src.training.checkpoint import tensors_of
 from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def load_weights(
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     state |= averages
-    broken = next((key for key, tensor in state.items() if not bool(tensor.isfinite().all())), None)
+    broken = next((key for key, tensor in tensors_of(state) if not bool(tensor.isfinite().all())), None)
     if broken:
         raise UserError(
             f"{found.checkpoint}: {name} weights are not finite ({broken}); choose another checkpoint"

@@ -229,7 +229,7 @@ def _at_most(parameters: int) -> Iterator[None]:
         hook.remove()
 
 
-def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = None) -> list[str]:
+def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = None) -> None:
     """Registers the configuration of a training that is continued, as `CONTINUED`.
 
     It is conf/train.yaml with the stored choice of each group, `STORED`, and the stored single options. The command
@@ -239,9 +239,6 @@ def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = 
         checkpoint: the file.
         arguments: the command line without `ckpt`.
         encoder: where the text encoder lies now; None for the stored place.
-
-    Returns:
-        The arguments for Hydra, without those that delete an option of a group, which are applied here.
 
     Raises:
         UserError: see `read_config`; or a callback or logger is of a class that is not taken from a run folder.
@@ -258,34 +255,22 @@ def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = 
         config.get("callbacks") or {}
     )
     config |= {"trainer": trainer, "callbacks": watching, "logger": config.get("logger") or {}}
-    left = _applied(config, arguments)
+    for argument in arguments:
+        if re.match(r"\+\w+\.", argument):  # a stored option, added again
+            node, name = _place(config, argument[1:].partition("=")[0])
+            node.pop(name, None)
     replaced = {argument.partition("=")[0] for argument in arguments}
     for group in {"callbacks", "logger"} - replaced:
-        config[group] = {name: _watching(group, name, node) for name, node in config[group].items()}
+        config[group] = {
+            name: {} if f"~{group}.{name}" in replaced else _watching(group, name, node)
+            for name, node in config[group].items()
+        }
     check_classes({name: value for name, value in trainer.items() if name != "_target_"}, "trainer")
     _register(config)
-    return left
 
 
 def _conf(group: str, choice: str) -> dict[str, Any]:
     return yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")) or {}
-
-
-def _applied(config: dict[str, Any], arguments: list[str]) -> list[str]:
-    """Removes what arguments add (+group.name=...) or delete (~group.name) from a configuration.
-
-    Returns:
-        The arguments without the deletions.
-    """
-    left = []
-    for argument in arguments:
-        option = argument.lstrip("+~").partition("=")[0]
-        if "." in option and argument[0] in "+~" and not argument.startswith("++"):
-            node, name = _place(config, option)
-            node.pop(name, None)
-        if "." not in option or argument[0] != "~":
-            left.append(argument)
-    return left
 
 
 def _place(config: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:

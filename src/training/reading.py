@@ -54,7 +54,7 @@ Content = with_config(Anything)(
         "Content",
         {
             "config": dict[str, Any],
-            "state_dict": Weights,
+            "state_dict": dict[str, Tensor | Weights],  # a module's extra state may be a dictionary
             "callbacks": dict[str, Any],
             "global_step": Count,
             "epoch": NotRequired[Count],

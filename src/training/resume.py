@@ -150,7 +150,7 @@ def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    return {name: getattr(weight, "shape", None) for name, weight in flat(weights).items()}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

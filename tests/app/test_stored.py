@@ -39,9 +39,9 @@ def stored(tmp_path):
 
 
 def composed(path, *arguments):
-    left = continue_with(path, list(arguments))
+    continue_with(path, list(arguments))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose(CONTINUED, left), "config")
+        return resolve(compose(CONTINUED, list(arguments)), "config")
 
 
 def test_the_stored_options_are_composed_with_the_command_line(stored):
@@ -122,6 +122,11 @@ def test_checkpoints_are_saved_unless_the_command_line_says_otherwise(stored):
     path = stored(callbacks={})
     assert composed(path)["callbacks"]["checkpoints"]["every"] == 1000
     assert "checkpoints" not in composed(path, "~callbacks.checkpoints")["callbacks"]
+
+
+def test_a_stored_callback_of_another_package_can_be_left_out(stored):
+    path = stored(callbacks__mine={"_target_": "lightning.pytorch.callbacks.EarlyStopping"})
+    assert "mine" not in composed(path, "~callbacks.mine")["callbacks"]
 
 
 def test_the_cache_of_the_data_is_that_of_the_class(stored):
