@@ -47,10 +47,9 @@ def read(runs: list[Path]) -> Table:
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation, with three decimals below 10."""
-    digits = 3 if mean(values) < 1 else 2
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    """Mean and standard deviation."""
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"
 
 
 def main() -> None:
@@ -90,6 +89,8 @@ def plot(table: Table, path: Path) -> None:
         bounds = [[m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1)]
         axes.fill_between(list(table), *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     for axes, label in ((left, "share"), (right, "Fréchet distance")):
         axes.set(xlabel="guidance scale (1: none)", ylabel=label)
         axes.grid(alpha=0.3, which="both")

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from src.app import jobs
+from src.app.conditions import conditioning_of
 from src.app.options import CONF
-from src.app.parts import codec_of, conditioning_of, denoiser_of, loss_of, source_of
+from src.app.parts import codec_of, denoiser_of, loss_of, source_of
 from src.conditioning import Condition
 from src.data.stream import Batch
 from src.randomness import draws_at, generator, key

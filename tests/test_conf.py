@@ -19,10 +19,12 @@ from src.app import jobs
 from src.app.assemble import Experiment, assemble
 from src.app.build import build
 from src.app.cli import help_text
+from src.app.conditions import conditioning_of
 from src.app.options import CONF, ENTRY_POINTS, OPTIONS
 from src.app.parts import codec_of, scores_of, source_of
 from src.app.sample import task_of
 from src.errors import UserError
+from src.generation.recipe import Recipe
 from src.generation.tasks import Task
 from src.metrics.score import FidelityScore
 from tests.conftest import ROOT
@@ -48,6 +50,7 @@ NEEDS = {
     "variance=learned": ["loss=hybrid"],
     "variance=learned_range": ["loss=hybrid"],
     "guidance": ["conditioning=class", "conditioning.dropout=0.1"],
+    "metrics": ["conditioning=class"],
     "model=unet_ddpm": ["data=cifar10"],
     "model=unet_small": ["data=fashion_mnist"],
     # the published sizes are tested without memory, in tests/model
@@ -423,26 +426,28 @@ def test_metrics(choice, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     data = choice if choice in choices("data") else "fashion_mnist" if "fashion" in choice else "digits"
-    config = composed("train", f"data={data}", f"metrics={choice}")
+    config = composed("train", f"data={data}", f"metrics={choice}", *needs("metrics", choice))
+    source = source_of(config)
+    codec = codec_of(config, source)
+    conditioning = conditioning_of(config, source, codec)
+    recipe = Recipe(None, None, 1, (), codec, conditioning, seed=0)
     if "Inception" in OmegaConf.to_yaml(config.metrics):
         with pytest.raises(
             UserError, match=r"^metrics\.features\.weights: no InceptionV3 weights in \S+"
         ) as raised:
-            scores_of(config, codec_of(config, source_of(config)))
+            scores_of(config, recipe, False)
         assert "\n" not in str(raised.value)
         fix = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
         assert fix in str(raised.value)
     elif not config.metrics:
-        assert scores_of(config, codec_of(config, source_of(config))) is None
+        assert scores_of(config, recipe, False) is None
     elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):
         # only for src.evaluate: these generate no images, so training cannot track them
         assert build(config.metrics, object, "metrics") is not None
         with pytest.raises(UserError, match=r"^metrics"):
-            scores_of(config, codec_of(config, source_of(config)))
+            scores_of(config, recipe, False)
     else:
-        assert type(scores_of(config, codec_of(config, source_of(config))).monitored) is get_class(
-            config.metrics["_target_"]
-        )
+        assert type(scores_of(config, recipe, False).monitored) is get_class(config.metrics["_target_"])
 
 
 def test_the_default_score_fits_the_data():

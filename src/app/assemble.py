@@ -139,7 +139,9 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         effects=effect_of,
         upgrade=upgrade,
         packages=("src", *config.trust),
-        assembly=("src.app.assemble", "src.app.parts"),
+        assembly=tuple(
+            f"src.app.{name}" for name in ("assemble", "parts", "conditions", "recipes", "guides")
+        ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
     accumulation = accumulation_of(config, trainer.world_size)

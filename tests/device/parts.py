@@ -6,8 +6,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from src.app import jobs
+from src.app.conditions import conditioning_of
 from src.app.options import CONF
-from src.app.parts import codec_of, conditioning_of, denoiser_of, loss_of, source_of
+from src.app.parts import codec_of, denoiser_of, loss_of, source_of
 from src.app.recipes import recipe_of
 from src.conditioning import Condition
 from src.data.stream import Batch

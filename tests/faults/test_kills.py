@@ -52,7 +52,7 @@ def test_other_seed_differs(tmp_path, uninterrupted):
 def uninterrupted_ddp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted_ddp")
     leader = processes.start_command(folder, *DDP)
-    assert leader.wait(120) == 0, (folder / "output.txt").read_text()
+    assert leader.wait(300) == 0, (folder / "output.txt").read_text()
     return training_state(run_folder(folder), STEPS)
 
 
@@ -66,11 +66,11 @@ def test_one_of_two_processes_killed(tmp_path, uninterrupted_ddp, rank):
         assert leader.wait(30) != 0
         assert time.monotonic() - began < 25, "the other process waited for the killed one"
         output = (tmp_path / "output.txt").read_text()
-        assert "process 1 of 2 was killed by SIGKILL" in output.splitlines()[-1]
+        assert "error: process 1 of 2 was killed by SIGKILL" in output
         assert "Traceback" not in output
     finally:
         processes.leave_nothing(leader)
-    assert processes.start_command(tmp_path, "ckpt=last").wait(120) == 0, (
+    assert processes.start_command(tmp_path, "ckpt=last").wait(300) == 0, (
         tmp_path / "output.txt"
     ).read_text()
     assert not differences(uninterrupted_ddp, training_state(run_folder(tmp_path), STEPS))
