@@ -42,6 +42,9 @@ LAYOUT = (
 )
 """What this package and its loggers read and write in a run folder."""
 
+WANDB_LINK = "debug-core.log"
+"""The link of wandb to the log of its service, which lies elsewhere; nothing is written through it."""
+
 
 def checkpoints_by_step(folder: Path) -> list[Path]:
     """The step_<k>.ckpt files of a folder, oldest first."""
@@ -113,6 +116,8 @@ def check_contained(folder: Path, names: Sequence[str] = LAYOUT) -> None:
     )
     while todo:
         path = todo.pop()
+        if os.path.basename(path) == WANDB_LINK:
+            continue
         real = os.path.realpath(path)
         if real in seen:
             continue

@@ -144,3 +144,11 @@ def test_a_link_to_a_folder_with_a_pipe_is_refused(tmp_path):
 
 def test_the_record_of_a_checkpoint_lies_beside_it(tmp_path):
     assert sidecar_path(tmp_path / "a.ckpt") == tmp_path / "a.ckpt.json"
+
+
+def test_the_link_of_wandb_to_its_service_is_no_link_out(tmp_path):
+    logs = tmp_path / "run" / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "elsewhere").touch()
+    (logs / "debug-core.log").symlink_to(tmp_path / "elsewhere")
+    check_contained(tmp_path / "run")
