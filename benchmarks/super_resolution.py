@@ -17,7 +17,7 @@ from src.app.stored import upgrade
 from src.diffusion.sampler import PerImageNoise, last_image
 from src.generation.restore import psnr
 from src.runs.folder import find_run
-from src.training.checkpoint import read_checkpoint
+from src.training.reading import read_checkpoint
 
 
 def main() -> None:

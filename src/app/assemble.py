@@ -1,6 +1,7 @@
 """Joins the parts of a training: configuration -> objects."""
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -47,11 +48,12 @@ from src.runs.files import write_atomically
 from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
-from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, not_finite
 from src.training.dashboard import CurveFiles, forgiving, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
+from src.training.reading import check_fits, read_checkpoint
 from src.training.resume import ResumeCheck
 from src.training.signals import StopOnSignal
 
@@ -70,9 +72,15 @@ class Experiment:
     summary: str
 
     def check_resume(self) -> None:
-        """Checks a continued training against its checkpoint; see `ResumeCheck.check`."""
+        """Checks a continued training against its checkpoint; see `ResumeCheck.check` and `check_fits`.
+
+        Raises:
+            UserError: it does not fit.
+        """
         (check,) = (callback for callback in self.trainer.callbacks if isinstance(callback, ResumeCheck))
         check.check(self.trainer, self.module, self.data)
+        if self.checkpoint is not None:
+            check_fits(read_checkpoint(self.checkpoint), self.trainer, self.module)
 
     @property
     def tracker(self) -> TrackFidelity | None:
@@ -177,16 +185,22 @@ def checkpoint_of(config: DictConfig) -> Path | None:
     if not config.ckpt:
         return None
     checkpoint = find_run(config.ckpt, option="ckpt").checkpoint
-    step = read_checkpoint(checkpoint)["global_step"]
+    content = read_checkpoint(checkpoint)
+    step = content["global_step"]
     if step >= config.trainer.max_steps:
         raise UserError(
             f"trainer.max_steps={config.trainer.max_steps}: {checkpoint} is at step {step} already; choose more"
         )
+    if broken := not_finite(content):
+        raise UserError(f"ckpt={checkpoint}: {broken} is not finite; choose another checkpoint")
     return checkpoint
 
 
 def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
     """What makes the optimiser and its learning-rate schedule, both tried on one parameter."""
+    for name, value in (config.optimizer or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"optimizer.{name}={value}: give a finite number")
     optimizer = build(config.optimizer, Optimizer, "optimizer")
     lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
     option = "optimizer"

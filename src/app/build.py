@@ -1,8 +1,8 @@
 """From a node of the configuration to an object; mistakes in the node become one-line errors.
 
 A `_target_` can name classes of this project, of torch.optim, of lightning.pytorch, and of the packages that the
-command line trusts (`trust=[mypackage]`); and only where an object of their kind is expected. A stored configuration
-may be untrusted: it never adds a package.
+command line trusts (`trust=[mypackage]`); and only where an object of their kind is expected. What a run folder may
+name is less: see `src.app.stored`.
 """
 
 import inspect
@@ -54,9 +54,14 @@ def trusting(packages: Sequence[str]) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def trusted() -> tuple[str, ...]:
+    """Prefixes of the names of classes in packages that the command line trusts."""
+    return _trusted.get()
+
+
 def allowed() -> tuple[str, ...]:
     """Prefixes of the names that a `_target_` may have."""
-    return ALLOWED_PACKAGES + _trusted.get()
+    return ALLOWED_PACKAGES + trusted()
 
 
 def build(node: DictConfig | None, kind: type[T], option: str, **joined: Any) -> T | Any:
@@ -100,6 +105,11 @@ def _construct(numbers: Mapping[str, Any], option: str, joined: Mapping[str, Any
         raise UserError(f"{option}: {target.__name__}: {error}") from None
     try:
         return make()
+    except (ArithmeticError, MemoryError, RuntimeError) as error:  # of absurd numbers
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{option}: {target.__name__} cannot be built with these options: {first[:200]}"
+        ) from None
     except ValueError as error:
         known = {*arguments, *(name for name, value in joined.items() if isinstance(value, int | list))}
         raise UserError(f"{option}.{error}" if named(error) in known else f"{option}: {error}") from None
@@ -110,14 +120,10 @@ def class_of(node: Any) -> type | None:
 
     Nothing is imported for a name that is not allowed.
     """
-    name = node.get("_target_") if node else None
-    if not isinstance(name, str) or not name.startswith(allowed()):
-        return None
     try:
-        found = get_object(name)
-    except Exception:
+        return find_class(node, "", allowed()) if node else None
+    except UserError:
         return None
-    return found if inspect.isclass(found) else None
 
 
 def takes(node: DictConfig, name: str) -> bool:
@@ -147,25 +153,44 @@ def resolve(node: DictConfig, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
 
 
-def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> None:
-    """Checks a node, and the nodes below it, against what is allowed where it stands."""
+def find_class(numbers: Mapping[str, Any], option: str, packages: tuple[str, ...]) -> type:
+    """The class that a node names. Nothing is imported for a name outside the packages.
+
+    Args:
+        numbers: the node.
+        option: its place in the configuration, for messages.
+        packages: prefixes of allowed names, each with a dot at its end.
+
+    Raises:
+        UserError: the name is missing, is not allowed or does not exist.
+    """
     name = numbers.get("_target_")
     if not isinstance(name, str):
         raise UserError(f"{option} needs a _target_, the name of a class; choose one of the group's files")
-    if not name.startswith(allowed()):
+    if not name.startswith(packages):
         raise UserError(
-            f"{option}._target_={name} is not allowed: classes come from {', '.join(allowed())} and from packages that"
-            " you trust on the command line, e.g. trust=[mypackage]"
+            f"{option}._target_={name[:200]} is not allowed: classes come from {', '.join(packages)} and from packages"
+            " that you trust on the command line, e.g. trust=[mypackage]"
         )
     try:
         target = get_object(name)
     except Exception:
-        raise UserError(f"{option}._target_={name} does not exist") from None
+        raise UserError(f"{option}._target_={name[:200]} does not exist") from None
     home = f"{getattr(target, '__module__', None)}."
-    if not inspect.isclass(target) or not home.startswith(allowed()):
-        raise UserError(f"{option}._target_={name} is not allowed: it is no class of {', '.join(allowed())}")
+    if not inspect.isclass(target) or not home.startswith(packages):
+        raise UserError(
+            f"{option}._target_={name[:200]} is not allowed: it is no class of {', '.join(packages)}"
+        )
+    return target
+
+
+def _check(numbers: Mapping[str, Any], kinds: tuple[type, ...], option: str) -> None:
+    """Checks a node, and the nodes below it, against what is allowed where it stands."""
+    target = find_class(numbers, option, allowed())
     if not issubclass(target, kinds):
-        raise UserError(f"{option}._target_={name} is no {' or '.join(kind.__name__ for kind in kinds)}")
+        raise UserError(
+            f"{option}._target_={numbers['_target_']} is no {' or '.join(kind.__name__ for kind in kinds)}"
+        )
     _check_values(target, numbers, option)
 
 
@@ -175,7 +200,7 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
     open_ended = target.__init__ is not object.__init__ and any(
         p.kind is p.VAR_KEYWORD for p in parameters.values()
     )
-    typed = f"{target.__module__}.".startswith(("src.", "torch.optim.", *_trusted.get()))
+    typed = f"{target.__module__}.".startswith(("src.", "torch.optim.", *trusted()))
     try:
         hints = get_type_hints(target.__init__)
     except NameError:  # some libraries name types that are there for type checkers only

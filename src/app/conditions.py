@@ -12,6 +12,7 @@ from src.data.codec import Codec
 from src.data.examples import Examples
 from src.data.source import ImageSource
 from src.errors import UserError
+from src.runs.files import Damaged, open_regular
 
 
 def conditioning_of(config: DictConfig, source: ImageSource, codec: Codec) -> Conditioning | None:
@@ -81,12 +82,10 @@ def prompts_of(config: DictConfig) -> list[str] | None:
         return None
     if isinstance(prompts, str) and prompts.endswith(".txt"):
         try:
-            prompts = [
-                line.strip()
-                for line in Path(prompts).read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
+            with open_regular(Path(prompts)) as file:
+                lines = file.read().decode().splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError, Damaged) as error:
             raise UserError(f"prompts={config.prompts}: the file cannot be read ({error})") from None
     elif isinstance(prompts, str):
         prompts = [prompts]

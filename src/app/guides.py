@@ -19,7 +19,7 @@ from src.diffusion.schedule import Schedule
 from src.errors import UserError
 from src.runs.files import file_sha256
 from src.runs.folder import find_run
-from src.training.checkpoint import read_checkpoint
+from src.training.reading import read_checkpoint
 
 # Options of a guidance that name its second run; types and meaning are those of src.sample.
 RUN_OPTIONS = {option.name: option for option in LOAD if option.name in ("run", "checkpoint", "weights")}

@@ -1,6 +1,5 @@
 """One job: what Hydra, or a launcher in another process or on another machine, calls with a composed configuration."""
 
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from src.app.messages import explain
 from src.app.options import CONF, ENTRY_POINTS, check_options, nested
 from src.app.options import OPTIONS as SINGLE_OPTIONS
 from src.errors import UserError
+from src.runs.files import write_json
 from src.runs.output import lost_log
 
 # Names the file to which a job of a sweep writes its scores.
@@ -52,30 +52,30 @@ def run_single(entry_point: str, arguments: Sequence[str]) -> dict[str, float]:
     from src.app.overrides import prepare
 
     scores_to = os.environ.pop(SCORES_TO, None)  # not for further processes
-    sys.argv[1:] = prepare(entry_point, list(arguments))
-    with explained(entry_point, sys.argv[1:]):
-        scores = run_hydra(entry_point)
+    name, sys.argv[1:] = prepare(entry_point, list(arguments))
+    with explained(entry_point, sys.argv[1:], name):
+        scores = run_hydra(name)
     if scores_to:
-        Path(scores_to).write_text(json.dumps(scores))
+        write_json(Path(scores_to), scores)
     return scores
 
 
 @contextmanager
-def explained(entry_point: str, arguments: Sequence[str]) -> Iterator[None]:
+def explained(entry_point: str, arguments: Sequence[str], name: str | None = None) -> Iterator[None]:
     """Within it, errors of Hydra, OmegaConf and the file system become a UserError of one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        line = explain(error, entry_point, list(arguments))
+        line = explain(error, entry_point, list(arguments), name or entry_point)
         if line is None:
             raise
         raise UserError(line) from None
 
 
-def run_hydra(entry_point: str) -> dict[str, float]:
-    """Composes the configuration from sys.argv and runs the job.
+def run_hydra(name: str) -> dict[str, float]:
+    """Composes the configuration of this name from sys.argv and runs the job.
 
     Returns:
         The scores by name.
@@ -96,7 +96,8 @@ def run_hydra(entry_point: str) -> dict[str, float]:
         except Exception as error:
             failures.append(error)
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry_point)(once)()
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    main(once)()
     if failures:
         raise failures[0]
     return scores

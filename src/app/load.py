@@ -20,7 +20,7 @@ from src.generation.recipe import describe, warn_of_amplified_errors
 from src.runs.folder import FoundRun, find_run
 from src.runs.machine import keep_freed_memory
 from src.runs.processes import rank
-from src.training.checkpoint import read_checkpoint
+from src.training.reading import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +40,12 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     chosen = {name: node for name, node in chosen.items() if name not in ("data", "conditioning")}
     found = find_run(config.run, config.checkpoint)
     content = read_checkpoint(found.checkpoint)
-    own = config_of(content, found)
+    own = config_of(content, found, config.conditioning.encoder.name)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     merged.prompts = config.prompts
     if config.labels is not None:
         merged.labels = config.labels
-    if config.conditioning.encoder.name:
-        if "encoder" not in (merged.conditioning or {}):
-            raise UserError("conditioning.encoder.name: this run has no text encoder; leave it out")
-        merged.conditioning.encoder.name = config.conditioning.encoder.name
     variance = build(merged.variance, Variance, "variance")
     if variance.outputs > 1 and type(variance) is not type(own_variance):
         raise UserError(

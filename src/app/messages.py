@@ -1,6 +1,7 @@
 """One line for what is wrong with a command line."""
 
 import difflib
+import errno
 import inspect
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def check_names(entry_point: str, arguments: list[str], places: list[Path]) -> N
 
 
 def parsed(arguments: list[str]) -> list[Any]:
-    """The overrides among the arguments, parsed.
+    """The overrides among the arguments, without Hydra's flags, parsed.
 
     Raises:
         UserError: one is not understood.
@@ -108,14 +109,26 @@ def _check_choices(
             raise UserError(f"{group}={value}: no such choice; choose from {', '.join(choices)}")
 
 
-def explain(error: Exception, entry_point: str, arguments: list[str]) -> str | None:
+# Errors of the file system that are not a bug of this project.
+REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+}
+
+
+def explain(error: Exception, entry_point: str, arguments: list[str], config_name: str) -> str | None:
     """One line for what Hydra, OmegaConf or the file system report; None if it is no such error."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        # a folder that cannot be made, a full disk: not our bug either
-        return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else None
+        if getattr(error, "filename", None):  # a folder that cannot be made
+            return f"{error.filename}: {error.strerror}"
+        return (
+            f"{error.strerror}; choose another disk with runs=..."
+            if getattr(error, "errno", None) in REFUSED
+            else None
+        )
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
         group, _, choice = missing.rpartition("/")
@@ -125,13 +138,13 @@ def explain(error: Exception, entry_point: str, arguments: list[str]) -> str | N
             advice = f"by default the score is named as the data; choose metrics=none, or {advice}"
         return f"{group}={choice}: no such choice; choose from {choices}; {advice}"
     try:
-        found = _wrong_option(entry_point, arguments)
+        found = _wrong_option(entry_point, arguments, config_name)
     except UserError as another:
         found = str(another)
     return found or f"{str(error).strip().splitlines()[0]} ({_help(entry_point)})"
 
 
-def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
+def _wrong_option(entry_point: str, arguments: list[str], config_name: str) -> str | None:
     """The first override that does not fit the configuration without it."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -150,7 +163,7 @@ def _wrong_option(entry_point: str, arguments: list[str]) -> str | None:
     for choices in _variants([o for o in overrides if (CONF / o.key_or_group).is_dir()]):
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                config = compose(entry_point, choices, return_hydra_config=True)
+                config = compose(config_name, choices, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):
             return None
         for override in overrides:

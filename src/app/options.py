@@ -19,7 +19,7 @@ order       the same images in the same order, rounded differently, in part with
 tuning      optimiser and learning-rate schedule: refused like `experiment`; with allow_changes=true the new values are
             taken and the optimiser's state is kept
 experiment  another experiment: refused unless allow_changes=true
-once        belongs to one start and is never stored
+once        belongs to one start and is never taken from a run folder; loggers are, by name
 """
 
 ENTRY_POINTS = ("train", "sample", "evaluate")
@@ -104,7 +104,7 @@ PER_CLASS = Option(
     effect="none",
 )
 CACHE = Option(
-    "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="none"
+    "cache", "${oc.env:DIFFUSION_LAB_CACHE,.cache}", "folder of cached statistics", str, effect="once"
 )
 
 SWEEP = (
@@ -170,7 +170,7 @@ TRAIN = (
     WRAPPERS,
     LABELS,
     PER_CLASS,
-    Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="none"),
+    Option("runs", "runs", "where run folders are made and `last` is looked for", str, effect="once"),
     Option("name", None, "a name for folders and dashboards", str, optional=True, effect="none"),
     CACHE,
     PROMPTS,
@@ -202,7 +202,11 @@ LOAD = (
     Option("data.root", None, "where the run's data lie now, if they have moved", str, optional=True),
     Option("data.path", None, "the same for data=huggingface", str, optional=True),
     Option(
-        "data.cache", None, "folder of the data's index and pixels, instead of the run's", str, optional=True
+        "data.cache",
+        None,
+        "folder of the data's index and pixels, instead of the default",
+        str,
+        optional=True,
     ),
     Option(
         "conditioning.encoder.name",
@@ -241,17 +245,18 @@ OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "eva
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
-    "conditioning.encoder.cache": "none",
-    "data.cache": "none",
+    "conditioning.encoder.cache": "once",
+    "data.cache": "once",
     "guidance": "none",
     "data.path": "none",
     "launcher": "once",
     "data.root": "none",  # the fingerprint shows whether the images are others
-    "logger": "none",
+    "logger": "once",
     "metrics": "none",
     "sampler": "none",
     "spacing": "none",
     "trainer.max_steps": "none",
+    "trainer.profiler": "once",
     "optimizer": "tuning",
     "lr_schedule": "tuning",
     "trainer.accelerator": "order",
@@ -261,7 +266,6 @@ EFFECTS: dict[str, Effect] = {
     "trainer.limit_val_batches": "none",
     "trainer.log_every_n_steps": "none",
     "trainer.max_time": "none",
-    "trainer.profiler": "none",
     "trainer.deterministic": "order",
     "trainer.devices": "order",
     "trainer.num_nodes": "order",

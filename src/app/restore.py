@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.app.build import build
 from src.app.conditions import conditioning_of
 from src.app.parts import codec_of, denoiser_of, source_of
-from src.app.stored import upgrade
+from src.app.stored import read_config
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
@@ -19,6 +19,7 @@ from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.runs.folder import FoundRun
 from src.training import post_hoc
+from src.training.checkpoint import tensors_of
 from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -38,16 +39,18 @@ class Restored:
     denoiser: Denoiser
 
 
-def config_of(content: Mapping[str, Any], found: FoundRun) -> DictConfig:
-    """The configuration that is stored in a checkpoint, with the options of this release.
+def config_of(content: Mapping[str, Any], found: FoundRun, encoder: str | None = None) -> DictConfig:
+    """The configuration that is stored in a checkpoint, with the options of this release, checked.
+
+    Args:
+        content: of the checkpoint.
+        found: the run.
+        encoder: where its text encoder lies now; None for the stored place.
 
     Raises:
-        UserError: there is none.
+        UserError: see `read_config`.
     """
-    try:
-        return OmegaConf.create(upgrade(content["config"]))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{found.checkpoint} does not contain a configuration of this project") from None
+    return OmegaConf.create(read_config(content, found.checkpoint, encoder))
 
 
 def parts_of(config: DictConfig, outputs: int | None = None) -> Restored:
@@ -84,13 +87,20 @@ def load_weights(
         The name of the weights in records, and the decay of the average, if it has one.
 
     Raises:
-        UserError: a file that is not one of our checkpoints, or an average that cannot be made.
+        UserError: a file that is not one of our checkpoints, weights that are not finite, or an average that cannot be
+            made.
     """
     averages, name, decay = _averages(content, config, found, weights)
     prefix = "loss.denoiser.network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    state |= averages
+    broken = next((key for key, tensor in tensors_of(state) if not bool(tensor.isfinite().all())), None)
+    if broken:
+        raise UserError(
+            f"{found.checkpoint}: {name} weights are not finite ({broken}); choose another checkpoint"
+        )
     try:
-        denoiser.network.load_state_dict(state | averages)
+        denoiser.network.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None

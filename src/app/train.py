@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
 from src.app.options import effect_of
-from src.app.overrides import in_override, write_overrides
+from src.app.overrides import given_again, in_override, own_arguments
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.runs.files import write_json
@@ -54,7 +54,7 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         if source.num_classes:  # which label is which class
             source.prepare()
             record["classes"] = list(source.class_names)
-        write_overrides(folder, list(HydraConfig.get().overrides.task))
+        record["arguments"] = own_arguments(list(HydraConfig.get().overrides.task))  # for `requeued_run`
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
     forget_failures()
@@ -106,8 +106,10 @@ def closing_summary(
             following.append(
                 f"  python -m src.sample {trust}run=... guidance=classifier {guide} guidance.scale=2"
             )
-        allow = " allow_changes=true" if changes_with_length(config, 2 * step) else ""
-        following.append(f"  python -m src.train {trust}{ckpt} trainer.max_steps={2 * step}{allow}")
+        again = [shlex.quote(each) for each in given_again(list(HydraConfig.get().overrides.task))]
+        allow = ["allow_changes=true"] if changes_with_length(config, 2 * step) else []
+        continued = " ".join([*again, ckpt, f"trainer.max_steps={2 * step}", *allow])
+        following.append(f"  python -m src.train {continued}")
     width = max(map(len, results), default=0) + 2
     return "\n".join(
         ["\nDone.", *(f"  {name:<{width}}{value}" for name, value in results.items()), *following]

@@ -70,8 +70,10 @@ class ImageFolder(IndexedSource):
 
     @property
     def class_names(self) -> list[str]:
+        if not self.num_classes:
+            return []  # also where the folder is missing: sampling needs no images
         self.check()
-        return [printable(name) for name in self._layout.classes] if self.num_classes else []
+        return [printable(name) for name in self._layout.classes]
 
     def check(self) -> None:
         if self.root is None:

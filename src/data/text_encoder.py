@@ -27,6 +27,8 @@ OPTION = "conditioning.encoder.name"
 MINILM = "minilm"
 CACHE_VERSION = 1
 BATCH = 64
+# Of transformers: a folder may be named by an untrusted run.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 # The parts of a model on the hub that are needed; weights in pickle files are not loaded.
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
@@ -107,7 +109,7 @@ class Pretrained(TextEncoder):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{OPTION}={self.name}: transformers cannot read it ({reason})") from None
@@ -193,12 +195,12 @@ class Pretrained(TextEncoder):
         is_clip = self.config.model_type in ("clip", "clip_text_model")
         model = None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, **LOCAL)
             with suppress(ValueError):  # a kind of model without a separate text encoder
                 kind = CLIPTextModel if is_clip else AutoModelForTextEncoding
-                model = kind.from_pretrained(self.folder, local_files_only=True)
+                model = kind.from_pretrained(self.folder, **LOCAL)
             if model is None:
-                model = AutoModel.from_pretrained(self.folder, local_files_only=True)
+                model = AutoModel.from_pretrained(self.folder, **LOCAL)
                 model = model.get_encoder() if model.config.is_encoder_decoder else model
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]

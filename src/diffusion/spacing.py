@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .schedule import DiscreteSchedule, Schedule
 
+MOST_STEPS = 1_000_000
+
 
 class Spacing(ABC):
     """Picks the times to visit on a schedule.
@@ -34,7 +36,7 @@ class Spacing(ABC):
 
         Args:
             schedule: the noise schedule.
-            steps: S, the number of steps, at least 1.
+            steps: S, the number of steps, from 1 to `MOST_STEPS`.
 
         Returns:
             S + 1 decreasing times, float64, the last one 0; fewer if some would repeat.
@@ -47,6 +49,8 @@ class Spacing(ABC):
                 raise ValueError(f"steps must be in [1, {schedule.T}], the schedule's T; got {steps}")
         elif steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {steps}")
         return torch.cat([self.times(schedule, steps), torch.zeros(1, dtype=torch.float64)])
 
 

@@ -1,15 +1,17 @@
 """Records of scores: the numbers and everything they depend on, stored as JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from src.errors import UserError
 from src.metrics.score import FidelityScore
-from src.runs.files import write_json
+from src.runs.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -46,44 +48,26 @@ class Record:
             UserError: the file cannot be read, or its content is not a record.
         """
         try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is damaged: it is not JSON") from None
-        if isinstance(content, dict) and "scores" not in content:
-            content = {"scores": content, "protocol": {}}
-        wrong = _fault(content)
-        if wrong:
-            raise UserError(f"{path} is not a record of scores: {wrong}")
+            content = read_json(path, dict[str, Any])
+            if "scores" not in content:
+                content = {"scores": content, "protocol": {}}
+            TypeAdapter(Stored).validate_python(content, strict=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path} is not a record of scores: {where}: {first['msg'].lower()}") from None
         return cls(content["scores"], content["protocol"], content.get("curve"))
 
 
-def _fault(content: Any) -> str | None:
-    """Why parsed JSON is not a record; None if it is one."""
-    if not isinstance(content, dict):
-        return f"it holds a {type(content).__name__}, not an object"
-    if unknown := set(content) - {"scores", "protocol", "curve"}:
-        return f"unknown entry {min(unknown)!r}"
-    scores, protocol, curve = (content.get(name) for name in ("scores", "protocol", "curve"))
-    if not isinstance(scores, dict):
-        return "scores is not an object"
-    for name, value in scores.items():
-        if not _is_number(value):
-            return f"scores.{name} is not a number"
-    if not isinstance(protocol, dict):
-        return "protocol is missing or not an object"
-    if curve is not None:
-        if not isinstance(curve, dict):
-            return "curve is not an object"
-        for name, values in curve.items():
-            if not isinstance(values, list) or not all(map(_is_number, values)):
-                return f"curve.{name} is not a list of numbers"
-    return None
+@with_config(extra="forbid")
+class Stored(TypedDict):
+    """A record as it is stored."""
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+    curve: NotRequired[dict[str, list[float]]]
 
 
 def protocol_of(

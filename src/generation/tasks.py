@@ -1,6 +1,5 @@
 """The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions, img2img."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from src.generation.pictures import (
     save_images,
 )
 from src.generation.recipe import CLIPPING, describe, kind_of
-from src.runs.files import file_sha256, write_json
+from src.runs.files import Damaged, file_sha256, read_json, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
@@ -147,12 +146,12 @@ class _Origin:
     def evaluations(self) -> int:
         """Network evaluations per image of the existing images; 0 if they are of another origin."""
         try:
-            stored = json.loads(self.path.read_text())
-            evaluations = stored.pop("network_evaluations")
-        except (OSError, ValueError, KeyError, AttributeError):
+            stored = read_json(self.path, dict[str, Any])
+        except (FileNotFoundError, Damaged):
             return 0
-        same = {name: value for name, value in self.content.items() if name != "network_evaluations"}
-        return evaluations if stored == same and isinstance(evaluations, int) else 0
+        evaluations = stored.get("network_evaluations")
+        same = stored == {**self.content, "network_evaluations": evaluations}
+        return evaluations if same and isinstance(evaluations, int) else 0
 
     def prepare(self) -> None:
         """Removes images of another origin."""

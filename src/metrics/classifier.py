@@ -88,6 +88,8 @@ def load_classifier(path: Path) -> tuple[SmallClassifier, dict[str, str]]:
         UserError: the file is missing, or was not written by `save_classifier`.
     """
     try:
+        if not path.is_file():  # reading a pipe never ends
+            raise FileNotFoundError
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -36,7 +36,7 @@ class UNet(Network):
         blocks_per_level: residual blocks of each level of the encoder.
         attention_factors: downsampling factors of the levels with self-attention: 1 is full resolution, 2 is half
             the height and width. The middle always has attention.
-        dropout: dropout probability in the residual blocks, in [0, 1].
+        dropout: dropout probability in the residual blocks, in [0, 1).
         groups: groups of every group normalisation; must divide the channels of every level.
         second_time: also embed the label of a second time, for losses and samplers of steps from t to s. Its
             embedding is added to that of t and initialised to zero.
@@ -46,8 +46,8 @@ class UNet(Network):
             0 for none.
 
     Raises:
-        ValueError: the image size cannot be halved once per level, the groups do not divide the channels, or there is
-            no level with an attention factor.
+        ValueError: dropout is out of range, the image size cannot be halved once per level, the groups do not divide
+            the channels, or there is no level with an attention factor.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class UNet(Network):
         condition_channels: int = 0,
     ):
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels

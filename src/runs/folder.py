@@ -5,7 +5,6 @@ environment.json   versions, hardware, git revision
 checkpoints/       step_<k>.ckpt (by default the newest two), best.ckpt and best.json
 ema/               snapshots of power-function averages
 samples/           previews and sampled images
-.hydra/            the overrides, used when the run is resumed
 lock               locked while a process trains in this folder
 csv/               the curves; also wandb/ and tensorboard/
 scores.json        the last scores and their protocol
@@ -18,7 +17,8 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,14 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 SCORES_FILE = "scores.json"
 LOCK_FILE = "lock"
+LAYOUT = (
+    *(CHECKPOINTS, "ema", "samples", "scores", "csv", "wandb", "tensorboard", ".hydra"),
+    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, LOCK_FILE, "train.log", "outcome.json", "wandb_run_id"),
+)
+"""What this package and its loggers read and write in a run folder."""
+
+WANDB_LINK = "debug-core.log"
+"""The link of wandb to the log of its service, which lies elsewhere; nothing is written through it."""
 
 
 def checkpoints_by_step(folder: Path) -> list[Path]:
@@ -61,15 +69,17 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
         option: name of the option for `run` in messages.
 
     Raises:
-        UserError: the run or the checkpoint does not exist, or is damaged.
+        UserError: the run or the checkpoint does not exist, is damaged, or the folder leads out of itself.
     """
     path = Path(run).expanduser()
     if path.is_file():
-        _refuse_damaged(path, option)
         folder = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+        check_contained(folder)
+        _refuse_damaged(path, option)
         return FoundRun(folder, path)
     if not path.is_dir():
         raise UserError(f"{option}={run}: no such run folder or checkpoint file")
+    check_contained(path)
     if which == "best":
         best = path / CHECKPOINTS / BEST_FILE
         if not best.is_file():
@@ -89,6 +99,41 @@ def find_run(run: str | Path, which: str = "last", option: str = "run") -> Found
             return FoundRun(path, checkpoint)
         log.warning("%s is damaged (%s): using the previous one", checkpoint, wrong)
     raise UserError(f"{option}={run}: all checkpoints in {path / CHECKPOINTS} are damaged")
+
+
+def check_contained(folder: Path, names: Sequence[str] = LAYOUT) -> None:
+    """Checks that everything with these names, at any depth, lies in the folder and is a file or a folder.
+
+    A run folder may be untrusted: a link in it could make a training write elsewhere, and reading a pipe never ends.
+
+    Raises:
+        UserError: a link leads out of the folder; or there is a pipe, a socket or a device.
+    """
+    root = os.path.realpath(folder)
+    todo, seen = (
+        [os.path.join(root, name) for name in names if os.path.lexists(os.path.join(root, name))],
+        set(),
+    )
+    while todo:
+        path = todo.pop()
+        if os.path.basename(path) == WANDB_LINK:
+            continue
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        if os.path.commonpath([root, real]) != root:
+            raise UserError(
+                f"{path} is a link out of the run folder, to {real}: remove it, or copy what it leads to"
+            )
+        try:
+            kind = stat.S_IFMT(os.stat(real).st_mode)
+        except OSError:  # a link to what does not exist yet: wandb makes some
+            continue
+        if kind == stat.S_IFDIR:
+            todo += [os.path.join(real, name) for name in os.listdir(real)]
+        elif kind != stat.S_IFREG:
+            raise UserError(f"{path} is neither a file nor a folder: remove it")
 
 
 def _refuse_damaged(checkpoint: Path, option: str) -> None:

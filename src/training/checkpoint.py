@@ -1,11 +1,11 @@
 """Checkpoints: atomic writes with a checksum, and the callback that saves and rotates them."""
 
 import errno
-import json
 import logging
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from hashlib import sha256
 from io import RawIOBase
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from src.data.datamodule import ImageDataModule
 from src.errors import UserError
-from src.runs.files import Sidecar, sidecar_path, write_atomically
+from src.runs.files import Damaged, Sidecar, read_json, sidecar_path, write_json
 from src.runs.folder import BEST_FILE, checkpoints_by_step
 from src.training import post_hoc
+from src.training.dashboard import cut_curves
 from src.training.ema import EMA
+from src.training.reading import read_checkpoint
 from src.training.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        broken = [name for name, tensor in _trained(checkpoint) if not bool(tensor.isfinite().all())]
+        broken = not_finite(checkpoint)
         if broken:
             self.failures += 1
-            log.error("%s is not written: %s is not finite", path, broken[0])
+            log.error("%s is not written: %s is not finite", path, broken)
             return
         try:
             _write(checkpoint, path)
@@ -66,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads tensors and primitives only, regardless of the arguments; code in the file is not executed."""
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_checkpoint(Path(path), mapped=False)  # tensors of the state stay in use
 
 
 def tensors_of(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -77,6 +79,11 @@ def tensors_of(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         for key, value in pairs:
             yield from tensors_of(value, f"{name}.{key}" if name else str(key))
+
+
+def not_finite(checkpoint: dict[str, Any]) -> str | None:
+    """The name of a weight, average or moment that is not finite, if there is one."""
+    return next((name for name, tensor in _trained(checkpoint) if not bool(tensor.isfinite().all())), None)
 
 
 def _trained(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +149,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         # A kill between these lines leaves an intact checkpoint without a sidecar, never one with a wrong sidecar.
         sidecar_path(path).unlink(missing_ok=True)
         temporary.replace(path)
-        write_atomically(sidecar_path(path), record.as_json().encode())
+        write_json(sidecar_path(path), asdict(record))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -157,8 +164,8 @@ def set_aside(path: Path) -> None:
 def _known_step(checkpoint: Path) -> float:
     """The step in the sidecar; infinite without one: after a kill between the two writes the file is the newest."""
     try:
-        return json.loads(sidecar_path(checkpoint).read_text())["step"]
-    except (OSError, ValueError, KeyError):
+        return read_json(sidecar_path(checkpoint), Sidecar).step
+    except (FileNotFoundError, Damaged):
         return math.inf
 
 
@@ -206,6 +213,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
+            cut_curves(Path(trainer.default_root_dir), trainer.global_step)
             for path in checkpoints_by_step(self.folder):
                 if path > self._path(trainer.global_step):
                     set_aside(path)
@@ -285,21 +293,3 @@ class Checkpoints(Checkpoint):
                 old.unlink()
                 sidecar_path(old).unlink(missing_ok=True)
         return 0
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors and primitives only; code in the file is not executed.
-
-    Raises:
-        UserError: the file is not a checkpoint of this project.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "state_dict", "callbacks", "global_step"} - set(content)
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
-        ) from None
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: missing {', '.join(sorted(missing))}")
-    return content

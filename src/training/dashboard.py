@@ -1,5 +1,6 @@
 """Loggers whose failures do not stop a training: CSV curves, and Weights & Biases without prompts and long waits."""
 
+import csv
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from src.errors import UserError
+from src.runs.files import replacing
 from src.runs.output import tolerated
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,24 @@ def forgiving(logger: Logger, name: str) -> Logger:
     for method in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, method, shielded(getattr(logger, method)))
     return logger
+
+
+def cut_curves(folder: Path, step: int) -> None:
+    """Removes the points after a step from the CSV files of earlier starts; a cut file is kept as *.set_aside.
+
+    Args:
+        folder: the run folder.
+        step: from which the training continues: later points are logged again.
+    """
+    for path in folder.glob("csv/version_*/metrics.csv"):
+        with tolerated("curves"), suppress(ValueError, csv.Error):
+            header, *rows = csv.reader(path.read_text().splitlines())
+            place = header.index("step")
+            kept = [row for row in rows if len(row) == len(header) and int(row[place]) <= step]
+            if len(kept) < len(rows):
+                path.rename(path.with_name(f"{path.name}.set_aside"))
+                with replacing(path) as file:
+                    file.write("".join(f"{','.join(row)}\n" for row in [header, *kept]).encode())
 
 
 class Dashboard(WandbLogger):
@@ -173,7 +193,8 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
         import wandb
 
     id_file = folder / RUN_ID_FILE
-    run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
+    stored = id_file.read_bytes()[:64].strip() if id_file.is_file() else b""
+    run_id = stored.decode() if stored.isalnum() else secrets.token_hex(4)  # part of the names of files
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     if mode == "offline":
         log.info("wandb       offline (no key); later: wandb sync %s/wandb/offline-run-*", folder)

@@ -8,10 +8,12 @@ combination of the stored weights approximates the requested average.
 import json
 import logging
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
@@ -78,12 +80,16 @@ def save(folder: Path, step: int, stds: Sequence[float], averages: Sequence[dict
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tmp"):  # from a killed process
         leftover.unlink()
-    write_atomically(path, serialised(tensors, {"step": str(step), "stds": json.dumps(list(stds))}))
+    metadata = {"step": str(step), "stds": json.dumps(list(stds)), "sha256": _hash(tensors)}
+    write_atomically(path, serialised(tensors, metadata))
 
 
 def snapshots(folder: Path) -> list[Path]:
     """The files written by `save`, oldest first."""
-    return sorted(folder.glob("step_*.safetensors"), key=step_of)
+    found = [
+        path for path in folder.glob("step_*.safetensors") if path.stem.removeprefix("step_").isdecimal()
+    ]
+    return sorted(found, key=step_of)
 
 
 def step_of(snapshot: Path) -> int:
@@ -115,24 +121,45 @@ def synthesise(folder: Path, std: float, step: int) -> dict[str, Tensor]:
         gamma = exponent(std)
     except ValueError:
         raise UserError(f"weights={std:g} must be ema, raw or a length in (0, {LARGEST_STD:.3f}]") from None
-    stored = []
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            stds = json.loads(file.metadata()["stds"])
-        stored += [(step_of(path), exponent(each)) for each in stds]
-    combination = coefficients(stored, (step, gamma))
+    stored = [(step_of(path), exponent(each)) for path in paths for each in _read(path)[0]]
+    combination = iter(coefficients(stored, (step, gamma)))
     total: dict[str, Tensor] = {}
-    position = 0
     for path in paths:
-        with safe_open(path, "pt") as file:
-            count = len(json.loads(file.metadata()["stds"]))
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                i, name = key.split("/", 1)
-                share = file.get_tensor(key).double() * combination[position + int(i)]
-                total[name] = total[name] + share if name in total else share
-            dtype = file.get_tensor(key).dtype
-        position += count
+        stds, tensors = _read(path)
+        factors = [next(combination) for _ in stds]
+        for key, tensor in tensors.items():
+            i, name = key.split("/", 1)
+            share = tensor.double() * factors[int(i)]
+            total[name] = total[name] + share if name in total else share
+        dtype = tensor.dtype
     return {name: weight.to(dtype) for name, weight in total.items()}
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    return sha256(serialised(tensors)).hexdigest()
+
+
+def _read(path: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """The lengths and the tensors of a snapshot.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        stds = TypeAdapter(list[float]).validate_json(metadata["stds"])
+        for std in stds:
+            exponent(std)
+        # snapshots of earlier releases have no hash
+        intact = metadata.get("sha256") in (None, _hash(tensors))
+        complete = {int(name.split("/", 1)[0]) for name in tensors} == set(range(len(stds)))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:100]}): remove it") from None
+    if not (intact and complete):
+        raise UserError(f"{path} is damaged: remove it")
+    return stds, tensors
 
 
 def _inner_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:

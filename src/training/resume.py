@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from src.errors import UserError
 from src.training.fingerprint import code_fingerprints
+from src.training.reading import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    return {name: getattr(weight, "shape", None) for name, weight in flat(weights).items()}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -246,7 +247,7 @@ class ResumeCheck(Callback):
         if self.checkpoint is None:
             return
         # memory-mapped, since the weights are not needed here
-        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        stored = read_checkpoint(self.checkpoint)
         if "origin" not in stored:
             raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project")
         then = {**stored["origin"], "config": flat(self.upgrade(stored["config"]))}

@@ -14,6 +14,9 @@ from src.errors import UserError
         ("batch_size", "order"),
         ("ckpt", "once"),
         ("trust", "once"),
+        ("cache", "once"),
+        ("data.cache", "once"),
+        ("logger.wandb.project", "once"),
         ("optimizer.lr", "tuning"),
         ("optimizers", "experiment"),
         ("trainer.devices", "order"),
@@ -33,8 +36,17 @@ def test_effects(name, effect):
 
 def test_what_trains_is_an_experiment_and_what_watches_is_not():
     groups = set(groups_of("train")) - {"experiment", "preset", "debug", "trainer"}
-    free = {group for group in groups if effect_of(group) == "none"}
-    assert free == {"callbacks", "clipping", "guidance", "logger", "metrics", "sampler", "spacing"}
+    free = {group for group in groups if effect_of(group) in ("none", "once")}
+    assert free == {
+        "callbacks",
+        "clipping",
+        "guidance",
+        "launcher",
+        "logger",
+        "metrics",
+        "sampler",
+        "spacing",
+    }
 
 
 @pytest.mark.parametrize("entry_point", OPTIONS)

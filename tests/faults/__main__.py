@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from src.runs.folder import find_run
-from tests.faults import phases, processes
+from tests.faults import hostile, phases, processes
 from tests.faults.processes import DDP, ROOT, STEPS, TINY, Command, Fault, resume, run, run_folder, train
 from tests.faults.saving import kill_while_saving
 from tests.faults.states import differences, training_state
@@ -284,6 +284,16 @@ def phases_and_outputs(folder: Path, table: Table, ddp: bool) -> None:
         count(row, name, lambda place, name=name: phases.problem_of_precision(name, place))
 
 
+def hostile_folders(folder: Path, seed: int, every: int, table: Table) -> None:
+    """Continues or samples hostile and damaged run folders; see `tests.faults.hostile`."""
+    good = hostile.good_run(folder / "good")
+    for number, case in enumerate(list(hostile.cases(seed))[::every]):
+        place = folder / f"hostile_{number}"
+        found = hostile.problem(case, good, place)
+        table.count(f"hostile or damaged folders: {case.kind}", found and f"{case.name}: {found}")
+        shutil.rmtree(place)
+
+
 # rows of the table that count tests
 TESTED = {
     "tests of malformed image files": "tests/data/test_image_folder.py",
@@ -311,6 +321,9 @@ def main() -> None:
     parser.add_argument("--ddp", type=int, default=20, help="number of kills of one of two processes")
     parser.add_argument("--saves", type=int, default=200, help="number of kills during a save")
     parser.add_argument("--drawings", type=int, default=10, help="number of kills of sampling runs")
+    parser.add_argument(
+        "--hostile", type=int, default=1, help="every n-th hostile or damaged folder; 0 for none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random instants")
     parser.add_argument("--out", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
@@ -318,6 +331,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults_") as name:
         folder = Path(name)
         try:
+            if options.hostile:
+                hostile_folders(folder, options.seed, options.hostile, table)
             kills(folder, chance, options.kills, table)
             save_kills(folder, chance, options.saves, table)
             sampling_kills(folder, chance, options.drawings, table)

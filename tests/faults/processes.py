@@ -27,6 +27,7 @@ SERVER.set_forkserver_preload(
     [
         "src.train",
         "src.app.load",
+        "src.app.train",
         "src.generation.tasks",
         "tests.faults.processes",
         "hydra.main",

@@ -1,4 +1,4 @@
-"""Untrusted checkpoints: no code in them is executed, and a one-line error gives the reason."""
+"""Untrusted run folders: no code in them is executed, and a one-line error gives the reason."""
 
 import os
 import pickle
@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
-from src.app.overrides import OVERRIDES_FILE
 from src.runs.files import sidecar_path
-from tests.faults.processes import ROOT, run, run_folder, train
+from tests.faults import hostile
+from tests.faults.processes import run, train
 
 # Targets in a stored configuration. Each would create a file "marker" in the working directory.
 TARGETS = {
@@ -37,9 +36,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    assert train(folder, "trainer.max_steps=1", "metrics=none").status == 0
-    return run_folder(folder) / "checkpoints" / "step_00000001.ckpt"
+    return hostile.good_run(tmp_path_factory.mktemp("trained")) / hostile.STEP
 
 
 def refused(tmp_path, content):
@@ -103,38 +100,33 @@ def test_resuming_executes_no_code(tmp_path, trained):
     assert not (tmp_path / "marker").exists()
 
 
-# Stored overrides with which Hydra would create the file "marker" or read files outside the run.
-LINES = {
-    "a callback": "+hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
-    "a forced callback": "++hydra.callbacks.evil={_target_: os.makedirs, name: marker}",
-    "a log file": "hydra.job_logging.handlers.file.filename=marker",
-    "a log handler": "+hydra.job_logging.handlers.evil={class: logging.FileHandler, filename: marker}",
-    "a deletion": "~hydra.callbacks",
-    "a group of Hydra's": "hydra/job_logging=none",
-    "a group moved into hydra": "+optimizer@hydra.callbacks.evil=adam",
-    "a group moved into hydra via _global_": "+optimizer@_global_.hydra.callbacks.evil=adam",
-    "a file outside conf/": "experiment={folder}/evil",
-    "the same, quoted": "experiment='{folder}/evil'",
-    "a flag": "--config-dir={folder}",
-    "trust": "trust=[os]",
-    "a file outside conf/ as a new group": "+newgroup=../../evil",
-    "not a string": 5,
-}
-EVIL = "# @package _global_\nhydra:\n  callbacks:\n    evil: {_target_: os.makedirs, name: marker}\n"
+CASES = list(hostile.cases())[5::24]
 
 
-@pytest.mark.parametrize("case", LINES)
-def test_stored_options_do_not_reach_hydra(tmp_path, trained, case):
-    place = tmp_path / "runs" / "untrusted"
-    shutil.copytree(trained.parent.parent, place)
-    (place / "evil.yaml").write_text(EVIL)
-    line = LINES[case]
-    if isinstance(line, str):
-        line = line.replace("{folder}", os.path.relpath(place, ROOT / "conf" / "experiment"))
-    file = place / OVERRIDES_FILE
-    file.write_text(yaml.safe_dump([*yaml.safe_load(file.read_text()), line]))
-    done = run(tmp_path, "train", "ckpt=last", "trainer.max_steps=2")
-    assert not (tmp_path / "marker").exists()
-    assert done.status == 2, done.output
-    assert "is not allowed in stored options" in done.output
-    assert len(done.output.strip().splitlines()) == 1
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}: {case.name[:60]}" for case in CASES])
+def test_folders(tmp_path, trained, case):
+    """A sample of the cases that `python -m tests.faults` runs."""
+    assert hostile.problem(case, trained.parent.parent, tmp_path) is None
+
+
+def test_a_case_that_does_harm_is_noticed(tmp_path, trained):
+    """The harness itself."""
+    good = trained.parent.parent
+    outside = hostile.Case("places", "x", lambda *_: None, (*hostile.SAMPLE, "out=../outside/folder"))
+    assert "changed outside" in hostile.problem(outside, good, tmp_path / "first")
+    secret = hostile.Case("secrets", "x", hostile.text("notes", hostile.SECRET), hostile.SAMPLE)
+    assert "secret in" in hostile.problem(secret, good, tmp_path / "second")
+
+
+def test_callbacks_of_other_packages_are_given_again(tmp_path):
+    """A resumed run takes none from its folder, says so, and prints a command that works."""
+    stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
+    first = train(tmp_path, stop, "trainer.max_steps=1", "metrics=none")
+    assert first.status == 0, first.output
+    assert "python -m src.train '+callbacks.stop={" in first.output
+    refused = run(tmp_path, "train", "ckpt=last", "trainer.max_steps=2")
+    assert refused.status == 2
+    assert "callbacks.stop: lightning.pytorch.callbacks.EarlyStopping is not taken" in refused.output
+    for argument in (stop, "~callbacks.stop"):
+        done = run(tmp_path, "train", "ckpt=last", f"trainer.max_steps={2 + (argument != stop)}", argument)
+        assert done.status == 0, done.output

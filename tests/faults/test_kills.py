@@ -18,7 +18,7 @@ KILLS = {
     "in validation": Fault("src.training.module:DiffusionModule.validation_step", 7),
     "with the averages in place": Fault("src.generation.recipe:Recipe.trajectory", 3),
     "in the bytes of a checkpoint": Fault("src.training.checkpoint:_Hashing.write", 4500),
-    "between checkpoint and its record": Fault("src.training.checkpoint:write_atomically", 3),
+    "between checkpoint and its record": Fault("src.training.checkpoint:write_json", 3),
 }
 
 

@@ -11,7 +11,6 @@ A job is the command line of a single run with a folder of its own, so that ever
 
 import fcntl
 import itertools
-import json
 import logging
 import re
 import secrets
@@ -20,15 +19,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NotRequired
 
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import TypedDict
 
 from src.app.messages import parsed
 from src.app.options import CONF
 from src.app.overrides import quoted, trusted_folders
 from src.errors import UserError
-from src.runs.files import digest_of, write_json
+from src.runs.files import Damaged, digest_of, read_json, write_json
 from src.runs.folder import CHECKPOINTS, checkpoints_by_step
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ OUTCOME_FILE = "outcome.json"
 SWEEP_FILE = "sweep.json"
 CONSOLE_FILE = "console.log"
 LEASE_FILE = "running"
-LONGEST_NAME = 100
+LONGEST_NAME = 100  # bytes
 
 
 def register() -> None:
@@ -55,7 +55,17 @@ def folder_name(text: str) -> str:
     No "=" and no comma: such a folder would have to be quoted in Hydra's overrides.
     """
     name = re.sub(r"[^\w.+-]+", "-", text.replace(",", "_"))
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{digest_of(text)}"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest_of(text)}"
+
+
+class Outcome(TypedDict):
+    """What a job leaves in its folder."""
+
+    overrides: list[str]
+    scores: NotRequired[dict[str, float]]
+    error: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -123,17 +133,17 @@ class Job:
     def collect(self) -> bool:
         """Makes the scores of a process that has ended the outcome; False if there are none."""
         try:
-            self.close(json.loads(self.scores_file.read_text()))
-        except (OSError, ValueError):
+            self.close(read_json(self.scores_file, dict[str, float]))
+        except (OSError, Damaged):
             return False
         self.scores_file.unlink()
         return True
 
-    def outcome(self) -> dict[str, Any] | None:
+    def outcome(self) -> Outcome | None:
         """`scores`, or `error`; None while the job has not ended."""
-        with suppress(OSError, ValueError):
-            content = json.loads((self.folder / OUTCOME_FILE).read_text())
-            if isinstance(content, dict) and {"scores", "error"} & set(content):
+        with suppress(OSError, Damaged):
+            content = read_json(self.folder / OUTCOME_FILE, Outcome)
+            if {"scores", "error"} & set(content):
                 return content
         return None
 
@@ -167,7 +177,7 @@ class Sweep:
         content = {"entry_point": self.entry_point, "overrides": self.overrides, "jobs": jobs}
         write_json(self.folder / JOBS_FILE, content)
 
-    def outcomes(self) -> dict[int, dict[str, Any]]:
+    def outcomes(self) -> dict[int, Outcome]:
         """The outcomes of the jobs that have ended, by number."""
         found = ((job.number, job.outcome()) for job in self.jobs)
         return {number: outcome for number, outcome in found if outcome is not None}

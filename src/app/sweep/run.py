@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import TypedDict
 
-from src.app.messages import check_names, explain
-from src.app.options import CONF, check_options
-from src.app.overrides import refuse_harmful, trusted_folders, with_guidance, written_out
+from src.app.messages import check_names, explain, parsed
+from src.app.options import CONF, OPTIONS, check_options, effect_of
+from src.app.overrides import trusted_folders, with_guidance, written_out
 from src.app.sweep.jobs import (
     JOBS_FILE,
     OUTCOME_FILE,
@@ -25,8 +27,16 @@ from src.app.sweep.jobs import (
 )
 from src.app.sweep.table import print_tables
 from src.errors import UserError
-from src.runs.files import write_json
-from src.runs.folder import locked
+from src.runs.files import Damaged, read_json, write_atomically
+from src.runs.folder import LOCK_FILE, check_contained, locked
+
+
+class Stored(TypedDict):
+    """What is read of jobs.json."""
+
+    entry_point: str
+    overrides: list[str]
+
 
 # Options of the sweep, which its jobs do not get.
 OF_THE_SWEEP = ("launcher", "sweep", "rerun_failed")
@@ -61,13 +71,16 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     settings = composed(entry_point, [o for o in overrides if o not in own])
     if settings.sweep and not own:
         own = _stored(entry_point, Path(settings.sweep))
+        refuse_harmful(own, Path(settings.sweep))
     every = combinations(own)
     config = composed(entry_point, [*every[0][0], *(o for o in overrides if o not in own)])
     check_options(entry_point, config)
     folder = _folder(entry_point, config, own)
     launcher = _launcher(config)
+    sweep = Sweep(entry_point, folder, own)
+    names = (JOBS_FILE, SWEEP_FILE, LOCK_FILE, "submitit")
+    check_contained(folder, [*names, *(job.folder.name for job in sweep.jobs)])
     with locked(folder):
-        sweep = Sweep(entry_point, folder, own)
         sweep.write()
         _run(sweep, launcher, config.rerun_failed)
     outcomes = sweep.outcomes()
@@ -96,7 +109,7 @@ def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
     finally:
         outcomes = sweep.outcomes()
         named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
-        write_json(sweep.folder / SWEEP_FILE, named)
+        write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
         print_tables(sweep, outcomes)
 
 
@@ -129,20 +142,42 @@ def _stored(entry_point: str, folder: Path) -> list[str]:
     Raises:
         UserError: it is no sweep's folder, or one of another entry point.
     """
-    file = folder / JOBS_FILE
     try:
-        content = json.loads(file.read_text())
-        overrides = [str(override) for override in content["overrides"]]
-        made_by = content["entry_point"]
+        content = read_json(folder / JOBS_FILE, Stored)
     except FileNotFoundError:
         raise UserError(f"sweep={folder}: no folder of a sweep ({JOBS_FILE} is missing)") from None
-    except (ValueError, KeyError, TypeError, OSError):
+    except Damaged:
         raise UserError(f"sweep={folder}: {JOBS_FILE} is damaged; repeat the sweep's command") from None
+    made_by = content["entry_point"]
     if made_by != entry_point:
         raise UserError(f"sweep={folder} is a sweep of src.{made_by}; use python -m src.{made_by}")
-    for options in combinations(overrides):
-        refuse_harmful([o for o in options[0] if not o.startswith("trust=")], file)
-    return overrides
+    return content["overrides"]
+
+
+def refuse_harmful(overrides: list[str], folder: Path) -> None:
+    """Checks the stored options of a sweep, which may be untrusted, before Hydra parses them.
+
+    Raises:
+        UserError: one is a flag, adds to `trust`, or names a class, an environment variable, a file outside conf/ or a
+            folder to which a job writes.
+    """
+    for text in overrides:
+        if text.startswith("-") or not all(map(_harmless, parsed([text]))):
+            raise UserError(
+                f"sweep={folder}: {text[:100]!r} is not taken from a folder, which may be untrusted: repeat the sweep's"
+                " command if you trust it"
+            )
+
+
+def _harmless(override: Any) -> bool:
+    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    words = set(re.split(r"\W+", f"{key}.{override.package}"))
+    if words & {"hydra", "trust"} or "_target_" in f"{key}{value}{override.value()}" or "$" in value:
+        return False
+    if "." in key or key in {option.name for options in OPTIONS.values() for option in options}:
+        # each job has a folder of its own, so that nothing is written to `runs`
+        return key == "runs" or (effect_of(key) != "once" and key not in ("run", "out"))
+    return key != "launcher" and re.search(r"[./\\]", value) is None  # the choice of a group is a file
 
 
 def _launcher(config: DictConfig) -> Any:
@@ -172,7 +207,7 @@ def _check(job: Job) -> tuple[int | None, str | None]:
         return steps, str(error)
     except Exception as error:
         return steps, explain(
-            error, job.entry_point, list(job.overrides)
+            error, job.entry_point, list(job.overrides), job.entry_point
         ) or f"{type(error).__name__}: {error}"
     return steps, None
 

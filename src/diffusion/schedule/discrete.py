@@ -17,9 +17,14 @@ def _alphabar(beta: Tensor) -> Tensor:
     return torch.cumprod(1 - beta, dim=0)
 
 
+LARGEST_T = 1_000_000
+
+
 def _linspace(start: float, end: float, T: int) -> Tensor:
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
+    if T > LARGEST_T:
+        raise ValueError(f"T must be at most {LARGEST_T:,}, got {T}")
     return torch.linspace(start, end, T, dtype=torch.float64)
 
 
