@@ -1,4 +1,4 @@
-"""Randomly initialised text encoders of a few thousand weights, and digits with captions."""
+"""Randomly initialised text encoders of a few thousand weights."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from src.conditioning import TextTable
-from src.data.digits import Digits
 from src.data.emoji import Emoji
 from src.data.text_encoder import Pretrained
 
@@ -53,19 +52,6 @@ def save_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
         model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
     model.save_pretrained(folder)
     return folder
-
-
-def give_captions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the digits captions: "the digit seven"."""
-    load = Digits._load
-
-    def load_with_captions(self, split):
-        images = load(self, split)
-        images.captions = [f"the digit {DIGITS[label]}" for label in images.labels]
-        return images
-
-    monkeypatch.setattr(Digits, "captioned", True)
-    monkeypatch.setattr(Digits, "_load", load_with_captions)
 
 
 def replace_font_and_encoder(monkeypatch: pytest.MonkeyPatch) -> None:

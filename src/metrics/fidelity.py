@@ -147,6 +147,10 @@ class KernelDistance(FeatureSetScore):
         }
 
 
+# Distances that are held in memory at once; 8 bytes or less each.
+PAIRS = 10**8
+
+
 class PrecisionRecall(FeatureSetScore):
     """Improved precision and recall (Kynkäänniemi et al. 2019), computed by torch-fidelity.
 
@@ -182,6 +186,7 @@ class PrecisionRecall(FeatureSetScore):
             self.feature_set(generated),
             self.feature_set(reference),
             prc_neighborhood=self.neighbours,
+            prc_batch_size=PAIRS // max(int(generated["count"]), int(reference["count"])) + 1,
             save_cpu_ram=True,
             verbose=False,
         )

@@ -172,9 +172,9 @@ BAD = {
         ["run={plain}", "guidance=classifier_free"],
         ["guidance", "no condition"],
     ),
-    "an option of the run's own guidance": (
+    "a scale alone is classifier-free guidance": (
         ["run={plain}", "guidance.scale=2"],
-        ["guidance.scale", "guidance=..."],
+        ["guidance", "no condition"],
     ),
     "a scale below 0": (
         ["run={plain}", "guidance=auto", "guidance.run={plain}", "guidance.scale=-1"],

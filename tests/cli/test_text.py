@@ -1,4 +1,4 @@
-"""Text conditioning through the command line, with digits that have captions and a tiny encoder."""
+"""Text conditioning through the command line, with captions of digits and a tiny encoder."""
 
 import json
 
@@ -7,14 +7,13 @@ import torch
 from PIL import Image
 
 from tests.conftest import QUICK
-from tests.tiny_encoder import give_captions, save_encoder
+from tests.tiny_encoder import save_encoder
 
-SMALL = (*QUICK, "trainer.max_steps=4", "metrics=none", "conditioning=text")
+SMALL = (*QUICK, "trainer.max_steps=4", "metrics=none", "data.captions=true", "conditioning=text")
 
 
 @pytest.fixture
-def encoder(tmp_path, monkeypatch):
-    give_captions(monkeypatch)
+def encoder(tmp_path):
     folder = save_encoder(tmp_path / "encoder")
     where = (f"conditioning.encoder.name={folder}", f"conditioning.encoder.cache={tmp_path / 'texts'}")
     return (*where, "conditioning.encoder.max_length=8")
@@ -79,7 +78,6 @@ def test_data_without_captions_and_networks_without_text(command, capsys, overri
 
 def test_an_encoder_that_is_not_at_hand(command, capsys, monkeypatch):
     pytest.importorskip("transformers")
-    give_captions(monkeypatch)
     assert command("train", *SMALL, "conditioning.encoder.name=./nowhere/at/all") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
