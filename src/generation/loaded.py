@@ -41,6 +41,14 @@ class LoadedRun:
         """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes; their numbers if the data, which know the names, are not available."""
+        try:
+            return self.source.class_names
+        except UserError:
+            return [str(label) for label in range(self.source.num_classes)]
+
     def record(self, evaluations: int) -> dict[str, Any]:
         """The weights and the recipe, for records; see `Recipe.record`."""
         return {

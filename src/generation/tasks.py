@@ -1,5 +1,6 @@
 """The tasks of `src.sample`: new images, trajectories, interpolations, reconstructions, img2img."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from src.generation.pictures import (
     save_images,
 )
 from src.generation.recipe import CLIPPING, describe, kind_of
-from src.runs.files import Damaged, file_sha256, read_json, write_json
+from src.runs.files import Damaged, file_sha256, read_json, write_atomically, write_json
 from src.runs.processes import barrier, gathered, rank, world_size
 
 GRID = 1024
@@ -117,9 +118,9 @@ class Draw(Task):
         grid = captioned_grid(images, texts and texts[:shown], loaded.recipe.columns(shown))
         lines = save_grid(grid, folder)
         if texts is not None:
-            write_json(folder / "prompts.json", texts)
+            write_atomically(folder / "prompts.json", json.dumps(texts, indent=2).encode())
             lines.append(f"prompts     {folder / 'prompts.json'}")
-        if shown <= LISTED and (caption := loaded.recipe.caption(shown, loaded.source.class_names)):
+        if shown <= LISTED and (caption := loaded.recipe.caption(shown, loaded.class_names)):
             lines.append(f"classes     {caption}")
         lines.append(f"images      {folder / 'images'} ({n})")
         if self.gif:
