@@ -6,11 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.app.build import build, takes
+from src.app.build import build, class_of, takes
 from src.conditioning import ByClass, Conditioning
 from src.data.codec import Codec
 from src.data.examples import Examples
 from src.data.source import ImageSource
+from src.diffusion.guidance import ClassifierGuidance
 from src.errors import UserError
 from src.runs.files import Damaged, open_regular
 
@@ -41,8 +42,8 @@ def conditioning_of(config: DictConfig, source: ImageSource, codec: Codec) -> Co
         except ValueError as error:
             raise UserError(f"conditioning.{error}") from None
     source.text_encoder = getattr(conditioning, "encoder", None)
-    if conditioning is None and "run" in (config.guidance or {}):
-        return None  # the classes are those of guidance=classifier
+    if conditioning is None and issubclass(class_of(config.guidance) or object, ClassifierGuidance):
+        return None  # the classes are those of the classifier
     return with_labels(conditioning, config, source)
 
 

@@ -87,10 +87,15 @@ def guide_of(whole: DictConfig, guided: Denoiser, codec: Codec, conditioning: Co
 
 def check_fit(parts: Restored, guided: Denoiser, codec: Codec) -> None:
     """Raises ValueError if a second run sees other images, or other noise levels, than the guided one."""
-    if parts.codec.shape != codec.shape or parts.codec.describe() != codec.describe():
+    if parts.codec.shape != codec.shape:
         theirs, ours = (" x ".join(map(str, c.shape)) for c in (parts.codec, codec))
         raise ValueError(
             f"it is of images of {theirs}, and the guided run's are {ours}; choose a run on the same data"
+        )
+    if parts.codec.describe() != codec.describe():
+        theirs, ours = (f"{type(c).__name__} ({c.describe()})" for c in (parts.codec, codec))
+        raise ValueError(
+            f"its codec is {theirs}, and the guided run's is {ours}; choose a run with the same codec"
         )
     if not same_levels(parts.denoiser.schedule, guided.schedule):
         theirs, ours = (type(schedule).__name__ for schedule in (parts.denoiser.schedule, guided.schedule))
@@ -119,17 +124,25 @@ def check_classifier(parts: Restored, conditioning: Conditioning | None) -> None
 
 
 def check_classes(parts: Restored, conditioning: Conditioning | None) -> None:
-    """Raises ValueError if both runs are conditional, but not on the same kinds and number of classes."""
+    """Raises ValueError if both runs are conditional, but on different things; see `read_by`."""
     if parts.conditioning is None or conditioning is None:
         return
-    theirs, ours = (
-        (sorted(c.kinds), getattr(c, "num_classes", None)) for c in (parts.conditioning, conditioning)
-    )
+    theirs, ours = read_by(parts.conditioning), read_by(conditioning)
     if theirs != ours:
-        kinds = [
-            f"{', '.join(kinds)} ({n} classes)" if n else ", ".join(kinds) for kinds, n in (theirs, ours)
-        ]
-        raise ValueError(f"it is conditioned on {kinds[0]}, and the guided run on {kinds[1]}")
+        raise ValueError(f"it is conditioned on {theirs}, and the guided run on {ours}")
+
+
+def read_by(conditioning: Conditioning) -> str:
+    """What a network reads: kinds, number of classes, factor of the low resolution, text encoder."""
+    details = [
+        f"{getattr(conditioning, name)} {words}"
+        for name, words in (("num_classes", "classes"), ("factor", "times smaller"))
+        if hasattr(conditioning, name)
+    ]
+    if hasattr(conditioning, "encoder"):
+        details.append(conditioning.encoder.describe())
+    kinds = ", ".join(sorted(conditioning.kinds))
+    return f"{kinds} ({'; '.join(details)})" if details else kinds
 
 
 def same_levels(a: Schedule, b: Schedule) -> bool:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from src.app.build import build
+from src.app.build import build, class_of
 from src.app.options import groups_of
 from src.app.recipes import recipe_of
 from src.app.restore import config_of, load_weights, parts_of
 from src.data.source import ImageSource
 from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.restoration import Restoration
 from src.diffusion.variance import Variance
 from src.errors import UserError
 from src.generation.loaded import LoadedRun
-from src.generation.recipe import describe, warn_of_amplified_errors
+from src.generation.recipe import describe, kind_of, warn_of_amplified_errors
 from src.runs.folder import FoundRun, find_run
 from src.runs.machine import keep_freed_memory
 from src.runs.processes import rank
@@ -43,9 +44,10 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     own = config_of(content, found, config.conditioning.encoder.name)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
-    merged.prompts = config.prompts
-    if config.labels is not None:
-        merged.labels = config.labels
+    for name in ("prompts", "labels"):
+        if config[name] is not None:
+            merged[name] = config[name]
+    report_replaced(own.guidance, merged.guidance)
     variance = build(merged.variance, Variance, "variance")
     if variance.outputs > 1 and type(variance) is not type(own_variance):
         raise UserError(
@@ -53,7 +55,8 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
             f" {describe(own_variance)}; choose variance=small or large"
         )
     outputs = own_variance.outputs
-    loaded = load(found, content, merged, config.weights, config.device, config.seed, outputs)
+    method = restoration_of(config)
+    loaded = load(found, content, merged, config.weights, config.device, config.seed, outputs, method)
     if config.data.root or config.data.path:
         warn_of_other_images(loaded.source, content)
     return loaded, merged
@@ -78,6 +81,29 @@ def with_choices(own: DictConfig, chosen: Mapping[str, DictConfig], data: DictCo
     return merged
 
 
+def restoration_of(config: DictConfig) -> type[Restoration] | None:
+    """The method of a task's restoration: the chosen one, or the task's own; None for other tasks."""
+    default = getattr(class_of(config.get("task")), "default", None)
+    return class_of(config.get("restoration")) or (default and kind_of(default))
+
+
+def report_replaced(own: DictConfig | None, chosen: DictConfig | None) -> None:
+    """Reports a run's own guidance that another one replaces, e.g. by `guidance.scale=4` alone."""
+    kinds = [{**(node or {}), "scale": None} for node in (own, chosen)]
+    if own and chosen and kinds[0] != kinds[1] and rank() == 0:
+        before, after = (
+            f"{str(node._target_).rpartition('.')[2]}("
+            + ", ".join(f"{name}={value}" for name, value in node.items() if not str(name).startswith("_"))
+            + ")"
+            for node in (own, chosen)
+        )
+        log.info(
+            "guidance: %s replaces this run's own, %s; to keep its kind, choose guidance=<its file>",
+            after,
+            before,
+        )
+
+
 def warn_of_other_images(source: ImageSource, content: Mapping[str, Any]) -> None:
     """Warns where the images in a new place are not those of the training."""
     source.prepare()
@@ -94,6 +120,7 @@ def load(
     device: str = "auto",
     seed: int = 0,
     outputs: int | None = None,
+    restoration: type[Restoration] | None = None,
 ) -> LoadedRun:
     """The denoiser of a run.
 
@@ -105,6 +132,7 @@ def load(
         device: "auto", or a torch device.
         seed: of the sampling noise.
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
+        restoration: the method that will be used around the sampler, if any.
 
     Raises:
         UserError: a file that is not one of our checkpoints, or an impossible choice.
@@ -116,7 +144,7 @@ def load(
             f" with guidance=classifier guidance.run={found.folder}"
         )
     denoiser = parts.denoiser
-    recipe = recipe_of(config, seed, denoiser, parts.codec, parts.conditioning)
+    recipe = recipe_of(config, seed, denoiser, parts.codec, parts.conditioning, restoration)
     warn_of_amplified_errors(denoiser, recipe)
     name, decay = load_weights(denoiser, found, content, config, weights)
     on = pick_device(device)

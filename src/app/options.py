@@ -81,8 +81,8 @@ WRAPPERS = Option(
 PROMPTS = Option(
     "prompts",
     None,
-    'texts of sampled images: prompts=["a red heart",cat], or a file.txt with one on each line; null: the captions of'
-    " the validation split",
+    'texts of sampled images: prompts=["a red heart",cat], or a file.txt with one on each line; null is the'
+    " run's own, in training the captions of the validation split",
     list[str] | str,
     optional=True,
     effect="none",

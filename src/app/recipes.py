@@ -11,6 +11,7 @@ from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
 from src.diffusion.guidance import ClassifierFree, ClassifierGuidance, Projected
+from src.diffusion.restoration import RePaint, Replacement, Restoration
 from src.diffusion.sampler import DDPM, Dopri5, Sampler
 from src.diffusion.spacing import Spacing
 from src.errors import UserError
@@ -20,9 +21,22 @@ log = logging.getLogger(__name__)
 
 
 def recipe_of(
-    config: DictConfig, seed: int, denoiser: Denoiser, codec: Codec, conditioning: Conditioning | None
+    config: DictConfig,
+    seed: int,
+    denoiser: Denoiser,
+    codec: Codec,
+    conditioning: Conditioning | None,
+    restoration: type[Restoration] | None = None,
 ) -> Recipe:
     """How images are made; its times and its wrappers are tried on the denoiser at once.
+
+    Args:
+        config: composed.
+        seed: of the sampling noise.
+        denoiser: the network's denoiser.
+        codec: of its images.
+        conditioning: of its images.
+        restoration: the method that will be used around the sampler, if any.
 
     Raises:
         UserError: they do not fit.
@@ -34,12 +48,12 @@ def recipe_of(
         raise UserError("sampler.steps is missing: give it in the sampler's file or as sampler.steps=...")
     check_value(int, steps, "sampler.steps")
     sampler = build(OmegaConf.create(numbers), Sampler, "sampler")
-    check_guidance(config, conditioning, sampler)
+    check_guidance(config, conditioning, sampler, restoration)
     arguments: dict[str, Any] = {}
     if needs_run(config.guidance):
         guide = guide_of(config, denoiser, codec, conditioning)
         arguments, conditioning = guide.arguments, guide.conditioning
-    wrappers = wrappers_of(config, arguments, sampler)
+    wrappers = wrappers_of(config, arguments, sampler, restoration)
     recipe = Recipe(
         sampler=sampler,
         spacing=build(config.spacing, Spacing, "spacing"),
@@ -61,7 +75,12 @@ def recipe_of(
     return recipe
 
 
-def check_guidance(config: DictConfig, conditioning: Conditioning | None, sampler: Sampler) -> None:
+def check_guidance(
+    config: DictConfig,
+    conditioning: Conditioning | None,
+    sampler: Sampler,
+    restoration: type[Restoration] | None = None,
+) -> None:
     """Checks guidance against the network's conditioning, and warns of a network that was not trained for it.
 
     Raises:
@@ -75,11 +94,18 @@ def check_guidance(config: DictConfig, conditioning: Conditioning | None, sample
             "guidance: this network has no condition to be guided by; choose guidance=none, auto or classifier, or"
             " train with conditioning=class conditioning.dropout=0.1, or conditioning=text"
         )
-    if issubclass(found, Projected) and config.guidance.get("momentum") and isinstance(sampler, Dopri5):
-        raise UserError(
-            f"guidance.momentum={config.guidance.momentum:g}: sampler=dopri5 repeats steps, along which a momentum is"
-            " not defined; choose guidance.momentum=0, or a sampler of fixed steps"
-        )
+    if issubclass(found, Projected) and config.guidance.get("momentum"):
+        if isinstance(sampler, Dopri5):
+            repeats, other = "sampler=dopri5", "a sampler of fixed steps"
+        elif issubclass(restoration or object, RePaint):
+            repeats, other = "restoration=repaint", "another restoration"
+        else:
+            repeats = other = ""
+        if repeats:
+            raise UserError(
+                f"guidance.momentum={config.guidance.momentum:g}: {repeats} repeats steps, along which a momentum is"
+                f" not defined; choose guidance.momentum=0, or {other}"
+            )
     if not conditioning.dropout and config.guidance.get("scale", 1) != 1:
         log.warning(
             "guidance: this network was trained with conditioning.dropout=0, so that its prediction without a condition"
@@ -87,21 +113,29 @@ def check_guidance(config: DictConfig, conditioning: Conditioning | None, sample
         )
 
 
-def wrappers_of(config: DictConfig, arguments: dict[str, Any], sampler: Sampler) -> dict[str, Wrapper]:
+def wrappers_of(
+    config: DictConfig,
+    arguments: dict[str, Any],
+    sampler: Sampler,
+    restoration: type[Restoration] | None = None,
+) -> dict[str, Wrapper]:
     """What makes the denoisers around the network's, by option, the innermost first: guidance, your own, clipping.
 
-    Guidance by a classifier is the outermost one in ancestral sampling, which it changes after clipping.
+    Guidance by a classifier is the outermost one in ancestral sampling, whose `reverse` it changes after clipping. A
+    restoration that changes predictions does not call it.
 
     Args:
         config: composed.
         arguments: further arguments of the guidance, from its second run.
         sampler: the sampler.
+        restoration: the method that will be used around it, if any.
     """
     nodes = {"guidance": config.guidance}
     nodes |= {f"wrappers.{name}": node for name, node in (config.get("wrappers") or {}).items()}
     nodes["clipping"] = config.clipping
+    calls_reverse = is_ancestral(sampler) and issubclass(restoration or Replacement, Replacement)
     found = class_of(config.guidance)
-    if found is not None and issubclass(found, ClassifierGuidance) and is_ancestral(sampler):
+    if found is not None and issubclass(found, ClassifierGuidance) and calls_reverse:
         nodes["guidance"] = nodes.pop("guidance")
     wrappers = {}
     for option, node in nodes.items():

@@ -44,6 +44,8 @@ class Guidance(WrappedDenoiser):
 
     def __init__(self, inner: BaseDenoiser, scale: float, interval: Sequence[float] | None = None):
         super().__init__(inner)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
         if scale < self.least_scale:
             raise ValueError(f"scale must be at least {self.least_scale}, got {scale}")
         low, high = (0.0, math.inf) if interval is None else interval
@@ -132,12 +134,16 @@ class ClassifierFree(Guidance):
 class Projected(ClassifierFree):
     """Adaptive projected guidance (Sadat et al. 2024, arXiv:2410.02416, sec. 4 and alg. 1), for large scales.
 
-        d = x0_conditional - x0_weak + momentum d_before,    d <- d min(1, threshold / |d|)
+        f = F_conditional - F_weak + momentum f_before,    d = c_out f,    d <- d min(1, threshold / |d|)
         x0 = x0_conditional + (scale - 1) (d - (1 - eta) d_parallel)
 
     d_parallel is the part of d along x0_conditional, which saturates colours. With the defaults except eta = 1 this is
-    classifier-free guidance. The momentum is a state of the trajectory of each image: d_before is that of the previous
+    classifier-free guidance. The momentum is a state of the trajectory of each image: f_before is that of the previous
     guided evaluation, and a sampler clears it first. One object can follow one trajectory at a time.
+
+    The paper averages x0, where F is x0. As in diffusers, the average here is of the network's output F. An average of
+    x0 from an eps network on the cosine schedule has differences of the first evaluation with a gain c_out of 20,000,
+    which swamp all later ones. At few steps, where evaluations differ much, a momentum of 0 is recommended.
 
     Args:
         inner: a conditional denoiser.
@@ -145,7 +151,7 @@ class Projected(ClassifierFree):
         eta: share of the parallel part that is kept; 0 in the paper.
         threshold: largest norm of d over an image, e.g. 2.5 to 15 in the paper; it grows with the square root of the
             number of pixels. None for no limit.
-        momentum: weight of the previous d, in (-1, 1); -0.75 to -0.25 in the paper, 0 for none.
+        momentum: weight of the previous f, in (-1, 1); -0.75 to -0.25 in the paper, 0 for none.
         interval: see `Guidance`.
         batched: see `ClassifierFree`.
 
@@ -166,7 +172,9 @@ class Projected(ClassifierFree):
         batched: bool = True,
     ):
         super().__init__(inner, scale, interval, batched=batched)
-        if threshold is not None and threshold <= 0:
+        if not math.isfinite(eta):
+            raise ValueError(f"eta must be finite, got {eta}")
+        if threshold is not None and not threshold > 0:
             raise ValueError(f"threshold must be positive, got {threshold}")
         if not -1 < momentum < 1:
             raise ValueError(f"momentum must be in (-1, 1), got {momentum}")
@@ -179,10 +187,10 @@ class Projected(ClassifierFree):
 
     def combine(self, conditional, weak):
         x0 = conditional.x0
-        d = x0 - weak.x0
+        f = conditional.output - weak.output_as(conditional)
         if self.momentum:
-            self._average = d if self._average is None else d + self.momentum * self._average
-            d = self._average
+            f = self._average = f if self._average is None else f + self.momentum * self._average
+        d = conditional.shift_of(f)
         if self.threshold is not None:
             d = d * (self.threshold / _dot(d, d).sqrt()).clamp(max=1)
         parallel = _dot(d, x0) / _dot(x0, x0).clamp(min=torch.finfo(x0.dtype).tiny) * x0

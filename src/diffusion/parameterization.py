@@ -77,6 +77,10 @@ class Prediction:
         """A copy with another F, whose coefficients are the same."""
         return Prediction(self.x_t, self.level, output, self._c_skip, self._c_out, self.variance)
 
+    def shift_of(self, difference: Tensor) -> Tensor:
+        """The change of x0 that belongs to a change of F, shape (B, C, H, W)."""
+        return broadcast(self._c_out, difference) * difference
+
     def with_shift(self, shift: Tensor) -> "Prediction":
         """A copy with x0 + shift and the corresponding eps; shift has x_t's shape, and c_out is not 0."""
         return self.with_output(self._output + shift / broadcast(self._c_out, shift))

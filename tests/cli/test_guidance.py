@@ -5,11 +5,34 @@ import json
 import pytest
 import torch
 
+from src.app.guides import check_classes, check_fit
+from src.app.load import load_with
+from src.app.restore import Restored
+from src.app.sweep.jobs import composed as composition
+from src.conditioning import ByClass, ByText, LowResolution
+from src.data.codec import Pixels
+from src.diffusion.clipping import StaticClipping
+from src.diffusion.denoiser import Denoiser
+from src.diffusion.guidance import ClassifierGuidance
+from src.diffusion.parameterization import V
+from src.diffusion.schedule import Cosine
 from src.evaluation.record import Record
+from src.generation.recipe import kind_of
 from src.runs.files import file_sha256
 from tests.cli.test_bad_input import assert_one_line
 from tests.cli.test_sample_and_evaluate import pixels
 from tests.conftest import commands_in
+
+
+class Named:
+    """A text encoder's description."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def describe(self):
+        return self.name
+
 
 SMALL = (
     "logger=csv",
@@ -80,6 +103,61 @@ def test_a_classifier_guides(command, runs, tmp_path, run, sampler):
     assert recipe["labels"] == "image i has label i mod 10"
     assert "ClassifierGuidance(scale=500" in recipe["guidance"]
     assert images.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "order"),
+    [
+        ("draw", None, [StaticClipping, ClassifierGuidance]),
+        ("inpaint", None, [StaticClipping, ClassifierGuidance]),  # RePaint
+        ("inpaint", "dps", [ClassifierGuidance, StaticClipping]),
+        ("inpaint", "ddnm", [ClassifierGuidance, StaticClipping]),
+    ],
+)
+def test_a_classifier_is_outside_of_clipping_only_where_it_moves_the_mean(command, runs, task, method, order):
+    choice = [f"run={runs['plain']}", "guidance=classifier", f"guidance.run={runs['classifier']}"]
+    choice += ["sampler=ddpm", f"task={task}", *([f"restoration={method}"] if method else [])]
+    loaded, _ = load_with(composition("sample", choice))
+    assert [kind_of(wrap) for wrap in loaded.recipe.wrappers] == order
+
+
+def test_a_scale_alone_reports_that_it_replaces_the_run_s_guidance(command, tmp_path, capsys):
+    options = ["trainer.max_steps=1", "conditioning=class", "conditioning.dropout=0.5"]
+    for guidance in ("interval", "classifier_free"):
+        run = tmp_path / guidance
+        assert command("train", *SMALL, *options, f"guidance={guidance}", f"hydra.run.dir={run}") == 0
+        capsys.readouterr()
+        sampled(command, tmp_path, run, "guidance.scale=4")
+        lines = [line for line in capsys.readouterr().out.splitlines() if "replaces this run's own" in line]
+        assert len(lines) == (guidance == "interval")
+        assert all("ClassifierFree(scale=4" in line and "interval=[0.2, 5.0]" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        (LowResolution(2), LowResolution(4), ["image (2 times smaller)", "image (4 times smaller)"]),
+        (ByText(Named("a")), ByText(Named("b")), ["tokens (a)", "tokens (b)"]),
+        (ByClass(3), ByClass(4), ["labels (3 classes)", "labels (4 classes)"]),
+    ],
+    ids=["factors", "encoders", "classes"],
+)
+def test_both_runs_read_the_same(theirs, ours, words):
+    parts = Restored(None, None, theirs, None)
+    with pytest.raises(ValueError, match="conditioned on") as error:
+        check_classes(parts, ours)
+    assert all(word in str(error.value) for word in words)
+    check_classes(parts, theirs)
+
+
+def test_another_codec_is_named():
+    class Halves(Pixels):
+        def describe(self):
+            return "halves"
+
+    denoiser = Denoiser(torch.nn.Identity(), Cosine(), V())
+    with pytest.raises(ValueError, match=r"codec is Halves \(halves\), and the guided run's is Pixels"):
+        check_fit(Restored(None, Halves((1, 8, 8)), None, denoiser), denoiser, Pixels((1, 8, 8)))
 
 
 def test_momentum_depends_on_no_other_image(command, runs, tmp_path):
@@ -167,6 +245,18 @@ BAD = {
     "an unknown length of the average": (
         ["run={plain}", "guidance=auto", "guidance.run={plain}", "guidance.weights=best"],
         ["guidance.weights='best'"],
+    ),
+    "labels that nothing reads": (
+        ["run={plain}", "guidance=auto", "guidance.run={less_trained}", "labels=3"],
+        ["labels=3", "not conditioned on classes"],
+    ),
+    "a scale that is no number": (
+        ["run={plain}", "guidance=auto", "guidance.run={less_trained}", "guidance.scale=nan"],
+        ["guidance.scale must be finite"],
+    ),
+    "a momentum along repeated steps": (
+        ["run={conditional}", "guidance=projected", "task=inpaint"],
+        ["guidance.momentum=-0.5", "restoration=repaint", "guidance.momentum=0"],
     ),
     "classes of an unconditional network": (
         ["run={plain}", "guidance=classifier_free"],

@@ -20,7 +20,7 @@ def encoder(tmp_path):
 
 
 def test_train_and_sample_with_prompts(command, only_run, encoder, tmp_path, capsys):
-    assert command("train", *SMALL, *encoder, "callbacks.sample_images.n=4") == 0
+    assert command("train", *SMALL, *encoder, "callbacks.sample_images.n=4", "prompts=[the digit one]") == 0
     run = only_run()
     stored = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)["state_dict"]
     assert any("cross_attention" in name for name in stored)
@@ -36,7 +36,7 @@ def test_train_and_sample_with_prompts(command, only_run, encoder, tmp_path, cap
     )
     records = {out: json.loads((tmp_path / out / "recipe.json").read_text()) for out in "abc"}
     assert "a red, red heart" in records["a"]["labels"]
-    assert "validation" in records["c"]["labels"]
+    assert "['the digit one']" in records["c"]["labels"]  # the run's own
     assert records["a"]["guidance"] == "none"
     assert "scale=3" in records["b"]["guidance"]
     assert records["b"]["network_evaluations"] == 2 * records["a"]["network_evaluations"]

@@ -181,6 +181,9 @@ def test_scale_1_samples_the_class_and_more_moves_away_from_the_others():
     ("arguments", "message"),
     [
         ({"scale": -1.0}, "scale must be at least 0, got -1"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"interval": (float("nan"), 1.0)}, r"interval must be \[low, high\]"),
+        ({"interval": (0.0, float("nan"))}, r"interval must be \[low, high\]"),
         ({"interval": (2.0, 1.0)}, r"interval must be \[low, high\]"),
         ({"rescale": 1.5}, r"rescale must be in \[0, 1\], got 1.5"),
     ],

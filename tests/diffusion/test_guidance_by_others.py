@@ -16,7 +16,7 @@ from src.diffusion.parameterization import EDM as EDMParameterization
 from src.diffusion.parameterization import X0, Eps, V
 from src.diffusion.sampler import DDIM, DDPM, Heun
 from src.diffusion.schedule import EDM, VE, VP, Cosine, RectifiedFlow
-from src.diffusion.spacing import Karras, UniformTime
+from src.diffusion.spacing import Karras, Trailing, UniformTime
 from src.diffusion.variance import Large, Small
 from tests.diffusion.mixture import Mixture, MixtureDenoiser, three_modes
 from tests.diffusion.sampler.networks import standard_normal
@@ -124,6 +124,21 @@ def test_autoguidance_equals_that_of_diffusers_guider(rescale):
     torch.testing.assert_close(ours.output, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_first_evaluation_does_not_dominate_later_ones():
+    # at the first of 5 steps, an eps network on this schedule has a gain of 20,000 in x0
+    schedule, (x_t, condition) = (
+        Cosine(),
+        (standard_normal((3, 1, 4, 4)).double(), Condition(labels=torch.arange(3))),
+    )
+    denoiser = Denoiser(Network(), schedule, Eps())
+    first, second = schedule(Trailing()(schedule, 5)[:2]).scalars()
+    guided, fresh = (Projected(denoiser, 7.5, momentum=-0.5) for _ in range(2))
+    assert (guided(x_t, first, condition).x0 - denoiser(x_t, first, condition).x0).abs().max() > 1000
+    alone = fresh(x_t, second, condition).x0
+    carried = guided(x_t, second, condition).x0 - alone
+    assert 0 < carried.norm() < (alone - denoiser(x_t, second, condition).x0).norm()
+
+
 def projected_update(x0, weak, before, eta, threshold, momentum):
     """Alg. 1 of Sadat et al. for one image, in numpy: the update that is multiplied by scale - 1, and the average."""
     d = x0 - weak + (0 if before is None else momentum * before)
@@ -174,7 +189,7 @@ def test_projected_guidance_with_everything_kept_is_classifier_free():
     ("eta", "threshold", "momentum"), [(1.0, 2.0, -0.5), (0.0, 3.0, -0.75), (0.2, 100.0, 0.3)]
 )
 def test_projected_guidance_equals_that_of_diffusers_guider(eta, threshold, momentum):
-    # theirs acts on whatever the network predicts; with x0, and with the paper's w - 1, it is the paper's
+    # theirs acts on whatever the network predicts; with x0 and the paper's w - 1, both are the paper's
     from diffusers.guiders import AdaptiveProjectedGuidance
 
     guider = AdaptiveProjectedGuidance(
@@ -185,7 +200,7 @@ def test_projected_guidance_equals_that_of_diffusers_guider(eta, threshold, mome
         use_original_formulation=True,
     )
     x_t, condition = standard_normal((3, 1, 4, 4)), Condition(labels=torch.arange(3))
-    denoiser = Denoiser(Network(), Cosine(), V())
+    denoiser = Denoiser(Network(), Cosine(), X0())
     ours = Projected(denoiser, 5.0, eta, threshold, momentum)
     for step, level in enumerate(Cosine()([700.0, 500.0, 300.0]).scalars()):
         guider.set_state(step=step, num_inference_steps=3, timestep=torch.tensor(900))
@@ -356,6 +371,11 @@ def test_the_gradient_of_a_network_is_that_of_its_log_probability():
     [
         (lambda d: Projected(d, 0.5), "scale must be at least 1, got 0.5"),
         (lambda d: Projected(d, 2.0, threshold=0.0), "threshold must be positive"),
+        (lambda d: Projected(d, 2.0, threshold=math.nan), "threshold must be positive"),
+        (lambda d: Projected(d, 2.0, eta=math.nan), "eta must be finite"),
+        (lambda d: Projected(d, 2.0, momentum=math.nan), "momentum must be in"),
+        (lambda d: AutoGuidance(d, d, math.nan), "scale must be finite, got nan"),
+        (lambda d: ClassifierGuidance(d, None, math.inf), "scale must be finite, got inf"),
         (lambda d: Projected(d, 2.0, momentum=1.0), r"momentum must be in \(-1, 1\)"),
         (lambda d: AutoGuidance(d, d, -1.0), "scale must be at least 0"),
         (lambda d: AutoGuidance(d, d, 2.0, rescale=2.0), "rescale must be"),
