@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.conditioning import Condition, LowResolution
 from src.data.source import Split
-from src.diffusion.denoiser import Wrapper, wrapped
+from src.diffusion.denoiser import Wrapper
 from src.diffusion.measurement import Blur, Downsample, Mask, Measurement, Operator, enlarged
 from src.diffusion.restoration import PiGDM, RePaint, Restoration
 from src.diffusion.sampler import PerImageNoise, Sampler
@@ -71,7 +71,7 @@ class FromImages(Task):
             numbers = range(first, min(first + batch_size, n))
             made = self.plan(loaded, inputs, numbers)
             x_T, condition, noise = recipe.start(denoiser, numbers, made.condition)
-            around = wrapped(denoiser, made.wrappers)
+            around = recipe.around(denoiser, made.wrappers)
             states = made.sampler.trajectory(around, x_T, times, condition, noise)
             last = last_state(states)
             images = self.finished(recipe.codec.decode(last.x).cpu(), inputs, numbers)
