@@ -44,10 +44,6 @@ def sample(config: DictConfig) -> dict[str, float]:
 def sample_on_this_process(config: DictConfig) -> dict[str, float]:
     """The share of this process; see `sample`."""
     task = task_of(config)
-    if config.devices > 1 and not task.shared:
-        raise UserError(
-            f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
-        )
     loaded, _ = load_with(config)
     if task.from_noise and rank() == 0:
         warn_of_missing_signal(loaded.denoiser, loaded.recipe)

@@ -72,7 +72,7 @@ def inputs_of(
         split: the split of the data.
         n: number of images.
         shape: (C, H, W) that files must have; by default that of the run's images.
-        scaled: scale and crop files to this shape, as data=image_folder does, instead of refusing others.
+        scaled: scale, crop and convert files to this shape, as data=image_folder does, instead of refusing others.
 
     Raises:
         UserError: there is no such file, it is not an image of this shape, or the split has fewer images.
@@ -161,13 +161,13 @@ def files_of(path: str, option: str) -> list[Path]:
 
 
 def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = False) -> Tensor:
-    """An image file as uint8, shape (C, H, W). Grey files are repeated into RGB; nothing else changes a value.
+    """An image file as uint8, shape (C, H, W). Grey files are repeated into RGB; only `scaled` changes other values.
 
     Args:
         file: the file.
         shape: (C, H, W) that it must have.
         option: names the file's option in errors.
-        scaled: scale and crop it to this size.
+        scaled: scale and crop it to this size, and convert colour to grey for C = 1, as data=image_folder does.
 
     Raises:
         UserError: it cannot be read, or has another size or colours that grey images do not have.
@@ -178,7 +178,7 @@ def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = Fal
             f"{option}: this run's images have {channels} channels, and image files have 1 or 3; leave {option} out"
         )
     try:
-        picture = decode(file.read_bytes(), 3)
+        picture = decode(file.read_bytes(), channels if scaled else 3)
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{option}: {file} cannot be read: {problem(error)}") from None
     if not scaled and picture.size != (width, height):
@@ -187,10 +187,12 @@ def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = Fal
             f"{option}: {file} has {found} pixels and must have {width} x {height} (width x height); resize it"
         )
     pixels = fit(picture, height, width) if scaled else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    if channels == 3:
+    if len(pixels) == channels:
         return pixels.contiguous()
     if (pixels != pixels[:1]).any():
-        raise UserError(f"{option}: {file} is in colour, and must be grey; convert it")
+        raise UserError(
+            f"{option}: {file} is in colour, and must be grey; convert it, e.g. by Pillow's convert('L')"
+        )
     return pixels[:1].contiguous()
 
 

@@ -346,7 +346,7 @@ class SuperResolution(FromImages):
         if not isinstance(conditioning, LowResolution):
             raise UserError(
                 "task=superres needs a run trained with conditioning=low_resolution; choose such a run, or"
-                " task=upsample, which takes every run"
+                " task=upsample, which takes runs on pixels without it"
             )
         channels, height, width = loaded.recipe.codec.image_shape
         small = (channels, height // conditioning.factor, width // conditioning.factor)
