@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.conditioning import Condition
+from src.conditioning import Condition, Conditioning
 from src.data.decode import decode, fit, problem
 from src.data.source import Split
 from src.errors import UserError
@@ -19,6 +19,7 @@ from src.randomness import generator
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MASKS = ("box", "right", "random")
+OWN_CONDITION = "image i has its own condition"
 
 
 class Inputs(NamedTuple):
@@ -40,6 +41,13 @@ class Inputs(NamedTuple):
     def from_files(self) -> bool:
         """Whether the images come from files, not from the data."""
         return self.condition is None
+
+    def describe_condition(self, conditioning: Conditioning | None) -> str:
+        """A description of the condition of image i, for records; see `condition_of`."""
+        if conditioning is None:
+            return "none"
+        own = not self.from_files or "image" in conditioning.kinds
+        return OWN_CONDITION if own else conditioning.describe_samples()
 
     def condition_of(self, loaded: LoadedRun, numbers: range, x0: Tensor) -> Condition | None:
         """What the network reads for the encoded images with these numbers, on the denoiser's device.
@@ -106,8 +114,7 @@ def masks_of(mask: str, share: float, shape: Sequence[int], seed: int, n: int) -
         ValueError: share is out of range.
         UserError: there is no such file, or it has another size or no white pixel.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
+    check_share(share)
     _, height, width = shape
     filled = torch.zeros(n, 1, height, width, dtype=torch.bool)
     if mask == "box":
@@ -124,12 +131,23 @@ def masks_of(mask: str, share: float, shape: Sequence[int], seed: int, n: int) -
     return filled, _record(mask, filled.to(torch.uint8) * 255)
 
 
-def _masks_from_files(mask: str, size: tuple[int, int], n: int) -> Tensor:
+def check_share(share: float) -> None:
+    """Raises ValueError if the share of the pixels to fill is out of range."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+
+
+def mask_files(mask: str) -> list[Path]:
+    """The files of masks that a path names; see `files_of`."""
     if not Path(mask).expanduser().exists():
         raise UserError(
             f"task.mask={mask}: no such file or folder; give one, or a generated mask: {', '.join(MASKS)}"
         )
-    files = files_of(mask, "task.mask")
+    return files_of(mask, "task.mask")
+
+
+def _masks_from_files(mask: str, size: tuple[int, int], n: int) -> Tensor:
+    files = mask_files(mask)
     if len(files) not in (1, n):
         raise UserError(
             f"task.mask={mask}: {len(files)} files for {n} images; give one for all, or one for each image"
