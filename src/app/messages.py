@@ -3,6 +3,7 @@
 import difflib
 import errno
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,7 @@ def _wrong_option(entry_point: str, arguments: list[str], config_name: str) -> s
             parent, _, name = key.rpartition(".")
             node = OmegaConf.select(config, parent) if parent else config
             if node is None and parent in groups_of(entry_point):
-                return (
-                    f"{key}: choose {parent}=... too; without it, {parent} and its options are the run's own"
-                )
+                return _without_choice(key)
             if override.is_add():
                 if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118
                     return f"{key}: this option exists; type it without the plus"
@@ -197,6 +196,19 @@ def _variants(groups: list[Any]) -> list[list[str]]:
         for value in getattr(override.value(), "list", [])
     ]
     return [[*fixed, choice] for choice in swept] or [fixed]
+
+
+def _without_choice(key: str) -> str:
+    """What to say of an option of a group that is null by default: the choices that have it."""
+    group, _, name = key.partition(".")
+    having = [
+        path.stem
+        for path in sorted((CONF / group).glob("*.yaml"))
+        if re.search(rf"^{re.escape(name)}:", path.read_text(), re.MULTILINE)
+    ]
+    owner = "task" if group == "restoration" else "run"
+    choice = f"{group}={' or '.join(having) or '...'}"
+    return f"{key}: choose {choice} too; without it, {group} and its options are the {owner}'s own"
 
 
 def _missing(key: str, node: Any, choice: str | None, entry_point: str) -> str:

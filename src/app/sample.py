@@ -1,9 +1,11 @@
 """The job of `src.sample`: one task with a trained run."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.app.build import build, class_of, named
 from src.app.launch import launch
@@ -34,20 +36,19 @@ def sample(config: DictConfig) -> dict[str, float]:
         raise UserError(
             f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
         )
-    if config.labels is not None and not task.from_noise:
-        raise UserError(
-            f"labels={config.labels}: {type(task).__name__} conditions on the classes of its images; leave labels out"
-        )
+    for option in ("labels", "prompts"):
+        if task.own_condition and config[option] is not None:
+            files = ", or give files in task.images" if hasattr(task, "images") else ""
+            raise UserError(
+                f"{option}={config[option]}: {type(task).__name__} conditions on the classes and texts of the data's"
+                f" images; leave {option} out{files}"
+            )
     return launch(sample_on_this_process, config)
 
 
 def sample_on_this_process(config: DictConfig) -> dict[str, float]:
     """The share of this process; see `sample`."""
     task = task_of(config)
-    if config.devices > 1 and not task.shared:
-        raise UserError(
-            f"devices={config.devices}: {type(task).__name__} runs in one process; choose devices=1"
-        )
     loaded, _ = load_with(config)
     if task.from_noise and rank() == 0:
         warn_of_missing_signal(loaded.denoiser, loaded.recipe)
@@ -55,29 +56,41 @@ def sample_on_this_process(config: DictConfig) -> dict[str, float]:
     named_by = {**asked, **loaded.record(evaluations=0)}
     name = type(task).__name__.lower()
     folder = Path(config.out or recipe_folder(loaded.found.folder / "samples", named_by, name))
-    try:
+    with naming_options(config):
         made = task.run(loaded, config.n, config.batch_size, folder)
-    except ValueError as error:
-        for option in ("task", "restoration"):
-            if named(error) in (config.get(option) or {}):
-                raise UserError(f"{option}.{error}") from None
-        raise
     if rank() == 0:
-        write_json(folder / "recipe.json", {**asked, **made.record, **loaded.record(made.evaluations)})
+        write_json(folder / "recipe.json", {**asked, **loaded.record(made.evaluations), **made.record})
         lines = [*made.lines, f"evaluations {made.evaluations} of the network for an image"]
         log.info("%s", "\n".join(lines))
     return {}
 
 
+@contextmanager
+def naming_options(config: DictConfig) -> Iterator[None]:
+    """Within it, a ValueError that begins with an option of the task or the restoration names that option."""
+    try:
+        yield
+    except ValueError as error:
+        for option in ("task", "restoration"):
+            if named(error) in (config.get(option) or {}):
+                raise UserError(f"{option}.{error}") from None
+        raise
+
+
 def task_of(config: DictConfig) -> Task:
-    """The task, with its restoration if it takes one.
+    """The task, with its restoration if it takes one, checked as far as that is possible without the run.
 
     Raises:
-        UserError: a restoration was chosen that has no effect on the task.
+        UserError: a restoration was chosen that has no effect on the task, or an option is invalid.
     """
     restoration = build(config.get("restoration"), Restoration, "restoration")
     if issubclass(class_of(config.task) or Task, Restore):
-        return build(config.task, Task, "task", restoration=restoration)
+        task = build(config.task, Task, "task", restoration=restoration)
+        steps = OmegaConf.select(config, "sampler.steps")
+        if isinstance(steps, int) and steps > 0:  # others are reported with the sampler
+            with naming_options(config):
+                task.prepare(steps)
+        return task
     task = build(config.task, Task, "task")
     if restoration is not None:
         raise UserError(

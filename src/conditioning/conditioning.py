@@ -123,9 +123,12 @@ class ByClass(Conditioning):
         """
         if labels not in ("balanced", "random"):
             labels = list(labels)
-            wrong = [label for label in labels if not 0 <= label < self.num_classes] if labels else [labels]
-            if wrong:
-                raise ValueError(f"labels={wrong[0]}: the classes are 0 to {self.num_classes - 1}")
+            wrong = [label for label in labels if not 0 <= label < self.num_classes]
+            if wrong or not labels:
+                found = f"{wrong[0]}: there is no such class" if wrong else "[]: the list is empty"
+                raise ValueError(
+                    f"labels={found}; choose balanced, random, or classes, 0 to {self.num_classes - 1}"
+                )
         other = copy.copy(self)
         other.labels = labels
         return other

@@ -96,7 +96,7 @@ class RePaint(Replacement):
     Args:
         solver: a single-step sampler; ancestral DDPM in the paper.
         measurement: of known pixels.
-        jump_length: j, number of levels of a jump.
+        jump_length: j, number of levels of a jump; None for 10, or half of the steps if that is less.
         n_resample: r, how often each stretch is sampled; 1 is `Replacement`.
 
     Raises:
@@ -105,21 +105,16 @@ class RePaint(Replacement):
     """
 
     def __init__(
-        self, solver: Sampler, measurement: Measurement, jump_length: int = 10, n_resample: int = 10
+        self, solver: Sampler, measurement: Measurement, jump_length: int | None = None, n_resample: int = 10
     ):
         super().__init__(solver, measurement)
         for name, value in (("jump_length", jump_length), ("n_resample", n_resample)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.jump_length, self.n_resample = jump_length, n_resample
 
     def step(self, denoiser, x_t, t, s, noise, path):
-        length = self.jump_length
-        if path.steps <= length:
-            raise UserError(
-                f"restoration.jump_length={length}: a jump needs more than {length} steps, and sampler.steps="
-                f"{path.steps}; choose a smaller restoration.jump_length, or more sampler.steps"
-            )
+        length = jump_of(self.jump_length, path.steps)
         state = super().step(denoiser, x_t, t, s, noise, path)
         left = path.remaining - 2  # steps to the last noisy level, from which no jump leads
         if left < 0 or left % length or left >= path.steps - length:
@@ -134,6 +129,26 @@ class RePaint(Replacement):
                 state = self._step(denoiser, x, high, low, noise, replace(path, index=index))
                 x = state.x
         return state
+
+
+def jump_of(length: int | None, steps: int) -> int:
+    """The levels of a jump of `RePaint` with this number of steps; see its `jump_length`.
+
+    Raises:
+        UserError: there are not more steps than levels.
+    """
+    if steps < 2:
+        raise UserError(
+            f"sampler.steps={steps}: RePaint needs at least 2 steps; choose more, or restoration=replacement"
+        )
+    if length is None:
+        return min(10, steps // 2)
+    if length >= steps:
+        raise UserError(
+            f"restoration.jump_length={length}: a jump needs more than {length} steps, and sampler.steps={steps};"
+            f" choose restoration=repaint restoration.jump_length={min(10, steps // 2)}, or more sampler.steps"
+        )
+    return length
 
 
 class DPS(Restoration):

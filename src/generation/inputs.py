@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.conditioning import Condition
+from src.conditioning import Condition, Conditioning
 from src.data.decode import decode, fit, problem
 from src.data.source import Split
 from src.errors import UserError
@@ -19,6 +19,7 @@ from src.randomness import generator
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MASKS = ("box", "right", "random")
+OWN_CONDITION = "image i has its own condition"
 
 
 class Inputs(NamedTuple):
@@ -40,6 +41,13 @@ class Inputs(NamedTuple):
     def from_files(self) -> bool:
         """Whether the images come from files, not from the data."""
         return self.condition is None
+
+    def describe_condition(self, conditioning: Conditioning | None) -> str:
+        """A description of the condition of image i, for records; see `condition_of`."""
+        if conditioning is None:
+            return "none"
+        own = not self.from_files or "image" in conditioning.kinds
+        return OWN_CONDITION if own else conditioning.describe_samples()
 
     def condition_of(self, loaded: LoadedRun, numbers: range, x0: Tensor) -> Condition | None:
         """What the network reads for the encoded images with these numbers, on the denoiser's device.
@@ -72,7 +80,7 @@ def inputs_of(
         split: the split of the data.
         n: number of images.
         shape: (C, H, W) that files must have; by default that of the run's images.
-        scaled: scale and crop files to this shape, as data=image_folder does, instead of refusing others.
+        scaled: scale, crop and convert files to this shape, as data=image_folder does, instead of refusing others.
 
     Raises:
         UserError: there is no such file, it is not an image of this shape, or the split has fewer images.
@@ -106,8 +114,7 @@ def masks_of(mask: str, share: float, shape: Sequence[int], seed: int, n: int) -
         ValueError: share is out of range.
         UserError: there is no such file, or it has another size or no white pixel.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
+    check_share(share)
     _, height, width = shape
     filled = torch.zeros(n, 1, height, width, dtype=torch.bool)
     if mask == "box":
@@ -124,12 +131,23 @@ def masks_of(mask: str, share: float, shape: Sequence[int], seed: int, n: int) -
     return filled, _record(mask, filled.to(torch.uint8) * 255)
 
 
-def _masks_from_files(mask: str, size: tuple[int, int], n: int) -> Tensor:
+def check_share(share: float) -> None:
+    """Raises ValueError if the share of the pixels to fill is out of range."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+
+
+def mask_files(mask: str) -> list[Path]:
+    """The files of masks that a path names; see `files_of`."""
     if not Path(mask).expanduser().exists():
         raise UserError(
             f"task.mask={mask}: no such file or folder; give one, or a generated mask: {', '.join(MASKS)}"
         )
-    files = files_of(mask, "task.mask")
+    return files_of(mask, "task.mask")
+
+
+def _masks_from_files(mask: str, size: tuple[int, int], n: int) -> Tensor:
+    files = mask_files(mask)
     if len(files) not in (1, n):
         raise UserError(
             f"task.mask={mask}: {len(files)} files for {n} images; give one for all, or one for each image"
@@ -161,13 +179,13 @@ def files_of(path: str, option: str) -> list[Path]:
 
 
 def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = False) -> Tensor:
-    """An image file as uint8, shape (C, H, W). Grey files are repeated into RGB; nothing else changes a value.
+    """An image file as uint8, shape (C, H, W). Grey files are repeated into RGB; only `scaled` changes other values.
 
     Args:
         file: the file.
         shape: (C, H, W) that it must have.
         option: names the file's option in errors.
-        scaled: scale and crop it to this size.
+        scaled: scale and crop it to this size, and convert colour to grey for C = 1, as data=image_folder does.
 
     Raises:
         UserError: it cannot be read, or has another size or colours that grey images do not have.
@@ -178,7 +196,7 @@ def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = Fal
             f"{option}: this run's images have {channels} channels, and image files have 1 or 3; leave {option} out"
         )
     try:
-        picture = decode(file.read_bytes(), 3)
+        picture = decode(file.read_bytes(), channels if scaled else 3)
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{option}: {file} cannot be read: {problem(error)}") from None
     if not scaled and picture.size != (width, height):
@@ -187,10 +205,12 @@ def read_image(file: Path, shape: Sequence[int], option: str, scaled: bool = Fal
             f"{option}: {file} has {found} pixels and must have {width} x {height} (width x height); resize it"
         )
     pixels = fit(picture, height, width) if scaled else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    if channels == 3:
+    if len(pixels) == channels:
         return pixels.contiguous()
     if (pixels != pixels[:1]).any():
-        raise UserError(f"{option}: {file} is in colour, and must be grey; convert it")
+        raise UserError(
+            f"{option}: {file} is in colour, and must be grey; convert it, e.g. by Pillow's convert('L')"
+        )
     return pixels[:1].contiguous()
 
 

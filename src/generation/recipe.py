@@ -90,9 +90,9 @@ class Recipe:
         """The S + 1 decreasing times that are visited on this schedule."""
         return self.spacing(schedule, self.steps)
 
-    def around(self, denoiser: BaseDenoiser) -> BaseDenoiser:
-        """The denoiser with the recipe's wrappers; further networks of guidance are moved to its device."""
-        around = wrapped(denoiser, self.wrappers)
+    def around(self, denoiser: BaseDenoiser, wrappers: Sequence[Wrapper] | None = None) -> BaseDenoiser:
+        """The denoiser with wrappers, by default the recipe's; further networks of guidance are moved to its device."""
+        around = wrapped(denoiser, self.wrappers if wrappers is None else wrappers)
         devices = [parameter.device for parameter in around.parameters()]
         first = next(denoiser.parameters(), None)
         if first is not None and any(device != first.device for device in devices):
@@ -157,7 +157,9 @@ class Recipe:
 
     def trajectory(self, denoiser: BaseDenoiser, indices: Sequence[int]) -> Iterator[State]:
         """The states of the images with these indices, from noise to x0, shape (B, *codec.shape)."""
-        start = self.start(denoiser, indices)
+        return self._from(self.start(denoiser, indices), denoiser)
+
+    def _from(self, start: Start, denoiser: BaseDenoiser) -> Iterator[State]:
         times = self.times(denoiser.schedule)
         return self.sampler.trajectory(self.around(denoiser), start.x_T, times, start.condition, start.noise)
 
@@ -165,10 +167,14 @@ class Recipe:
         """Generates the images with these indices, in batches of at most batch_size."""
         for first in range(0, len(indices), batch_size):
             chosen = indices[first : first + batch_size]
-            for state in self.trajectory(denoiser, chosen):
+            start = self.start(denoiser, chosen)
+            labels = None if start.condition is None else start.condition.labels
+            states = self._from(start, denoiser)
+            del start  # frees x_T after the first step
+            for state in states:
                 x, evaluations = state.x, state.evaluations
                 del state  # frees its memory for the next step
-            yield Generated(self.codec.decode(x), evaluations, self.labels(chosen))
+            yield Generated(self.codec.decode(x), evaluations, None if labels is None else labels.cpu())
 
     def record(self, variance: Variance, evaluations: int) -> dict[str, Any]:
         """The recipe as primitives, for records.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from src.conditioning import Condition, LowResolution
 from src.data.source import Split
-from src.diffusion.denoiser import Wrapper, wrapped
+from src.diffusion.denoiser import Wrapper
 from src.diffusion.measurement import Blur, Downsample, Mask, Measurement, Operator, enlarged
-from src.diffusion.restoration import PiGDM, RePaint, Restoration
-from src.diffusion.sampler import PerImageNoise, Sampler
+from src.diffusion.restoration import PiGDM, RePaint, Restoration, jump_of
+from src.diffusion.sampler import DDIM, PerImageNoise, Sampler
 from src.errors import UserError
-from src.generation.inputs import Inputs, inputs_of, masks_of
+from src.generation.inputs import MASKS, Inputs, check_share, files_of, inputs_of, mask_files, masks_of
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import image_rows, save_images
 from src.generation.recipe import CLIPPING, kind_of
@@ -57,6 +57,9 @@ class FromImages(Task):
 
     def __init__(self, images: str | None = None, split: Split = "test"):
         self.images, self.split = images, split
+        self.own_condition = images is None
+        if images is not None:
+            files_of(images, "task.images")  # checks it
 
     def run(self, loaded, n, batch_size, folder):
         recipe, denoiser = loaded.recipe, loaded.denoiser
@@ -71,7 +74,7 @@ class FromImages(Task):
             numbers = range(first, min(first + batch_size, n))
             made = self.plan(loaded, inputs, numbers)
             x_T, condition, noise = recipe.start(denoiser, numbers, made.condition)
-            around = wrapped(denoiser, made.wrappers)
+            around = recipe.around(denoiser, made.wrappers)
             states = made.sampler.trajectory(around, x_T, times, condition, noise)
             last = last_state(states)
             images = self.finished(recipe.codec.decode(last.x).cpu(), inputs, numbers)
@@ -91,7 +94,8 @@ class FromImages(Task):
         if misfits:
             misfit = torch.cat(misfits).mean().sqrt().item()
             lines.append(f"misfit      {misfit:.4g} (root mean square of y - A x0, images in [-1, 1])")
-        return Made(lines, evaluations, {"inputs": inputs.record})
+        record = {"inputs": inputs.record, "labels": inputs.describe_condition(recipe.conditioning)}
+        return Made(lines, evaluations, record)
 
     def inputs(self, loaded: LoadedRun, n: int) -> Inputs:
         """The input images; checks the task against the run."""
@@ -130,6 +134,18 @@ class Restore(FromImages):
     ):
         super().__init__(images, split)
         self.restoration = restoration or type(self).default
+
+    def prepare(self, steps: int) -> None:
+        """Checks the restoration before a run is loaded, and sets what follows from the number of steps.
+
+        Raises:
+            ValueError: a number of the restoration is out of range.
+            UserError: it needs more steps.
+        """
+        if kind_of(self.restoration) is RePaint:
+            given = getattr(self.restoration, "keywords", {}).get("jump_length")
+            self.restoration = partial(self.restoration, jump_length=jump_of(given, steps))
+        self.restoration(DDIM(), None)  # checks its numbers
 
     def inputs(self, loaded, n):
         name = kind_of(self.restoration).__name__
@@ -181,10 +197,14 @@ class Inpaint(Restore):
         images: see `FromImages`.
         split: see `FromImages`.
         restoration: see `Restore`.
+
+    Raises:
+        ValueError: share is out of range.
+        UserError: there is no such mask.
     """
 
     kind = Mask
-    default = partial(RePaint, jump_length=10, n_resample=10)
+    default = partial(RePaint, jump_length=None, n_resample=10)
 
     def __init__(
         self,
@@ -196,11 +216,16 @@ class Inpaint(Restore):
     ):
         super().__init__(images, split, restoration)
         self.mask, self.share = mask, share
+        check_share(share)
+        if mask not in MASKS:
+            mask_files(mask)  # checks it
 
     def inputs(self, loaded, n):
+        if self.images is not None:
+            n = min(n, len(files_of(self.images, "task.images")))
+        shape, seed = loaded.recipe.codec.image_shape, loaded.recipe.seed
+        filled, record = masks_of(self.mask, self.share, shape, seed, n)  # before any image is read
         inputs = super().inputs(loaded, n)
-        shape, seed = inputs.images.shape[1:], loaded.recipe.seed
-        filled, record = masks_of(self.mask, self.share, shape, seed, len(inputs.images))
         return inputs._replace(filled=filled, record={**inputs.record, "mask": record})
 
     def measured(self, x, loaded, inputs, numbers):
@@ -346,7 +371,7 @@ class SuperResolution(FromImages):
         if not isinstance(conditioning, LowResolution):
             raise UserError(
                 "task=superres needs a run trained with conditioning=low_resolution; choose such a run, or"
-                " task=upsample, which takes every run"
+                " task=upsample, which takes runs on pixels without it"
             )
         channels, height, width = loaded.recipe.codec.image_shape
         small = (channels, height // conditioning.factor, width // conditioning.factor)

@@ -14,7 +14,7 @@ from rich.progress import track
 from src.data.source import Split
 from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
 from src.errors import UserError
-from src.generation.inputs import inputs_of
+from src.generation.inputs import OWN_CONDITION, files_of, inputs_of
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import (
     animation,
@@ -54,10 +54,12 @@ class Task(ABC):
     Attributes:
         from_noise: whether sampling starts from pure noise, not from images of the data.
         shared: whether all processes share the work; otherwise only rank 0 runs the task.
+        own_condition: whether the network reads the condition of the data's images, not that of a sampling run.
     """
 
     from_noise: ClassVar[bool] = True
     shared: ClassVar[bool] = False
+    own_condition: bool = False
 
     @abstractmethod
     def run(self, loaded: LoadedRun, n: int, batch_size: int, folder: Path) -> Made:
@@ -236,6 +238,7 @@ class Reconstruct(Task):
     """
 
     from_noise = False
+    own_condition = True
 
     def __init__(self, split: Split = "test", tolerance: float | None = None):
         self.split = split
@@ -261,7 +264,8 @@ class Reconstruct(Task):
         error = (decoded.x - x0).square().mean().sqrt().item()
         lines = save_grid(image_rows(recipe.codec.decode(x0), recipe.codec.decode(decoded.x)), folder)
         lines.append(f"error       {error:.4g} (root mean square, images in [-1, 1])")
-        return Made(lines, encoded.evaluations + decoded.evaluations)
+        record = {} if condition is None else {"labels": OWN_CONDITION}
+        return Made(lines, encoded.evaluations + decoded.evaluations, record)
 
 
 class ImageToImage(Task):
@@ -279,6 +283,9 @@ class ImageToImage(Task):
 
     def __init__(self, strength: float = 0.5, images: str | None = None, split: Split = "test"):
         self.strength, self.images, self.split = strength, images, split
+        self.own_condition = images is None
+        if images is not None:
+            files_of(images, "task.images")  # checks it
 
     def run(self, loaded, n, batch_size, folder):
         recipe, denoiser = loaded.recipe, loaded.denoiser
@@ -290,7 +297,8 @@ class ImageToImage(Task):
         x_t, times = renoise(denoiser, x0, recipe.times(denoiser.schedule), self.strength, noise)
         last = last_state(recipe.sampler.trajectory(recipe.around(denoiser), x_t, times, condition, noise))
         grid = image_rows(inputs.images, recipe.codec.decode(last.x).cpu())
-        return Made(save_grid(grid, folder), last.evaluations, {"inputs": inputs.record})
+        record = {"inputs": inputs.record, "labels": inputs.describe_condition(recipe.conditioning)}
+        return Made(save_grid(grid, folder), last.evaluations, record)
 
 
 def _is_deterministic_ddim(sampler: Sampler) -> bool:

@@ -70,7 +70,7 @@ BAD = {
     "classes without a condition": (["labels=3"], ["labels=3", "leave labels out", "conditioning=class"]),
     "a class that does not exist": (
         ["conditioning=class", "labels=[3,10]"],
-        ["labels=10: the classes are 0 to 9"],
+        ["labels=10: there is no such class", "choose balanced", "0 to 9"],
     ),
     "a class by a name that does not exist": (
         ["data=fashion_mnist", "conditioning=class", "labels=[Bag,Hat]"],

@@ -40,8 +40,21 @@ def test_classes_of_samples(command, run, tmp_path, capsys):
     assert classes() == "class: 7"
     assert "drawn" in recipe(), "without the option, the classes are as in training"
     assert recipe("labels=balanced") == "image i has label i mod 10"
-    assert command("sample", f"run={run}", "labels=3", "task=img2img") == 2
-    assert_one_line(capsys.readouterr().err, ["labels=3", "leave labels out"])
+
+
+@pytest.mark.parametrize("task", ["img2img", "inpaint"])
+def test_files_take_classes_and_images_of_the_data_keep_theirs(command, run, tmp_path, capsys, task):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    base = [f"run={run}", f"task={task}", "sampler.steps=2", "n=2", f"out={tmp_path}/out"]
+
+    def recorded(*options):
+        assert command("sample", *base, *options) == 0
+        return json.loads((tmp_path / "out" / "recipe.json").read_text())["labels"]
+
+    assert recorded(f"task.images={tmp_path}/a.png", "labels=3") == "image i has entry i mod 1 of [3]"
+    assert recorded() == "image i has its own condition"
+    assert command("sample", *base, "labels=3") == 2
+    assert_one_line(capsys.readouterr().err, ["labels=3", "leave labels out, or give files in task.images"])
 
 
 def test_scores_of_each_class(command, run, capsys):

@@ -177,7 +177,18 @@ def test_inpainting_of_files(command, run, tmp_path):
     [
         (["task=inpaint", "task.images=none.png"], ["task.images=none.png: no such file or folder"]),
         (["task=inpaint", "task.maks=box"], ["task.maks", "did you mean task.mask"]),
-        (["task=inpaint", "sampler.steps=5"], ["restoration.jump_length=10", "more sampler.steps"]),
+        (
+            ["task=inpaint", "sampler.steps=5", "restoration=repaint", "restoration.jump_length=5"],
+            ["restoration.jump_length=5", "restoration=repaint restoration.jump_length=2,"],
+        ),
+        (["task=inpaint", "restoration.jump_length=2"], ["choose restoration=repaint too", "the task's"]),
+        (["restoration.scale=2"], ["restoration.scale: choose restoration=dps too"]),
+        (
+            ["task=inpaint", "labels=3"],
+            ["labels=3: Inpaint", "leave labels out, or give files in task.images"],
+        ),
+        (["task=upsample", "prompts=[a]"], ["prompts=['a']: Upsample", "leave prompts out, or give files"]),
+        (["task=reconstruct", "prompts=a"], ["prompts=a: Reconstruct", "leave prompts out"]),
         (
             ["task=inpaint", "restoration=dps", "restoration.scale=-1"],
             ["restoration.scale must be at least 0"],
@@ -193,6 +204,40 @@ def test_inpainting_of_files(command, run, tmp_path):
 def test_mistakes_of_restorations_are_one_line(command, run, capsys, overrides, words):
     assert command("sample", f"run={run}", "n=2", *overrides) == 2
     assert_one_line(capsys.readouterr().err, words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task.mask=none.png"], ["task.mask=none.png: no such file"]),
+        (["task.share=0"], ["task.share must be in (0, 1]"]),
+        (["task.images=none.png"], ["task.images=none.png: no such file"]),
+        (["sampler.steps=1"], ["sampler.steps=1: RePaint needs at least 2 steps"]),
+        (["restoration=dps", "restoration.scale=-1"], ["restoration.scale must be at least 0"]),
+    ],
+    ids=" ".join,
+)
+def test_options_are_checked_before_the_run_is_loaded(command, capsys, overrides, words):
+    assert command("sample", "run=runs/none", "task=inpaint", *overrides) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_the_size_of_a_mask_is_checked_before_the_data_are_read(command, run, capsys, tmp_path, monkeypatch):
+    def unread(*_):
+        raise AssertionError("the data are read")
+
+    monkeypatch.setattr("src.data.digits.Digits.split", unread)
+    Image.fromarray(np.full((4, 4), 255, np.uint8)).save(tmp_path / "mask.png")
+    assert command("sample", f"run={run}", "task=inpaint", f"task.mask={tmp_path}/mask.png") == 2
+    assert_one_line(capsys.readouterr().err, ["4 x 4 pixels and must have 8 x 8"])
+
+
+def test_inpainting_with_few_steps_records_its_jumps(command, run, tmp_path):
+    options = ["task=inpaint", "sampler.steps=5", "n=2", f"out={tmp_path}/out"]
+    assert command("sample", f"run={run}", *options) == 0
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert "restoration=RePaint(jump_length=2, n_resample=10)" in recipe["task"]
+    assert recipe["labels"] == "none"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

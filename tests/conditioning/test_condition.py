@@ -94,9 +94,16 @@ def test_other_classes_are_those_of_a_copy():
     assert len({c.describe_samples() for c in (conditioning, other, conditioning.with_labels("random"))}) == 3
 
 
-@pytest.mark.parametrize(("labels", "named"), [([0, 3], "3"), ([-1], "-1"), ([], r"\[\]")])
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ([0, 3], "3: there is no such class"),
+        ([-1], "-1: there is no such class"),
+        ([], r"\[\]: the list is empty"),
+    ],
+)
 def test_classes_that_do_not_exist_are_refused(labels, named):
-    with pytest.raises(ValueError, match=f"^labels={named}: the classes are 0 to 2"):
+    with pytest.raises(ValueError, match=f"^labels={named}; choose balanced, random, or classes, 0 to 2$"):
         ByClass(3).with_labels(labels)
 
 

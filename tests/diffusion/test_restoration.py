@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.diffusion.measurement import Blur, Downsample, Mask, Measurement
-from src.diffusion.restoration import DDNM, DPS, PiGDM, RePaint, Replacement, with_gradient
+from src.diffusion.restoration import DDNM, DPS, PiGDM, RePaint, Replacement, jump_of, with_gradient
 from src.diffusion.sampler import DDIM, DDPM, Heun, MultistepDPMSolver, PerImageNoise
 from src.diffusion.schedule import EDM, VP, Cosine, RectifiedFlow
 from src.diffusion.spacing import Karras, Trailing
@@ -260,9 +260,15 @@ def test_changed_images_refuse_multi_step_samplers(method):
 
 def test_a_jump_needs_more_steps():
     with pytest.raises(UserError, match=r"^restoration\.jump_length=10: .* sampler\.steps=6"):
-        RePaint(DDPM(), Measurement(Mask(KNOWN), random(1, *SHAPE)))(
+        RePaint(DDPM(), Measurement(Mask(KNOWN), random(1, *SHAPE)), 10)(
             MixtureDenoiser(one_gaussian(), Cosine()), random(1, *SHAPE), Trailing()(Cosine(), 6)
         )
+
+
+def test_the_default_jump_suits_the_number_of_steps():
+    assert [jump_of(None, steps) for steps in (2, 3, 10, 11, 21, 1000)] == [1, 1, 5, 5, 10, 10]
+    with pytest.raises(UserError, match=r"^sampler\.steps=1: .*restoration=replacement$"):
+        jump_of(None, 1)
 
 
 @pytest.mark.parametrize(

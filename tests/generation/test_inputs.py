@@ -32,7 +32,11 @@ def test_grey_and_colour_files_keep_their_bytes(tmp_path):
     ("pixels", "shape", "message"),
     [
         (np.zeros((5, 6), np.uint8), SHAPE, r"^task\.images: \S+ has 6 x 5 pixels and must have 6 x 4"),
-        (np.eye(3, dtype=np.uint8)[None].repeat(4, 0).repeat(2, 1), SHAPE, "in colour, and must be grey"),
+        (
+            np.eye(3, dtype=np.uint8)[None].repeat(4, 0).repeat(2, 1),
+            SHAPE,
+            "in colour, and must be grey; convert it, e.g. by Pillow",
+        ),
         (GREY, (4, 4, 6), "this run's images have 4 channels"),
     ],
 )
@@ -45,6 +49,15 @@ def test_other_sizes_and_channels_are_refused(tmp_path, pixels, shape, message):
 def test_scaled_files_have_the_run_s_size(tmp_path):
     file = saved(tmp_path / "picture.png", np.full((40, 30), 7, np.uint8))
     assert (read_image(file, SHAPE, "task.images", scaled=True) == 7).all()
+
+
+def test_scaled_colour_becomes_grey_for_a_run_on_grey_images(tmp_path):
+    file = saved(tmp_path / "picture.png", np.full((40, 60, 3), (200, 100, 0), np.uint8))
+    luma = round(0.299 * 200 + 0.587 * 100)
+    found = read_image(file, SHAPE, "task.images", scaled=True)
+    assert found.shape == SHAPE
+    assert (found == luma).all()
+    assert read_image(file, (3, 4, 6), "task.images", scaled=True)[:, 0, 0].tolist() == [200, 100, 0]
 
 
 def test_files_of_a_folder_are_sorted(tmp_path):

@@ -190,3 +190,20 @@ def test_sampling_uses_the_codec_shape_and_returns_the_image_shape():
     (made,) = recipe.images(Denoiser(Mild(), Cosine(), Eps()).requires_grad_(False), range(3), 8)
     assert made.images.shape == (3, 1, 2, 2)
     assert made.images.dtype == torch.uint8
+
+
+def test_the_condition_of_a_batch_is_made_once():
+    asked = []
+
+    class Counted(ByClass):
+        def of_samples(self, indices, seed):
+            asked.append(list(indices))
+            return super().of_samples(indices, seed)
+
+    network = UNet(
+        image_size=8, channels=3, num_classes=3, base_channels=8, channel_multipliers=[1, 2], groups=4
+    )
+    recipe = replace(recipe_of(DDIM(), steps=1), conditioning=Counted(3))
+    made = list(recipe.images(Denoiser(network.eval(), Cosine(), Eps()), range(4), 2))
+    assert [batch.labels.tolist() for batch in made] == [[0, 1], [2, 0]]
+    assert asked == [[0, 1], [2, 3]]

@@ -11,6 +11,7 @@ from PIL import Image
 from src.conditioning import LowResolution
 from src.data.digits import Digits
 from src.diffusion.clipping import StaticClipping
+from src.diffusion.denoiser import WrappedDenoiser
 from src.diffusion.restoration import DDNM, DPS, PiGDM, RePaint, Replacement
 from src.diffusion.sampler import DDIM, DDPM, MultistepDPMSolver
 from src.errors import UserError
@@ -166,3 +167,30 @@ def test_guidance_stays_inside_the_clipping():
 def test_psnr_of_a_constant_error():
     a = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     assert psnr(a, a + 10) == pytest.approx(20 * np.log10(25.5))
+
+
+def test_a_second_network_is_moved_to_the_device_of_the_first(tmp_path):
+    moved = []
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def _apply(self, function, recurse=True):
+            moved.append(self)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            return self
+
+    class Guided(WrappedDenoiser):
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.second = Elsewhere()
+
+        def forward(self, x_t, level, condition=None, to=None):
+            return self.inner(x_t, level, condition, to)
+
+    run = loaded()
+    run = replace(run, recipe=replace(run.recipe, wrappers=(Guided,)))
+    Inpaint(restoration=Replacement).run(run, 1, 1, tmp_path)
+    assert len(moved) == 1
