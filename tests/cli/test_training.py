@@ -195,7 +195,7 @@ def test_output_files(command, only_run):
     "overrides",
     [
         pytest.param((*LABELS, "guidance=classifier_free"), id="dropped labels"),
-        pytest.param(IMPORTANCE, id="importance"),
+        pytest.param(IMPORTANCE, id="importance", marks=pytest.mark.slow),
         pytest.param(MAGNITUDE, id="magnitude", marks=pytest.mark.slow),
     ],
 )

@@ -24,7 +24,9 @@ def _choices(group):
 
 SCHEDULES, PARAMETERIZATIONS = _choices("schedule"), _choices("parameterization")
 WEIGHTINGS, TIME_SAMPLINGS = _choices("weighting"), _choices("time_sampling")
-LOSSES, VARIANCES, DISTANCES = _choices("loss"), _choices("variance"), _choices("distance")
+# classifiers have no variance: tests/cli/test_guidance.py
+LOSSES = [choice for choice in _choices("loss") if choice != "classification"]
+VARIANCES, DISTANCES = _choices("variance"), _choices("distance")
 # these schedules end in pure noise, where eps and the score do not determine x0
 REFUSED = set(itertools.product(("jsd", "rectified_flow", "zero_terminal_snr"), ("eps", "score")))
 # the weighting equalises the losses on which the time sampling depends

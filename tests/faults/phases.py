@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STEP = "src.training.module:DiffusionModule.training_step"
 # phase -> the function, the number of its call, and the step that must have been saved
 PHASES = {
-    "start": ("src.app.parts:denoiser_of", 1, None),
+    "start": ("src.app.assemble:denoiser_of", 1, None),
     "data": ("src.data.digits:Digits._load", 1, None),
     "a step": (STEP, 5, 5),
     "validation": ("src.training.module:DiffusionModule.validation_step", 3, 5),
@@ -165,7 +165,7 @@ def _wrong(
 
 # name -> the function and the number of its call before which output is lost
 MOMENTS = {
-    "at the start": ("src.app.parts:denoiser_of", 1),
+    "at the start": ("src.app.assemble:denoiser_of", 1),
     "in a step": (STEP, 5),
     "in validation": ("src.training.module:DiffusionModule.validation_step", 3),
     "in a preview": ("src.generation.recipe:Recipe.trajectory", 1),

@@ -32,6 +32,7 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     assert not list(tmp_path.glob("runs/*/checkpoints/.*")), "temporary files of the killed process remain"
 
 
+@pytest.mark.slow  # part of `make faults`
 def test_killed_repeatedly_with_workers(tmp_path, uninterrupted):
     for step in (5, 4):
         fault = Fault("src.training.module:DiffusionModule.training_step", step)

@@ -59,7 +59,7 @@ def test_saves_and_exits(tmp_path, uninterrupted, case):
 @pytest.mark.parametrize(
     "place",
     [
-        "src.app.parts:denoiser_of",
+        "src.app.assemble:denoiser_of",
         "src.training.resume:code_fingerprints",
         "src.data.digits:Digits._load",
     ],

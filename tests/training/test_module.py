@@ -175,7 +175,7 @@ def test_the_embedding_of_no_class_learns_from_images_with_dropped_labels_only()
     images = torch.randint(256, (16, 1, 2, 2), generator=torch.Generator().manual_seed(1)).byte()
     conditioning = ByClass(4, 0.5)
     condition = Condition(labels=torch.arange(16) % 4)
-    dropped = conditioning.of_training(condition, torch.arange(16), 0, 16).labels == NO_CLASS
+    dropped = conditioning.of_training(condition, torch.zeros(16), torch.arange(16), 0, 16).labels == NO_CLASS
     assert 2 < dropped.sum() < 14
     none, some = gradients(0.0, images), gradients(0.5, images)
     assert (none[4] == 0).all(), "no label is dropped"

@@ -171,6 +171,7 @@ def test_lack_of_memory_is_reported_and_training_continues(fit, tmp_path, caplog
 
 
 def test_failures_are_reported_once_and_counted(fit, tmp_path, caplog):
+    forget_failures()  # those of other tests in this process
     fit(9, RuntimeError("one"), UserError("two"), 5, max_steps=4)
     assert caplog.text.count("score failed: one; training continues") == 1
     assert "two" not in caplog.text
