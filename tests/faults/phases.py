@@ -21,13 +21,13 @@ PHASES = {
     "data": ("src.data.digits:Digits._load", 1, None),
     "a step": (STEP, 5, 5),
     "validation": ("src.training.module:DiffusionModule.validation_step", 3, 5),
-    "a preview": ("src.generation.recipe:Recipe.trajectory", 1, 4),
+    "a preview": ("src.generation.recipe:Recipe.start", 1, 4),
     "a score": ("src.evaluation.scores:ScoreSet.update", 1, 6),
     "a save": ("src.training.checkpoint:_Hashing.write", 100, 3),
     "the end": ("src.app.train:closing_summary", 1, 12),
 }
 OF_RUNS = {
-    "sampling": ("sample", "src.generation.recipe:Recipe.trajectory", 2),
+    "sampling": ("sample", "src.generation.recipe:Recipe.start", 2),
     "evaluation": ("evaluate", "src.evaluation.scores:ScoreSet.update", 2),
 }
 # In rank 0, right after it has started the other processes, which then import for seconds.
@@ -168,7 +168,7 @@ MOMENTS = {
     "at the start": ("src.app.assemble:denoiser_of", 1),
     "in a step": (STEP, 5),
     "in validation": ("src.training.module:DiffusionModule.validation_step", 3),
-    "in a preview": ("src.generation.recipe:Recipe.trajectory", 1),
+    "in a preview": ("src.generation.recipe:Recipe.start", 1),
     "in a score": ("src.evaluation.scores:ScoreSet.update", 1),
 }
 
@@ -219,7 +219,7 @@ ERRORS = {
     "validation": ("src.training.module:DiffusionModule.validation_step", 3, 5),
     "reading data": ("src.data.datamodule:_already_a_batch", 6, 4),
     "the curves": ("src.training.callbacks.curves:TrainingCurves.act", 2, 4),
-    "a preview": ("src.generation.recipe:Recipe.trajectory", 1, None),
+    "a preview": ("src.generation.recipe:Recipe.start", 1, None),
     "a score": ("src.evaluation.scores:ScoreSet.update", 1, None),
     "a logger": ("lightning.pytorch.loggers:CSVLogger.save", 2, None),
 }
