@@ -31,14 +31,14 @@ STEP = "src.training.module:DiffusionModule.training_step"
 PLACES = {
     "a step": (STEP, 5),
     "validation": ("src.training.module:DiffusionModule.validation_step", 3),
-    "a preview": ("src.generation.recipe:Recipe.trajectory", 1),
+    "a preview": ("src.generation.recipe:Recipe.start", 1),
     "a save": ("src.training.checkpoint:_Hashing.write", 200),
 }
 # place of a kill -> the function and a lower bound on its number of calls
 KILLED = {
     "a step": (STEP, STEPS),
     "validation": ("src.training.module:DiffusionModule.validation_step", 20),
-    "a preview or score": ("src.generation.recipe:Recipe.trajectory", 5),
+    "a preview or score": ("src.generation.recipe:Recipe.start", 5),
     "a save": ("src.training.checkpoint:_Hashing.write", 4000),
 }
 

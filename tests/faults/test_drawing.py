@@ -69,7 +69,7 @@ def test_images_of_another_recipe_are_replaced(tmp_path, trained):
     draw = drawing(trained, tmp_path / "out")
     assert run(tmp_path, *draw).status == 0
     before = bytes_of(tmp_path / "out")
-    killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation.recipe:Recipe.trajectory", 1)])
+    killed = run(tmp_path, *draw, "seed=1", faults=[Fault("src.generation.recipe:Recipe.start", 1)])
     assert killed.status == 128 + signal.SIGKILL
     assert run(tmp_path, *draw, "seed=1").status == 0
     after = bytes_of(tmp_path / "out")

@@ -16,7 +16,7 @@ KILLS = {
     "in the backward pass": Fault("torch:Tensor.backward", 8),
     "between optimiser and average": Fault("src.training.ema:EMA.on_train_batch_end", 8),
     "in validation": Fault("src.training.module:DiffusionModule.validation_step", 7),
-    "with the averages in place": Fault("src.generation.recipe:Recipe.trajectory", 3),
+    "with the averages in place": Fault("src.generation.recipe:Recipe.start", 3),
     "in the bytes of a checkpoint": Fault("src.training.checkpoint:_Hashing.write", 4500),
     "between checkpoint and its record": Fault("src.training.checkpoint:write_json", 3),
 }

@@ -15,12 +15,12 @@ def no_memory_for_three(original, call, self, denoiser, indices):
     return original(self, denoiser, indices)
 
 
-TRAJECTORY = "src.generation.recipe:Recipe.trajectory"
+START = "src.generation.recipe:Recipe.start"
 QUIET = ("metrics=none", "callbacks.sample_images.every=3")
 
 
 def test_preview_is_skipped_without_memory(tmp_path, uninterrupted):
-    done = train(tmp_path, *QUIET, faults=[Replacement(TRAJECTORY, no_memory_for_three)])
+    done = train(tmp_path, *QUIET, faults=[Replacement(START, no_memory_for_three)])
     assert done.status == 0, done.output
     assert done.output.count("preview failed: out of memory with 4 images per batch") == 1
     assert not list(run_folder(tmp_path).glob("samples/*.png"))
@@ -31,7 +31,7 @@ def test_preview_is_skipped_without_memory(tmp_path, uninterrupted):
 def test_preview_in_batches_is_identical(tmp_path):
     whole = train(tmp_path / "whole", *QUIET)
     batches = "+callbacks.sample_images.batch_size=2"
-    parts = train(tmp_path / "parts", *QUIET, batches, faults=[Replacement(TRAJECTORY, no_memory_for_three)])
+    parts = train(tmp_path / "parts", *QUIET, batches, faults=[Replacement(START, no_memory_for_three)])
     assert whole.status == parts.status == 0, parts.output
     pictures = [sorted(run_folder(tmp_path / each).glob("samples/*.png")) for each in ("whole", "parts")]
     assert len(pictures[0]) == len(pictures[1]) == 4
