@@ -115,6 +115,7 @@ def test_server_does_not_answer(tmp_path, uninterrupted, usual, port):
     assert "wandb       offline" in output
 
 
+@pytest.mark.slow  # waits for wandb's time limit
 def test_server_is_lost_during_the_run(tmp_path, uninterrupted, usual, port, server):
     """Training waits for the server only at the end, and not longer than the limit."""
     fault = Replacement(STEP, partial(kill_at_5, server))

@@ -33,6 +33,7 @@ def test_signals_outside_the_steps(tmp_path, trained, case):
     assert phases.problem_of(case, tmp_path, trained) is None
 
 
+@pytest.mark.slow  # part of `make faults`
 @pytest.mark.parametrize(
     "case",
     [
