@@ -167,14 +167,16 @@ class Recipe:
         """Generates the images with these indices, in batches of at most batch_size."""
         for first in range(0, len(indices), batch_size):
             chosen = indices[first : first + batch_size]
-            start = self.start(denoiser, chosen)
-            labels = None if start.condition is None else start.condition.labels
+            condition = self.condition(chosen)
+            start = self.start(denoiser, chosen, condition)
             states = self._from(start, denoiser)
             del start  # frees x_T after the first step
             for state in states:
                 x, evaluations = state.x, state.evaluations
                 del state  # frees its memory for the next step
-            yield Generated(self.codec.decode(x), evaluations, None if labels is None else labels.cpu())
+            yield Generated(
+                self.codec.decode(x), evaluations, None if condition is None else condition.labels
+            )
 
     def record(self, variance: Variance, evaluations: int) -> dict[str, Any]:
         """The recipe as primitives, for records.
