@@ -12,7 +12,7 @@ from src.data.codec import Codec
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
 from src.diffusion.guidance import ClassifierFree, ClassifierGuidance, Projected
 from src.diffusion.restoration import RePaint, Replacement, Restoration
-from src.diffusion.sampler import DDPM, Dopri5, Sampler
+from src.diffusion.sampler import DDPM, Dopri5, Restart, Sampler
 from src.diffusion.spacing import Spacing
 from src.errors import UserError
 from src.generation.recipe import Recipe
@@ -97,6 +97,8 @@ def check_guidance(
     if issubclass(found, Projected) and config.guidance.get("momentum"):
         if isinstance(sampler, Dopri5):
             repeats, other = "sampler=dopri5", "a sampler of fixed steps"
+        elif isinstance(sampler, Restart):
+            repeats, other = "sampler=restart", "another sampler"
         elif issubclass(restoration or object, RePaint):
             repeats, other = "restoration=repaint", "another restoration"
         else:

@@ -8,7 +8,7 @@ from torch import nn
 from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, group_norm, xavier, zero
 from src.model.embedding import TimeEmbedding
-from src.model.unet import check_attention, check_channels, check_sizes
+from src.model.sizes import check_attention, check_base_channels, check_groups, check_levels
 
 
 class Encoder(Network):
@@ -53,9 +53,10 @@ class Encoder(Network):
         self.image_shape = (channels, height, width)
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
-        check_sizes((height, width), widths, blocks_per_level)
-        check_channels(base_channels, widths, groups)
-        check_attention(attention_factors, factors)
+        check_levels((height, width), widths, blocks_per_level)
+        check_base_channels(base_channels)
+        check_groups(base_channels, widths, groups)
+        check_attention(attention_factors, len(widths))
 
         embedding_channels = 4 * base_channels
         self.time_embedding = TimeEmbedding(base_channels, embedding_channels)

@@ -11,6 +11,7 @@ from src.conditioning import Condition
 from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
 from src.model.embedding import TimeEmbedding
+from src.model.sizes import check_attention, check_base_channels, check_groups, check_levels
 
 
 class UNet(Network):
@@ -80,9 +81,10 @@ class UNet(Network):
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         factors = [2**level for level in range(len(widths))]
-        check_sizes((height, width), widths, blocks_per_level)
-        check_channels(base_channels, widths, groups)
-        check_attention(attention_factors, factors)
+        check_levels((height, width), widths, blocks_per_level)
+        check_base_channels(base_channels)
+        check_groups(base_channels, widths, groups)
+        check_attention(attention_factors, len(widths))
 
         embedding_channels = 4 * base_channels
         self.time_embedding = TimeEmbedding(base_channels, embedding_channels)
@@ -245,45 +247,3 @@ def _mean_of_text(tokens: Tensor, mask: Tensor) -> Tensor:
     """The mean of the valid tokens, the null token among them: (B, L, D), (B, L) -> (B, D)."""
     weight = mask.unsqueeze(2).to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
-
-
-def check_sizes(size: tuple[int, int], widths: Sequence[int], blocks_per_level: int) -> None:
-    """Raises ValueError if the image size cannot be halved once per level."""
-    if not widths:
-        raise ValueError("channel_multipliers is empty: give one for each level, e.g. (1, 2, 2)")
-    if blocks_per_level < 1:
-        raise ValueError(f"blocks_per_level is {blocks_per_level}: it must be at least 1")
-    factor = 2 ** (len(widths) - 1)
-    for side in size:
-        if side % factor:
-            possible = (side & -side).bit_length()
-            padded = -(-side // factor) * factor
-            raise ValueError(
-                f"image_size {side} can be halved {possible - 1} times, but {len(widths)} channel_multipliers halve it"
-                f" {len(widths) - 1} times: pad the images to {padded} pixels, or give at most {possible}"
-                " channel_multipliers"
-            )
-
-
-def check_channels(base_channels: int, widths: Sequence[int], groups: int) -> None:
-    """Raises ValueError if the groups do not divide the channels of every level."""
-    if base_channels < 4 or base_channels % 2:
-        raise ValueError(f"base_channels is {base_channels}: it must be even and at least 4")
-    if groups < 1:
-        raise ValueError(f"groups is {groups}: it must be at least 1")
-    for width in (base_channels, *widths):
-        if width < 1 or width % groups:
-            raise ValueError(
-                f"groups={groups} does not divide the {width} channels of a level: choose groups that divide "
-                f"base_channels={base_channels}, or another base_channels"
-            )
-
-
-def check_attention(attention_factors: Sequence[int], factors: Sequence[int]) -> None:
-    """Raises ValueError if there is no level with an attention factor."""
-    unknown = [factor for factor in attention_factors if factor not in factors]
-    if unknown:
-        raise ValueError(
-            f"attention_factors {unknown} name no level: the levels are downsampled by {factors}; "
-            "these are factors, not image sizes"
-        )

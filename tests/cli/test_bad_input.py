@@ -53,6 +53,10 @@ BAD = {
         ["conditioning=class", "conditioning.dropout=0.1", "guidance=projected", "sampler=dopri5"],
         ["guidance.momentum=-0.5", "sampler=dopri5", "guidance.momentum=0"],
     ),
+    "momentum along steps that are taken again": (
+        ["conditioning=class", "conditioning.dropout=0.1", "guidance=projected", "sampler=restart"],
+        ["guidance.momentum=-0.5", "sampler=restart", "guidance.momentum=0"],
+    ),
     "projected guidance below 1": (
         ["conditioning=class", "conditioning.dropout=0.1", "guidance=projected", "guidance.scale=0.5"],
         ["guidance.scale must be at least 1, got 0.5"],
