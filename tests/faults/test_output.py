@@ -9,10 +9,10 @@ from tests.faults.processes import STEPS, TINY, Replacement, run_folder, train
 from tests.faults.states import differences, training_state
 
 
-def no_memory_for_three(original, call, self, denoiser, indices):
+def no_memory_for_three(original, call, self, denoiser, indices, *rest):
     if len(indices) > 2:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
-    return original(self, denoiser, indices)
+    return original(self, denoiser, indices, *rest)
 
 
 START = "src.generation.recipe:Recipe.start"
