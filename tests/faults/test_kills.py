@@ -57,6 +57,7 @@ def uninterrupted_ddp(tmp_path_factory):
     return training_state(run_folder(folder), STEPS)
 
 
+@pytest.mark.slow  # part of `make faults`
 @pytest.mark.parametrize("rank", [1])
 def test_one_of_two_processes_killed(tmp_path, uninterrupted_ddp, rank):
     leader = processes.start_command(tmp_path, *DDP)
