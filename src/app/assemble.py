@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.app.automatic import settle
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
 from src.app.lightning import (
@@ -105,6 +106,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         UserError: a choice that is impossible or does not fit another.
     """
     check_names_and_folders(config)
+    check_trainer_options(config)
+    automatic = settle(config)
     source = source_of(config)
     source.check()
     codec = codec_of(config, source)
@@ -153,7 +156,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         keep_freed_memory()
     if config.compile:
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
-    summary = summary_of(config, denoiser, trainer, accumulation)
+    summary = "\n".join([summary_of(config, denoiser, trainer, accumulation), *automatic])
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
     if tracker is not None:
         summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
@@ -268,7 +271,6 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
     launch_by_command_line()
-    check_trainer_options(config)
     make = partial(
         build,
         config.trainer,
