@@ -23,6 +23,7 @@ from src.app.automatic import settle
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
 from src.app.lightning import (
+    NoProfiler,
     check_callback,
     check_monitors,
     check_trainer,
@@ -271,6 +272,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
     launch_by_command_line()
+    profiler = {} if "profiler" in config.trainer else {"profiler": NoProfiler()}
     make = partial(
         build,
         config.trainer,
@@ -288,6 +290,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         enable_model_summary=False,
         # StopOnSignal is one too; True without any would add Lightning's
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **profiler,
     )
     try:
         trainer = make()
