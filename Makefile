@@ -6,7 +6,7 @@ ARGS ?=
 # On a shared machine OpenMP's busy waiting costs up to ten times the computation itself.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help install train test test-all faults lint inception text benchmarks clean
+.PHONY: help install train test test-all faults lint inception text benchmarks benchmark-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ text: .venv/.installed ## install a small text encoder (88 MB) for conditioning=
 
 benchmarks: .venv/.installed ## time the data path and a training step
 	$(BIN)/python -m benchmarks.data && $(BIN)/python -m benchmarks.training
+
+benchmark-gpu: .venv/.installed ## time training, sampling and scoring on a GPU (8 minutes); ARGS=--smoke tries it on a CPU
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the environment (runs/ stays)
 	rm -rf .venv

@@ -19,9 +19,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.app.automatic import settle
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
 from src.app.lightning import (
+    NoProfiler,
     check_callback,
     check_monitors,
     check_trainer,
@@ -105,6 +107,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         UserError: a choice that is impossible or does not fit another.
     """
     check_names_and_folders(config)
+    check_trainer_options(config)
+    automatic = settle(config)
     source = source_of(config)
     source.check()
     codec = codec_of(config, source)
@@ -153,7 +157,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         keep_freed_memory()
     if config.compile:
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
-    summary = summary_of(config, denoiser, trainer, accumulation)
+    summary = "\n".join([summary_of(config, denoiser, trainer, accumulation), *automatic])
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
     if tracker is not None:
         summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
@@ -268,7 +272,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     """Lightning's Trainer for an endless stream: steps are counted, epochs are not."""
     silence_lightning()
     launch_by_command_line()
-    check_trainer_options(config)
+    profiler = {} if "profiler" in config.trainer else {"profiler": NoProfiler()}
     make = partial(
         build,
         config.trainer,
@@ -286,6 +290,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
         enable_model_summary=False,
         # StopOnSignal is one too; True without any would add Lightning's
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **profiler,
     )
     try:
         trainer = make()

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
@@ -68,6 +70,17 @@ UNFIT = {
     "StochasticWeightAveraging": "use ema=...",
     "WeightAveraging": "use ema=...",
 }
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's default without its cost: about 60 generators are made and entered at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:
+        return self._nothing
 
 
 def check_trainer_options(config: DictConfig) -> None:

@@ -147,7 +147,14 @@ TRAIN = (
     Option(
         "workers", 0, "processes that load data; 0 is fastest for sets in memory", int, least=0, effect="none"
     ),
-    Option("compile", False, "compile the network with torch.compile", bool, effect="order"),
+    Option(
+        "compile",
+        False,
+        "compile the network with torch.compile; auto decides by the device",
+        bool,
+        choices=("auto",),
+        effect="order",
+    ),
     Option(
         "validate_every", 500, "optimiser steps between two validation losses", int, least=1, effect="none"
     ),

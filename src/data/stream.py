@@ -66,6 +66,11 @@ class TrainingStream(Dataset):
     def indices(self, positions: Tensor) -> Tensor:
         """The images' indices at `positions`, int64 (b,). Each pass of n positions holds every image once."""
         n = len(self.image_set)
+        first, last = int(positions[0]) // n, int(positions[-1]) // n
+        if (
+            first == last and len(positions) == int(positions[-1]) - int(positions[0]) + 1
+        ):  # a run within a pass
+            return self._permutation(first)[positions - first * n]
         passes = positions // n
         indices = torch.empty_like(positions)
         for k in passes.unique().tolist():
@@ -85,7 +90,10 @@ class TrainingStream(Dataset):
         return flips
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        places = torch.as_tensor(positions, dtype=torch.int64)
+        if isinstance(positions, range):  # faster than by reading its numbers
+            places = torch.arange(positions.start, positions.stop, positions.step)
+        else:
+            places = torch.as_tensor(positions, dtype=torch.int64)
         indices = self.indices(places)
         images = self.image_set.images(indices)
         if self.horizontal_flip:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from src.model.attention import attend
 from src.model.base import height_and_width
-from src.model.blocks import group_norm, xavier, zero
+from src.model.blocks import group_norm, upsampled, xavier, zero
 from src.model.condition_embedding import ConditionEmbedding
-from src.model.levels import LevelUNet
+from src.model.levels import LevelUNet, double
 from src.model.sizes import check_base_channels, check_groups
 
 
@@ -93,9 +93,12 @@ class ResamplingBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H', W')."""
         h = F.silu(self.norm1(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
+        if self.resample is double:
+            h, x = upsampled(h, self.conv1), double(self.shortcut(x))
+        elif self.resample is not None:
+            h, x = self.conv1(self.resample(h)), self.shortcut(self.resample(x))
+        else:
+            h, x = self.conv1(h), self.shortcut(x)
         projected = self.embedding_projection(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = projected.chunk(2, dim=1)
@@ -103,7 +106,7 @@ class ResamplingBlock(nn.Module):
         else:
             h = self.norm2(h + projected)
         h = self.conv2(self.dropout(F.silu(h)))
-        return self.attention((h + self.shortcut(x)) * self.skip_scale)
+        return self.attention((h + x) * self.skip_scale)
 
 
 class ResamplingUNet(LevelUNet):

@@ -19,7 +19,7 @@ from src.data.codec import Codec
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import Loss
-from src.randomness import draws_at, generator, key
+from src.randomness import draws_at, generator, key, seed_defaults
 from src.training.ema import EMA
 from src.training.nonfinite import clip_or_skip
 
@@ -101,8 +101,8 @@ class DiffusionModule(LightningModule):
             condition = self.conditioning.of_training(
                 batch.condition, x0, positions, self.seed, self.batch_size
             )
-        # Dropout uses the global generator, which is therefore seeded by the position in the training stream.
-        torch.manual_seed(key(self.seed, "dropout", int(positions[0])))
+        # Dropout uses the default generator, which is therefore seeded by the position in the training stream.
+        seed_defaults(key(self.seed, "dropout", int(positions[0])), x0.device)
         losses = self.loss(x0, draws, eps, condition)
         self._remember(positions, draws, losses.detach())
         losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from src.conditioning import Condition
 from src.model import UNet
-from src.model.blocks import Downsample, SelfAttention, xavier
+from src.model.blocks import Downsample, SelfAttention, Upsample, xavier
 
 
 def tiny(**changes) -> UNet:
@@ -272,3 +272,21 @@ def test_an_unread_image_is_refused():
     x, label = batch()
     with pytest.raises(ValueError, match=r"^the network reads no images"):
         tiny()(x, label, Condition(image=x))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 5, 3, 6)])
+def test_upsampling_on_the_cpu_equals_a_convolution_of_the_enlarged_input(shape):
+    torch.manual_seed(3)
+    layer = Upsample(shape[1]).double()
+    nn.init.normal_(layer.conv.bias)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found, expected = layer(x), layer.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    into = torch.randn_like(found)
+    parts = (x, layer.conv.weight, layer.conv.bias)
+    for one, other in zip(
+        torch.autograd.grad((found * into).sum(), parts),
+        torch.autograd.grad((expected * into).sum(), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

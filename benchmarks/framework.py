@@ -1,0 +1,157 @@
+"""Milliseconds per step that the training adds to a bare loop, with a network that costs nothing.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.framework [--json out.json] [--profile]
+
+The network multiplies its input by one weight. The bare loop has the same batch size, loss, clipping, optimiser and
+average. The next rows are this project's: the module in Lightning's Trainer, then with each callback of the default
+training, then the whole default training as `python -m src.train` assembles it. Needs an idle machine. Rounds are
+interleaved, since other load affects all rows alike. `--profile` lists the functions in which the time is spent.
+"""
+
+import argparse
+import cProfile
+import logging
+import os
+import pstats
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.report import machine, spread, write_json
+from src.app.assemble import Experiment, assemble
+from src.app.jobs import register
+from src.app.sweep.jobs import composed
+from src.diffusion.schedule import Cosine
+from src.model import Network
+from src.runs.machine import keep_freed_memory
+
+# Steps that are not measured at the start of each round.
+WARM_UP = 50
+BATCH = 64
+# Callbacks of the default training that act at every step; the others act rarely.
+CALLBACKS = ("skip_nonfinite", "curves", "progress")
+
+
+class Free(Network):
+    """One multiplication."""
+
+    def __init__(self, image_shape: tuple[int, int, int]):
+        super().__init__()
+        self.image_shape, self.out_channels = image_shape, image_shape[0]
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, label, condition=None, to_label=None):
+        return x * self.weight
+
+
+class Clock(Callback):
+    """Seconds from the start of one step to the start of the next, which includes loading its data."""
+
+    def __init__(self):
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *_):
+        self.starts.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """The mean over the steps after the first `WARM_UP`."""
+        return (self.starts[-1] - self.starts[WARM_UP]) / (len(self.starts) - 1 - WARM_UP)
+
+
+def bare(steps: int) -> float:
+    """Seconds per step of a plain loop over images in memory."""
+    images = torch.randint(0, 256, (1504, 1, 8, 8), dtype=torch.uint8)
+    network, levels = Free((1, 8, 8)), Cosine()(torch.arange(1, 1001))
+    alphas, sigmas = (part.float()[:, None, None, None] for part in (levels.alpha, levels.sigma))
+    weights = list(network.parameters())
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.Adam(weights, 1e-3, fused=True)
+    clock = Clock()
+    for _ in range(steps):
+        clock.on_train_batch_start()
+        x0 = images[torch.randint(len(images), (BATCH,))].float() / 127.5 - 1
+        t, eps = torch.randint(0, 1000, (BATCH,)), torch.randn_like(x0)
+        loss = nn.functional.mse_loss(network(alphas[t] * x0 + sigmas[t] * eps, t.float()), eps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 0.001)
+    return clock.seconds()
+
+
+def ours(steps: int, callbacks: Sequence[str]) -> float:
+    """Seconds per step of the default training on the digits, with these callbacks."""
+    # the bar would fill the terminal; it is drawn every N steps, and drawing is its smallest part
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        experiment, clock = prepared(Path(folder), steps, callbacks)
+        experiment.trainer.fit(experiment.module, experiment.data)
+    return clock.seconds()
+
+
+def prepared(folder: Path, steps: int, callbacks: Sequence[str]) -> tuple[Experiment, Clock]:
+    """A training of the free network, and the clock of its steps."""
+    register()
+    options = [f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "logger=csv", "metrics=none"]
+    config = composed("train", options)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    config.validate_every = 10**9
+    for name in list(config.callbacks):
+        if name not in callbacks:
+            config.callbacks.pop(name)
+    experiment = assemble(config, folder)
+    denoiser, clock = experiment.module.denoiser, Clock()
+    denoiser.network = Free(denoiser.network.image_shape)
+    experiment.trainer.callbacks.insert(0, clock)
+    return experiment, clock
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=550)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--profile", action="store_true", help="list the functions that cost most")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    keep_freed_memory()
+    if arguments.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            experiment, _ = prepared(Path(folder), arguments.steps, CALLBACKS)
+            profile = cProfile.Profile()
+            profile.runcall(experiment.trainer.fit, experiment.module, experiment.data)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+        return
+    rows: dict[str, Callable[[int], float]] = {"bare loop": bare, "module": lambda steps: ours(steps, ())}
+    for name in CALLBACKS:
+        rows[f"module, {name}"] = lambda steps, name=name: ours(steps, (name,))
+    rows["module, all callbacks"] = lambda steps: ours(steps, CALLBACKS)
+    measured: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(arguments.rounds):
+        for name, run in rows.items():
+            measured[name].append(run(arguments.steps) * 1000)
+    base = spread(measured["bare loop"])
+    table = Table("", "ms per step", "spread", "more than the bare loop", title=machine()["text"])
+    for name, values in measured.items():
+        each = spread(values)
+        table.add_row(name, f"{each['median']:.3f}", each["text"], f"{each['median'] - base['median']:.3f}")
+    Console(width=120).print(table)
+    write_json(arguments.json, {"unit": "ms", "rows": measured})
+
+
+if __name__ == "__main__":
+    main()
