@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.app.automatic import settle
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
+from src.app.initial import initialise
 from src.app.lightning import (
     NoProfiler,
     check_callback,
@@ -64,7 +65,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training, ready to run. A classifier has no recipe."""
+    """A training, ready to run. A classifier has no recipe; `init` records the run that its weights come from."""
 
     module: DiffusionModule
     data: ImageDataModule
@@ -72,6 +73,7 @@ class Experiment:
     recipe: Recipe | None
     checkpoint: Path | None
     summary: str
+    init: dict[str, Any] | None = None
 
     def check_resume(self) -> None:
         """Checks a continued training against its checkpoint; see `ResumeCheck.check` and `check_fits`.
@@ -115,6 +117,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     conditioning = conditioning_of(config, source, codec)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
+    init = initialise(denoiser.network, config) if config.init and not config.ckpt else None
     loss = loss_of(config, denoiser)
     ema = build(config.ema, EMA, "ema")
     optimizer, lr_schedule = optimizer_of(config)
@@ -161,7 +164,11 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
     if tracker is not None:
         summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
-    return Experiment(module, data, trainer, recipe, checkpoint, summary)
+    if init is not None:
+        summary += (
+            f"\ninit        {init['checkpoint']}, step {init['training_steps']:,}, {init['weights']} weights"
+        )
+    return Experiment(module, data, trainer, recipe, checkpoint, summary, init)
 
 
 def check_names_and_folders(config: DictConfig) -> None:
@@ -194,6 +201,12 @@ def checkpoint_of(config: DictConfig) -> Path | None:
     if step >= config.trainer.max_steps:
         raise UserError(
             f"trainer.max_steps={config.trainer.max_steps}: {checkpoint} is at step {step} already; choose more"
+        )
+    started_from = content["config"].get("init")
+    if config.init not in (None, started_from):
+        raise UserError(
+            f"init={config.init}: ckpt continues a run, and this one started from {started_from or 'nothing'};"
+            " leave init out, or leave ckpt out to start a new run"
         )
     if broken := not_finite(content):
         raise UserError(f"ckpt={checkpoint}: {broken} is not finite; choose another checkpoint")

@@ -167,6 +167,29 @@ TRAIN = (
         effect="once",
     ),
     Option(
+        "init",
+        None,
+        "start a new run from the weights of a run folder or a checkpoint: step 0, fresh optimiser",
+        str,
+        optional=True,
+        effect="none",  # has acted before a run can be continued
+    ),
+    Option(
+        "init_weights",
+        "ema",
+        "which weights of init: ema (the average), raw, or with ema=power a length, e.g. 0.07",
+        float,
+        choices=("ema", "raw"),
+        effect="none",
+    ),
+    Option(
+        "init_partial",
+        False,
+        "start even if parts of the network do not fit those of init; these parts start untrained",
+        bool,
+        effect="none",
+    ),
+    Option(
         "allow_changes",
         False,
         "continue even if data, code or experiment have changed since",

@@ -24,6 +24,9 @@ from src.training.ema import EMA
 
 log = logging.getLogger(__name__)
 
+NETWORK = "loss.denoiser.network."
+"""Prefix of the network's weights in a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -90,15 +93,7 @@ def load_weights(
         UserError: a file that is not one of our checkpoints, weights that are not finite, or an average that cannot be
             made.
     """
-    averages, name, decay = _averages(content, config, found, weights)
-    prefix = "loss.denoiser.network."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    state |= averages
-    broken = next((key for key, tensor in tensors_of(state) if not bool(tensor.isfinite().all())), None)
-    if broken:
-        raise UserError(
-            f"{found.checkpoint}: {name} weights are not finite ({broken}); choose another checkpoint"
-        )
+    state, name, decay = weights_of(found, content, config, weights)
     try:
         denoiser.network.load_state_dict(state)
     except RuntimeError as error:
@@ -106,6 +101,25 @@ def load_weights(
         raise UserError(f"{found.checkpoint} does not fit its own configuration: {first}") from None
     denoiser.eval().requires_grad_(False)
     return name, decay
+
+
+def weights_of(
+    found: FoundRun, content: Mapping[str, Any], config: DictConfig, weights: str | float
+) -> tuple[dict[str, Any], str, float | None]:
+    """The state of a checkpoint's network, with the name and the decay of its weights; see `load_weights`.
+
+    Raises:
+        UserError: weights that are not finite, or an average that cannot be made.
+    """
+    averages, name, decay = _averages(content, config, found, weights)
+    state = {k.removeprefix(NETWORK): v for k, v in content["state_dict"].items() if k.startswith(NETWORK)}
+    state |= averages
+    broken = next((key for key, tensor in tensors_of(state) if not bool(tensor.isfinite().all())), None)
+    if broken:
+        raise UserError(
+            f"{found.checkpoint}: {name} weights are not finite ({broken}); choose another checkpoint"
+        )
+    return state, name, decay
 
 
 def _averages(

@@ -37,7 +37,13 @@ NEW_GROUPS: dict[str, Any] = {
     "guidance": None,
     "wrappers": {},
 }
-NEW_OPTIONS: dict[str, Any] = {"labels": None, "per_class": False}
+NEW_OPTIONS: dict[str, Any] = {
+    "labels": None,
+    "per_class": False,
+    "init": None,
+    "init_weights": "ema",
+    "init_partial": False,
+}
 
 # Options that sources have got since.
 NEW_DATA_OPTIONS: dict[str, dict[str, Any]] = {

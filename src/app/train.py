@@ -16,7 +16,7 @@ from src.app.overrides import given_again, in_override, own_arguments
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.runs.files import write_json
-from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, SCORES_FILE, find_run, locked
+from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, INIT_FILE, SCORES_FILE, find_run, locked
 from src.runs.machine import environment, is_first_process
 from src.runs.output import failures, forget_failures
 from src.training.dashboard import finish_dashboards
@@ -57,6 +57,8 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         record["arguments"] = own_arguments(list(HydraConfig.get().overrides.task))  # for `requeued_run`
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
+        if experiment.init is not None:
+            write_json(folder / INIT_FILE, experiment.init)
     forget_failures()
     for logger in trainer.loggers:
         logger.log_hyperparams({**resolve(config, "config"), "environment": record})

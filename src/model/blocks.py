@@ -36,9 +36,9 @@ def zero(layer: Layer) -> Layer:
     return layer
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation with the epsilon of the published DDPM networks (PyTorch's default is 1e-5)."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def group_norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation, by default with the epsilon of the published DDPM networks (PyTorch's is 1e-5)."""
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class SelfAttention(nn.Module):

@@ -56,12 +56,13 @@ class ConditionEmbedding(nn.Module):
         dim: width of the sinusoidal embedding of a time, an even number, at least 4.
         channels: width of the result.
         num_classes: number of classes; 0 for an unconditional network.
+        frequency_shift: of the sinusoidal embedding, see `sinusoidal_embedding`.
     """
 
-    def __init__(self, dim: int, channels: int, num_classes: int):
+    def __init__(self, dim: int, channels: int, num_classes: int, frequency_shift: int = 1):
         super().__init__()
         self.dim, self.channels, self.num_classes = dim, channels, num_classes
-        self.time = TimeEmbedding(dim, channels)
+        self.time = TimeEmbedding(dim, channels, frequency_shift)
         self.classes = nn.Embedding(num_classes + 1, channels) if num_classes else None
         self.second_time: TimeEmbedding | None = None
 
@@ -70,7 +71,7 @@ class ConditionEmbedding(nn.Module):
 
         A network calls it last, so that the initial weights of its other layers do not depend on it.
         """
-        self.second_time = TimeEmbedding(self.dim, self.channels)
+        self.second_time = TimeEmbedding(self.dim, self.channels, self.time.frequency_shift)
         zero(self.second_time.linear2)
 
     def forward(self, label: Tensor, condition: "Condition | None", to_label: Tensor | None) -> Tensor:

@@ -49,6 +49,7 @@ class DiT(Network):
         class_tokens: number of tokens of the class, added from block `class_tokens_from` on and removed at the end
             (JiT); only with classes.
         class_tokens_from: the first block that has these tokens, counted from 0.
+        frequency_shift: of the time embedding: 1, or 0 as in the authors' code, see `sinusoidal_embedding`.
         second_time: also embed the label of a second time, initialised to zero.
         checkpointing: recompute the activations of each block in the backward pass, to save memory.
 
@@ -76,6 +77,7 @@ class DiT(Network):
         bottleneck: int | None = None,
         class_tokens: int = 0,
         class_tokens_from: int = 0,
+        frequency_shift: int = 1,
         second_time: bool = False,
         checkpointing: bool = False,
     ):
@@ -101,7 +103,7 @@ class DiT(Network):
         first = width if bottleneck is None else bottleneck
         self.patches = nn.Conv2d(channels, first, patch_size, patch_size, bias=bottleneck is None)
         self.patch_projection = nn.Identity() if bottleneck is None else nn.Linear(bottleneck, width)
-        self.embedding = ConditionEmbedding(TIME_FEATURES, width, num_classes)
+        self.embedding = ConditionEmbedding(TIME_FEATURES, width, num_classes, frequency_shift)
         tokens = nn.Parameter(torch.empty(class_tokens, width)) if class_tokens else None
         self.register_parameter("class_tokens", tokens)
         self.blocks = nn.ModuleList(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,13 @@ class PixelAttention(nn.Module):
         heads: number of heads.
         groups: groups of the normalisation.
         scale: factor of the sum.
+        norm_eps: epsilon of the normalisation.
     """
 
-    def __init__(self, channels: int, heads: int, groups: int, scale: float):
+    def __init__(self, channels: int, heads: int, groups: int, scale: float, norm_eps: float = 1e-6):
         super().__init__()
         self.heads, self.scale = heads, scale
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(channels, groups, norm_eps)
         self.qkv = xavier(nn.Linear(channels, 3 * channels), parts=3)
         self.projection = zero(nn.Linear(channels, channels))
 
@@ -58,6 +60,7 @@ class ResamplingBlock(nn.Module):
         skip_scale: factor of the sums of shortcut and branch.
         dropout: probability, in [0, 1].
         groups: groups of the normalisation.
+        norm_eps: epsilon of the normalisation.
     """
 
     def __init__(
@@ -73,14 +76,15 @@ class ResamplingBlock(nn.Module):
         skip_scale: float,
         dropout: float,
         groups: int,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         self.resample, self.scale_shift, self.skip_scale = resample, scale_shift, skip_scale
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = group_norm(in_channels, groups, norm_eps)
         self.conv1 = xavier(nn.Conv2d(in_channels, out_channels, 3, padding=1))
         parts = 2 if scale_shift else 1
         self.embedding_projection = xavier(nn.Linear(embedding_channels, parts * out_channels), parts=parts)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = group_norm(out_channels, groups, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity()
@@ -88,7 +92,7 @@ class ResamplingBlock(nn.Module):
             self.shortcut = xavier(nn.Conv2d(in_channels, out_channels, 1))
         self.attention = nn.Identity()
         if heads:
-            self.attention = PixelAttention(out_channels, heads, groups, skip_scale)
+            self.attention = PixelAttention(out_channels, heads, groups, skip_scale, norm_eps)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, in_channels, H, W), (B, embedding_channels) after SiLU -> (B, out_channels, H', W')."""
@@ -107,6 +111,27 @@ class ResamplingBlock(nn.Module):
             h = self.norm2(h + projected)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention((h + x) * self.skip_scale)
+
+
+class ConvResampling(nn.Module):
+    """Halves the resolution by a convolution with stride 2, or doubles it by repetition and a convolution.
+
+    These layers of improved DDPM (Nichol & Dhariwal 2021) stand for the residual blocks that resample; the embedding is
+    not used. Zeros are padded at all borders.
+
+    Args:
+        channels: channels of input and output.
+        up: whether the resolution is doubled.
+    """
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H', W')."""
+        return self.conv(double(x) if self.up else x)
 
 
 class ResamplingUNet(LevelUNet):
@@ -134,6 +159,9 @@ class ResamplingUNet(LevelUNet):
         scale_shift, project, skip_scale: see `ResamplingBlock`.
         dropout: dropout probability in the residual blocks, in [0, 1].
         groups: groups of every group normalisation; must divide the channels of every level.
+        conv_resampling: resample by convolutions instead of residual blocks, as in improved DDPM.
+        norm_eps: epsilon of every group normalisation; 1e-5 in the published ADM networks.
+        frequency_shift: of the time embedding: 1, or 0 as in the published ADM networks, see `sinusoidal_embedding`.
         second_time: also embed the label of a second time, initialised to zero.
         checkpointing: recompute the activations of each block in the backward pass, to save memory.
 
@@ -160,6 +188,9 @@ class ResamplingUNet(LevelUNet):
         skip_scale: float = 1.0,
         dropout: float = 0.0,
         groups: int = 32,
+        conv_resampling: bool = False,
+        norm_eps: float = 1e-6,
+        frequency_shift: int = 1,
         second_time: bool = False,
         checkpointing: bool = False,
     ):
@@ -182,11 +213,18 @@ class ResamplingUNet(LevelUNet):
             skip_scale=skip_scale,
             dropout=dropout,
             groups=groups,
+            norm_eps=norm_eps,
         )
-        self.embedding = ConditionEmbedding(base_channels, 4 * base_channels, num_classes)
+
+        def make(*widths: int, encoder: bool, **options: Any) -> nn.Module:  # the same in the decoder
+            if conv_resampling and options.get("resample"):
+                return ConvResampling(widths[0], options["resample"] is double)
+            return block(*widths, **options)
+
+        self.embedding = ConditionEmbedding(base_channels, 4 * base_channels, num_classes, frequency_shift)
         self.conv_in = xavier(nn.Conv2d(channels, base_channels, 3, padding=1))
         width = self.add_levels(
-            lambda *widths, encoder, **options: block(*widths, **options),  # the same in the decoder
+            make,
             base_channels,
             channel_multipliers,
             blocks_per_level,
@@ -194,7 +232,7 @@ class ResamplingUNet(LevelUNet):
             head_channels,
             last_only=decoder_attention == "last",
         )
-        self.norm_out = group_norm(width, groups)
+        self.norm_out = group_norm(width, groups, norm_eps)
         self.conv_out = zero(nn.Conv2d(width, self.out_channels, 3, padding=1))
         if second_time:
             self.embedding.add_second_time()

@@ -2,6 +2,7 @@
 
 config.yaml        the composed configuration with resolved interpolations
 environment.json   versions, hardware, git revision
+init.json          the run whose weights the training started from, with `init=`
 checkpoints/       step_<k>.ckpt (by default the newest two), best.ckpt and best.json
 ema/               snapshots of power-function averages
 samples/           previews and sampled images
@@ -35,10 +36,12 @@ STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 SCORES_FILE = "scores.json"
+INIT_FILE = "init.json"
 LOCK_FILE = "lock"
 LAYOUT = (
     *(CHECKPOINTS, "ema", "samples", "scores", "csv", "wandb", "tensorboard", ".hydra"),
-    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, LOCK_FILE, "train.log", "outcome.json", "wandb_run_id"),
+    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, INIT_FILE, LOCK_FILE),
+    *("train.log", "outcome.json", "wandb_run_id"),
 )
 """What this package and its loggers read and write in a run folder."""
 
