@@ -5,6 +5,8 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.model.attention import attend
+
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -58,7 +60,7 @@ class SelfAttention(nn.Module):
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         # The fused kernels require (B, heads, pixels, channels) with contiguous channels.
         query, key, value = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        mixed = attend(query, key, value).squeeze(1)
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
 
 
@@ -92,7 +94,7 @@ class CrossAttention(nn.Module):
         query = self.query(pixels).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key_value = self.key_value(self.token_norm(tokens)).unflatten(2, (2 * self.heads, -1)).transpose(1, 2)
         key, value = key_value.chunk(2, dim=1)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        mixed = attend(query, key, value, mask[:, None, None])
         return x + self.projection(mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
 

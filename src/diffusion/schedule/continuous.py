@@ -149,6 +149,8 @@ class EDM(ContinuousSchedule):
         ValueError: not 0 < sigma_min < sigma_max.
     """
 
+    straight = True
+
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must be in (0, sigma_max={sigma_max:g}), got {sigma_min:g}")
