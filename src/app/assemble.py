@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
+from src.app.guides import teacher_of
 from src.app.lightning import (
     check_callback,
     check_monitors,
@@ -111,7 +112,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     conditioning = conditioning_of(config, source, codec)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
-    loss = loss_of(config, denoiser)
+    loss = loss_of(config, denoiser, teacher_of(config.loss, denoiser, codec, conditioning))
     ema = build(config.ema, EMA, "ema")
     optimizer, lr_schedule = optimizer_of(config)
     module = DiffusionModule(

@@ -100,7 +100,11 @@ def check_second_time(denoiser: BaseDenoiser, option: str) -> None:
             f"model.second_time=false: {option} needs a network that is given both times; choose"
             " model.second_time=true"
         )
-    label = getattr(denoiser, "parameterization", denoiser).label if hasattr(denoiser, "parameterization") else None
+    label = (
+        getattr(denoiser, "parameterization", denoiser).label
+        if hasattr(denoiser, "parameterization")
+        else None
+    )
     if label is not None and not math.isfinite(label(denoiser.schedule([0.0]).scalars()[0])):
         raise ValueError(
             f"parameterization: the label of t = 0 on {type(denoiser.schedule).__name__} is not finite; choose"
@@ -112,7 +116,9 @@ def no_forward_mode(denoiser: BaseDenoiser, error: Exception) -> str:
     """What to change in a network without a forward-mode derivative, in one line."""
     network = getattr(denoiser, "network", denoiser)
     if getattr(network, "checkpointing", False):
-        return "model.checkpointing=true: recomputed activations have no forward-mode derivative; choose false"
+        return (
+            "model.checkpointing=true: recomputed activations have no forward-mode derivative; choose false"
+        )
     name = type(getattr(network, "module", network)).__name__
     return (
         f"model: an operator of {name} has no forward-mode derivative, e.g. PyTorch's fused attention"
@@ -121,7 +127,9 @@ def no_forward_mode(denoiser: BaseDenoiser, error: Exception) -> str:
     )
 
 
-def step(denoiser: BaseDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Condition | None = None):
+def step(
+    denoiser: BaseDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Condition | None = None
+):
     """x_s from x_t in one evaluation; a denoiser without a second time makes DDIM's step."""
     to = s if denoiser.second_time else None
     return denoiser(x_t, t, condition, to).mix(s.alpha, s.sigma)

@@ -54,7 +54,11 @@ class ExactFlowMap(BaseDenoiser):
     def forward(self, x_t, level, condition=None, to=None):
         t = torch.as_tensor(level.sigma, dtype=x_t.dtype).expand(len(x_t))
         zero = torch.zeros_like(t)
-        s = (zero if self.clean else t) if to is None else torch.as_tensor(to.sigma, dtype=x_t.dtype).expand(len(x_t))
+        s = (
+            (zero if self.clean else t)
+            if to is None
+            else torch.as_tensor(to.sigma, dtype=x_t.dtype).expand(len(x_t))
+        )
         u = self.u(x_t, t, s)
         return Prediction(x_t, level, x_t - t.view(-1, 1, 1, 1) * u)
 

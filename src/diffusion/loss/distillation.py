@@ -179,7 +179,9 @@ class ProgressiveLoss(Distilling, DenoisingLoss):
         distance: Distance | None = None,
     ):
         if teacher is None:
-            raise ValueError("loss.run is missing: progressive distillation needs a teacher; give its run folder")
+            raise ValueError(
+                "loss.run is missing: progressive distillation needs a teacher; give its run folder"
+            )
         DenoisingLoss.__init__(self, denoiser, weighting, _FromGrid(), distance)
         self.teacher = Teacher(teacher)
         self.steps = steps
@@ -191,6 +193,14 @@ class ProgressiveLoss(Distilling, DenoisingLoss):
                 " spacing=trailing"
             )
         self.grid = self.grid.flip(0)
+
+    def get_extra_state(self):
+        return super().get_extra_state() | {"times": self.grid.tolist()}
+
+    def set_extra_state(self, state):
+        super().set_extra_state(state)
+        if state["times"] != self.grid.tolist():
+            raise ValueError("spacing: this training began with other times; give the same spacing")
 
     def draw(self, n, generator):
         start = 2 * (1 + torch.randint(self.steps, (n,), generator=generator))

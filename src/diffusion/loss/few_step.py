@@ -1,8 +1,8 @@
 """Losses of few-step models: targets of the average velocity u(x_t, t, s). The algebra is in docs/few_step.md.
 
-    mean flow    u - (t - s) (v d/dx + d/dt) u ...  solved for u: target = v - (t - s) (v d/dx + d/dt) u
-    shortcut     the mean of two half steps
-    flow matching is the part of both with s = t, whose target is v
+mean flow    u - (t - s) (v d/dx + d/dt) u ...  solved for u: target = v - (t - s) (v d/dx + d/dt) u
+shortcut     the mean of two half steps
+flow matching is the part of both with s = t, whose target is v
 """
 
 from abc import abstractmethod
@@ -61,8 +61,8 @@ class AverageVelocityLoss(Loss):
         x_t = diffuse(x0, eps, self.denoiser.schedule(t))
         v = self.flow_map.velocity(x0, eps)
         errors, order = [], []
-        for part in (self._still, self.pair):
-            rows = torch.nonzero((t > s) == (part is not self._still))[:, 0]  # on the CPU, where the times are
+        for part, moves in ((self._still, False), (self.pair, True)):
+            rows = torch.nonzero((t > s) == moves)[:, 0]  # on the CPU, where the times are
             if len(rows) == 0:
                 continue
             on = rows.to(x_t.device, non_blocking=True)
@@ -216,7 +216,9 @@ def moving(n: int, share: float, generator: torch.Generator) -> Tensor:
 
     Their number differs from share n by less than 1, in every slice too, so that processes have equal work.
     """
-    at = torch.arange(n + 1, dtype=torch.float64) * share + torch.rand((), dtype=torch.float64, generator=generator)
+    at = torch.arange(n + 1, dtype=torch.float64) * share + torch.rand(
+        (), dtype=torch.float64, generator=generator
+    )
     return at.floor().diff() > 0
 
 
