@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.app.automatic import settle
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
+from src.app.guides import teacher_of
 from src.app.initial import initialise
 from src.app.lightning import (
     NoProfiler,
@@ -118,7 +119,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
     init = initialise(denoiser.network, config) if config.init and not config.ckpt else None
-    loss = loss_of(config, denoiser)
+    loss = loss_of(config, denoiser, teacher_of(config.loss, denoiser, codec, conditioning))
     ema = build(config.ema, EMA, "ema")
     optimizer, lr_schedule = optimizer_of(config)
     module = DiffusionModule(

@@ -269,6 +269,9 @@ EVALUATE = (
     Option("runs", "runs", "where the folders of evaluation sweeps are made", str),
 )
 
+# Options of a guidance or a loss that name its second run.
+RUN_OPTIONS = {option.name: option for option in LOAD if option.name in ("run", "checkpoint", "weights")}
+
 OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
 
 # Groups, and options of groups, whose change is not another experiment when a training is resumed.

@@ -7,16 +7,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from src.app.build import build, class_of, takes
-from src.app.options import CONF
+from src.app.options import CONF, RUN_OPTIONS
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
 from src.diffusion.classifier import NoiseClassifier
-from src.diffusion.denoiser import Denoiser
+from src.diffusion.denoiser import BaseDenoiser, Denoiser
 from src.diffusion.distance import Distance, Squared
 from src.diffusion.loss import ClassificationLoss, Loss
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.schedule import Schedule
+from src.diffusion.spacing import Spacing
 from src.diffusion.time_sampling import TimeSampling
 from src.diffusion.variance import Variance
 from src.diffusion.weighting import Simple, Weighting
@@ -137,8 +138,13 @@ def _name(network: Network) -> str:
 OPTIONAL_PARTS = {"weighting": (Weighting, Simple), "distance": (Distance, Squared)}
 
 
-def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
+def loss_of(config: DictConfig, denoiser: Denoiser, teacher: BaseDenoiser | None = None) -> Loss:
     """What is minimised, with those of its parts that the loss takes.
+
+    Args:
+        config: composed.
+        denoiser: the denoiser that is trained.
+        teacher: a frozen denoiser, for losses that take one; see `guides.teacher_of`.
 
     Raises:
         UserError: a part was chosen that has no effect on this loss.
@@ -156,6 +162,14 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
     parts: dict[str, Any] = {"denoiser": denoiser}
     if takes(config.loss, "time_sampling"):
         parts["time_sampling"] = build(config.time_sampling, TimeSampling, "time_sampling")
+    if takes(config.loss, "spacing"):
+        parts["spacing"] = build(config.spacing, Spacing, "spacing")
+    node = config.loss
+    if takes(node, "teacher"):
+        parts["teacher"] = teacher
+        node = node.copy()
+        for name in RUN_OPTIONS:
+            node.pop(name, None)
     for option, (kind, plain) in OPTIONAL_PARTS.items():
         part = build(config[option], kind, option)
         if takes(config.loss, option):
@@ -164,7 +178,7 @@ def loss_of(config: DictConfig, denoiser: Denoiser) -> Loss:
             raise UserError(
                 f"{option} has no effect on this loss, which has its own: choose {option}={plain.__name__.lower()}"
             )
-    return build(config.loss, Loss, "loss", **parts)
+    return build(node, Loss, "loss", **parts)
 
 
 def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet | None:

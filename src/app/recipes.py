@@ -6,13 +6,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.app.build import build, check_value, class_of, resolve
-from src.app.guides import RUN_OPTIONS, guide_of, needs_run
+from src.app.guides import guide_of, needs_run
+from src.app.options import RUN_OPTIONS
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.diffusion.denoiser import Denoiser, WrappedDenoiser, Wrapper
 from src.diffusion.guidance import ClassifierFree, ClassifierGuidance, Projected
 from src.diffusion.restoration import RePaint, Replacement, Restoration
-from src.diffusion.sampler import DDPM, Dopri5, Restart, Sampler
+from src.diffusion.sampler import DDPM, Dopri5, FlowMap, Restart, Sampler
 from src.diffusion.spacing import Spacing
 from src.errors import UserError
 from src.generation.recipe import Recipe
@@ -49,6 +50,8 @@ def recipe_of(
     check_value(int, steps, "sampler.steps")
     sampler = build(OmegaConf.create(numbers), Sampler, "sampler")
     check_guidance(config, conditioning, sampler, restoration)
+    if isinstance(sampler, FlowMap):
+        check_flow_map(config, sampler, steps, denoiser)
     arguments: dict[str, Any] = {}
     if needs_run(config.guidance):
         guide = guide_of(config, denoiser, codec, conditioning)
@@ -112,6 +115,29 @@ def check_guidance(
         log.warning(
             "guidance: this network was trained with conditioning.dropout=0, so that its prediction without a condition"
             " is arbitrary; train with conditioning.dropout=0.1"
+        )
+
+
+def check_flow_map(config: DictConfig, sampler: FlowMap, steps: int, denoiser: Denoiser) -> None:
+    """Checks what a sampler of average velocities is given.
+
+    Raises:
+        UserError: a network without a second time; or guidance or clipping, where steps do not lead to clean data.
+    """
+    try:
+        sampler.check(denoiser.second_time, steps)
+    except ValueError as error:
+        raise UserError(f"sampler.{error}") from None
+    if sampler.gamma == 1:
+        return
+    if config.guidance:
+        raise UserError(
+            "guidance: sampler=flow_map makes steps of the average velocity, along which a guided velocity changes; choose"
+            " guidance=none, or sampler=euler, which uses the velocity at one time"
+        )
+    if config.clipping and steps > 1:
+        raise UserError(
+            "clipping: with sampler=flow_map in several steps, the estimate of x0 is no image; choose clipping=none"
         )
 
 

@@ -55,11 +55,13 @@ class BaseDenoiser(nn.Module, ABC):
         variance: the variance of p(x_s | x_t).
         evaluated_images: number of images passed through the network so far, including guidance's second pass.
         identity: a description for records, of a denoiser that is an argument of another one.
+        second_time: whether it predicts steps from t to s, with s given as `to`.
     """
 
     schedule: Schedule
     variance: Variance
     identity: str | None = None
+    second_time: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,6 +149,10 @@ class Denoiser(BaseDenoiser):
                 " output channels"
             )
 
+    @property
+    def second_time(self) -> bool:
+        return getattr(self.network, "second_time", False)
+
     def evaluate(
         self,
         x_t: Tensor,
@@ -230,6 +236,10 @@ class WrappedDenoiser(BaseDenoiser):
     @property
     def variance(self) -> Variance:
         return self.inner.variance
+
+    @property
+    def second_time(self) -> bool:
+        return self.inner.second_time
 
     @property
     def evaluated_images(self) -> int:

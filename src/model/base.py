@@ -21,6 +21,7 @@ class Network(nn.Module, ABC):
         reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
         classifies: whether the output is logits of shape (B, classes), for `loss=classification`.
         checkpointing: whether `run` recomputes activations in the backward pass.
+        second_time: whether it is given the label of a second time.
     """
 
     image_shape: tuple[int, int, int] | None = None
@@ -28,6 +29,7 @@ class Network(nn.Module, ABC):
     reads: frozenset[str] = frozenset()
     classifies = False
     checkpointing: bool = False
+    second_time: bool = False
 
     @abstractmethod
     def forward(

@@ -89,7 +89,7 @@ class DiT(Network):
         self.out_channels = channels if out_channels is None else out_channels
         self.reads = frozenset({"labels"} if num_classes else ())
         self.num_classes, self.patch_size, self.checkpointing = num_classes, patch_size, checkpointing
-        self.class_tokens_from = class_tokens_from
+        self.class_tokens_from, self.second_time = class_tokens_from, second_time
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         positions = grid_positions(*self.grid)

@@ -134,6 +134,7 @@ class EDM2(LevelUNet):
         self.out_channels = channels if out_channels is None else out_channels
         self.reads = frozenset({"labels"} if num_classes else ())
         self.num_classes, self.checkpointing = num_classes, checkpointing
+        self.second_time = second_time
 
         check_base_channels(base_channels)
         embedding_channels = base_channels * max(channel_multipliers, default=1)

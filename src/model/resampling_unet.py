@@ -199,7 +199,7 @@ class ResamplingUNet(LevelUNet):
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
         self.reads = frozenset({"labels"} if num_classes else ())
-        self.num_classes, self.checkpointing = num_classes, checkpointing
+        self.num_classes, self.checkpointing, self.second_time = num_classes, checkpointing, second_time
 
         check_base_channels(base_channels)
         check_groups(base_channels, [base_channels * m for m in channel_multipliers], groups)

@@ -75,7 +75,7 @@ class UNet(Network):
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
-        self.num_classes = num_classes
+        self.num_classes, self.second_time = num_classes, second_time
         read = {"labels": num_classes, "tokens": token_channels, "image": condition_channels}
         self.reads = frozenset(kind for kind, size in read.items() if size)
 

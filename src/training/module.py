@@ -206,7 +206,7 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_schedule, "interval": "step"}}
 
     def _draws(self, number: int) -> Tensor:
-        return self.loss.draw(self.batch_size, generator(self.seed, "time", number))
+        return self.loss.draw_at(number, self.batch_size, generator(self.seed, "time", number))
 
     def _noise(self, number: int, x0: Tensor) -> Tensor:
         draw = generator(self.seed, "noise", number, x0.device)

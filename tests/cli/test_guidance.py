@@ -156,7 +156,7 @@ def test_another_codec_is_named():
             return "halves"
 
     denoiser = Denoiser(torch.nn.Identity(), Cosine(), V())
-    with pytest.raises(ValueError, match=r"codec is Halves \(halves\), and the guided run's is Pixels"):
+    with pytest.raises(ValueError, match=r"codec is Halves \(halves\), and this run's is Pixels"):
         check_fit(Restored(None, Halves((1, 8, 8)), None, denoiser), denoiser, Pixels((1, 8, 8)))
 
 

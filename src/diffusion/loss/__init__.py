@@ -3,7 +3,22 @@
 from .base import Loss, TimedLoss
 from .classification import ClassificationLoss
 from .denoising import DenoisingLoss
+from .distillation import ConsistencyLoss, Distilling, ProgressiveLoss
+from .few_step import AverageVelocityLoss, MeanFlowLoss, ShortcutLoss
 from .hybrid import HybridLoss
 from .variational import VariationalLoss
 
-__all__ = ["ClassificationLoss", "DenoisingLoss", "HybridLoss", "Loss", "TimedLoss", "VariationalLoss"]
+__all__ = [
+    "AverageVelocityLoss",
+    "ClassificationLoss",
+    "ConsistencyLoss",
+    "DenoisingLoss",
+    "Distilling",
+    "HybridLoss",
+    "Loss",
+    "MeanFlowLoss",
+    "ProgressiveLoss",
+    "ShortcutLoss",
+    "TimedLoss",
+    "VariationalLoss",
+]

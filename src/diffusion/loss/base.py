@@ -38,6 +38,10 @@ class Loss(nn.Module, ABC):
             Shape (n,) for a loss of one time t; (n, k) for a loss of several, e.g. columns t and s.
         """
 
+    def draw_at(self, number: int, n: int, generator: torch.Generator) -> Tensor:
+        """The draws of batch `number`, counted in optimiser steps, for losses that change with it; by default `draw`."""
+        return self.draw(n, generator)
+
     def draw_for_validation(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws for validation, from a fixed distribution so that runs can be compared; by default `draw`."""
         return self.draw(n, generator)

@@ -8,6 +8,7 @@ from .dopri5 import Dopri5
 from .dpm_solver import MultistepDPMSolver, SinglestepDPMSolver
 from .edm import DPM2, Euler, Heun
 from .euler_maruyama import EulerMaruyama
+from .flow_map import FlowMap
 from .inversion import encode, renoise, slerp
 from .noise import NoiseSource, PerImageNoise, ReplayedNoise, global_noise
 from .pndm import PLMS
@@ -25,6 +26,7 @@ __all__ = [
     "Dopri5",
     "Euler",
     "EulerMaruyama",
+    "FlowMap",
     "Heun",
     "MultistepDPMSolver",
     "NoiseSource",

@@ -149,6 +149,8 @@ class EDM(ContinuousSchedule):
         ValueError: not 0 < sigma_min < sigma_max.
     """
 
+    straight = True
+
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must be in (0, sigma_max={sigma_max:g}), got {sigma_min:g}")
@@ -219,6 +221,8 @@ class RectifiedFlow(ContinuousSchedule):
     Args:
         t_min: the smallest time (1e-3 in the rectified flow code).
         t_max: the largest, at most 1.
+        label_scale: the network's label of t = 1. Losses that derive the network by the time need a smaller one: the
+            derivative of an embedding of frequencies up to 1 grows with it.
 
     Raises:
         ValueError: an argument is out of range.
@@ -226,9 +230,15 @@ class RectifiedFlow(ContinuousSchedule):
 
     straight = True
 
-    def __init__(self, t_min: float = 1e-3, t_max: float = 1.0):
+    def __init__(self, t_min: float = 1e-3, t_max: float = 1.0, label_scale: float = 999.0):
         _upper_bound_of_one(t_max)
+        if label_scale <= 0:
+            raise ValueError(f"label_scale must be positive, got {label_scale:g}")
         super().__init__(t_min, t_max)
+        self.label_scale = label_scale
+
+    def label(self, t):
+        return self.label_scale * t
 
     def alpha_sigma(self, t):
         return 1 - t, t
