@@ -56,6 +56,7 @@ from src.training.module import DiffusionModule
 from src.training.reading import check_fits, read_checkpoint
 from src.training.resume import ResumeCheck
 from src.training.signals import StopOnSignal
+from src.training.trial import report_of
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +262,8 @@ def callbacks_of(
         added[option] = build(node, kinds.get(name, Callback), option, **given)
         check_callback(added[option], option)
     check_monitors(added, ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"])
-    return [*callbacks, *added.values()]
+    report = report_of(folder)  # after the scores
+    return [*callbacks, *added.values(), *([] if report is None else [report])]
 
 
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:

@@ -90,13 +90,15 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
 
 
 def publish(record: Record, folder: Path) -> dict[str, float]:
-    """Writes a record as <folder>/scores.json; prints and returns the scores."""
+    """Writes a record as <folder>/scores.json; prints the scores, and returns them with the network's evaluations."""
     path = folder / SCORES_FILE
     record.write(path)
     width = max(map(len, ("evaluations", *record.scores))) + 4
     lines = [f"{name:<{width}}{value:.5g}" for name, value in record.scores.items()]
+    scores = dict(record.scores)
     if "recipe" in record.protocol:  # a likelihood has none
         evaluations = record.protocol["recipe"]["network_evaluations"]
         lines.append(f"{'evaluations':<{width}}{evaluations} of the network for an image")
+        scores["evaluations"] = evaluations
     log.info("%s\n%s%s", "\n".join(lines), "protocol".ljust(width), path)
-    return record.scores
+    return scores

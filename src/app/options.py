@@ -117,6 +117,13 @@ SWEEP = (
         effect="once",
     ),
     Option("rerun_failed", False, "with -m: run the jobs that failed again", bool, effect="once"),
+    Option(
+        "interactions",
+        False,
+        "with -m: also print the mean score of every pair of varied options, and how far they depend on each other",
+        bool,
+        effect="once",
+    ),
 )
 
 TRAIN = (
@@ -250,6 +257,7 @@ EFFECTS: dict[str, Effect] = {
     "guidance": "none",
     "data.path": "none",
     "launcher": "once",
+    "hparams_search": "once",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "once",
     "metrics": "none",

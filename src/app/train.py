@@ -33,7 +33,7 @@ def train(config: DictConfig) -> dict[str, float]:
         config: conf/train.yaml, composed.
 
     Returns:
-        The last scores and validation losses by name.
+        The last scores and validation losses by name, and the network's evaluations for a scored image.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
@@ -78,6 +78,8 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         log.info(
             "%s", closing_summary(folder, trainer.global_step, scores, config, experiment.recipe is not None)
         )
+        if latest is not None:
+            return {**scores, "evaluations": latest.protocol["recipe"]["network_evaluations"]}
     return scores
 
 

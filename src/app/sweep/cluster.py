@@ -9,6 +9,9 @@ from typing import Any, Literal
 from src.app.sweep.launcher import POLL, Launcher, Report, collect, run_job, stopping
 from src.errors import UserError
 
+# Trials of a search at the same time on a cluster, which decides how many jobs run.
+AT_ONCE = 8
+
 
 class Slurm(Launcher):
     """A SLURM job array, submitted by submitit. A job that is put back into the queue continues its training.
@@ -35,6 +38,7 @@ class Slurm(Launcher):
     ):
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
         self.jobs, self.cluster, self.options = jobs, cluster, options or {}
+        self.at_once = jobs or AT_ONCE
 
     def describe(self):
         return f"by submitit, cluster {self.cluster}"
@@ -100,6 +104,7 @@ class Ray(Launcher):
 
     def __init__(self, address: str | None = None, cpus: int = 1, gpus: float = 0):
         self.address, self.cpus, self.gpus = address, cpus, gpus
+        self.at_once = AT_ONCE
 
     def describe(self):
         return f"by Ray, {self.address or 'on this machine'}, {self.cpus} cores and {self.gpus:g} GPUs a job"

@@ -30,7 +30,13 @@ PATIENCE = 120
 
 
 class Launcher(ABC):
-    """Runs the jobs of a sweep."""
+    """Runs the jobs of a sweep.
+
+    Attributes:
+        at_once: jobs at the same time, where the launcher decides it.
+    """
+
+    at_once = 1
 
     @abstractmethod
     def describe(self) -> str:
@@ -117,6 +123,7 @@ class Local(Launcher):
             kind = "GPUs" if self.gpus else "cores"
             raise ValueError(f"jobs={jobs}: there are {len(self.places)} {kind}")
         self.jobs = jobs or len(self.places)
+        self.at_once = self.jobs
         self.threads = max(1, cores // self.jobs)
 
     def describe(self):

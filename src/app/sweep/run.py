@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import TypedDict
 
+from src.app.build import build, class_of, trusting
 from src.app.messages import check_names, explain, parsed
 from src.app.options import CONF, OPTIONS, check_options, effect_of
 from src.app.overrides import trusted_folders, with_guidance, written_out
+from src.app.parts import metric_nodes
+from src.app.restore import config_of
+from src.app.sweep.hparams_search import SEARCH_FILE, HparamsSearch, SearchedSweep, space_of
 from src.app.sweep.jobs import (
     JOBS_FILE,
     OUTCOME_FILE,
@@ -28,7 +32,9 @@ from src.app.sweep.jobs import (
 from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
-from src.runs.folder import LOCK_FILE, check_contained, locked
+from src.runs.folder import LOCK_FILE, check_contained, find_run, locked
+from src.training.reading import read_checkpoint
+from src.training.trial import STUDY_FILE
 
 
 class Stored(TypedDict):
@@ -39,7 +45,10 @@ class Stored(TypedDict):
 
 
 # Options of the sweep, which its jobs do not get.
-OF_THE_SWEEP = ("launcher", "sweep", "rerun_failed")
+OF_THE_SWEEP = ("launcher", "sweep", "rerun_failed", "interactions")
+SEARCH = "hparams_search"
+# Options of a search of which others continue the same search.
+OF_ONE_START = (f"{SEARCH}.trials", f"{SEARCH}.at_once")
 
 
 def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
@@ -64,36 +73,98 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     check_names(entry_point, overrides, places)
     if entry_point != "train":
         overrides = with_guidance(overrides)
-    own = [o for o in overrides if option_of(o).partition(".")[0] not in OF_THE_SWEEP]
+    own = [o for o in overrides if not _of_the_sweep(o)]
     for override in own:
         if option_of(override) == "ckpt":
             raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
-    settings = composed(entry_point, [o for o in overrides if o not in own])
+    of_search = [o for o in overrides if o not in own and _root(o) == SEARCH]
+    of_sweep = [o for o in overrides if o not in own and o not in of_search]
+    settings = composed(entry_point, of_sweep)
     if settings.sweep and not own:
         own = _stored(entry_point, Path(settings.sweep))
         refuse_harmful(own, Path(settings.sweep))
-    every = combinations(own)
-    config = composed(entry_point, [*every[0][0], *(o for o in overrides if o not in own)])
+    search = _search(entry_point, [*own, *of_search])
+    of_jobs = [o for o in own if _root(o) != SEARCH]
+    space = None if search is None else space_of(of_jobs, search)
+    example = combinations(of_jobs)[0][0] if space is None else space.example()
+    config = composed(entry_point, [*example, *of_sweep])
     check_options(entry_point, config)
-    folder = _folder(entry_point, config, own)
+    if search is not None and config.rerun_failed:
+        raise UserError("rerun_failed=true: a search does not repeat its trials; leave it out")
+    finished = (
+        search.finished if search else lambda f: not Sweep(entry_point, f, own).waiting(config.rerun_failed)
+    )
+    folder = _folder(entry_point, config, own, finished)
     launcher = _launcher(config)
-    sweep = Sweep(entry_point, folder, own)
-    names = (JOBS_FILE, SWEEP_FILE, LOCK_FILE, "submitit")
+    if search is None:
+        sweep = Sweep(entry_point, folder, own)
+    else:
+        sweep = SearchedSweep(entry_point, folder, own, space, search, _higher_is_better(entry_point, config))
+    names = (JOBS_FILE, SWEEP_FILE, LOCK_FILE, STUDY_FILE, SEARCH_FILE, "submitit")
     check_contained(folder, [*names, *(job.folder.name for job in sweep.jobs)])
     with locked(folder):
         sweep.write()
-        _run(sweep, launcher, config.rerun_failed)
+        _run(sweep, launcher, config)
     outcomes = sweep.outcomes()
     return sum("error" in outcome for outcome in outcomes.values())
 
 
-def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
-    waiting = sweep.waiting(rerun_failed)
-    for job in waiting:  # only failed jobs have one
-        (job.folder / OUTCOME_FILE).unlink(missing_ok=True)
-    print(
-        f"sweep       {sweep.folder}\njobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
-    )
+def _root(override: str) -> str:
+    return option_of(override).partition(".")[0]
+
+
+def _of_the_sweep(override: str) -> bool:
+    return _root(override) in OF_THE_SWEEP or option_of(override) in OF_ONE_START
+
+
+def _search(entry_point: str, overrides: Sequence[str]) -> HparamsSearch | None:
+    """The search that a command line chooses, if any."""
+    chosen = [o for o in overrides if _root(o) == SEARCH]
+    config = composed(entry_point, chosen) if chosen else {}
+    return build(config.get(SEARCH), HparamsSearch, SEARCH)
+
+
+def _higher_is_better(entry_point: str, config: DictConfig) -> bool:
+    """Whether more is better of the monitored score: that of the options, or of the run that is evaluated."""
+    nodes = metric_nodes(config)
+    if not nodes and entry_point == "evaluate":
+        found = find_run(config.run, config.checkpoint)
+        nodes = metric_nodes(config_of(read_checkpoint(found.checkpoint), found))
+    node = next(iter(nodes.values()), None)
+    return bool(node and getattr(class_of(node), "higher_is_better", False))
+
+
+def _run(sweep: Sweep, launcher: Any, config: DictConfig) -> None:
+    def ready(jobs: Sequence[Job]) -> list[Job]:
+        return _ready(jobs, launcher)
+
+    try:
+        if isinstance(sweep, SearchedSweep):
+            print(
+                f"sweep       {sweep.folder}\nsearch      {sweep.search.trials} trials: {launcher.describe()}"
+            )
+            sweep.run(launcher, ready)
+        else:
+            waiting = sweep.waiting(config.rerun_failed)
+            for job in waiting:  # only failed jobs have one
+                (job.folder / OUTCOME_FILE).unlink(missing_ok=True)
+            print(
+                f"sweep       {sweep.folder}\n"
+                f"jobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
+            )
+            launcher.run(ready(waiting), len(sweep.jobs))
+    finally:
+        outcomes = sweep.outcomes()
+        named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
+        write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
+        if isinstance(sweep, SearchedSweep):
+            sweep.print_trials()
+        else:
+            print_tables(sweep, outcomes, config.interactions)
+
+
+def _ready(waiting: Sequence[Job], launcher: Any) -> list[Job]:
+    """The jobs that can run; the others get their outcome."""
     ready = []
     with launcher.rich_progress("checking the jobs", len(waiting)) as advance:
         for job in waiting:
@@ -104,16 +175,10 @@ def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
                 job.close(error=error)
                 print(f"cannot run  {' '.join(job.varied)}: {error}")
             advance()
-    try:
-        launcher.run(ready, len(sweep.jobs))
-    finally:
-        outcomes = sweep.outcomes()
-        named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
-        write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
-        print_tables(sweep, outcomes)
+    return ready
 
 
-def _folder(entry_point: str, config: DictConfig, own: list[str]) -> Path:
+def _folder(entry_point: str, config: DictConfig, own: list[str], finished: Callable[[Path], bool]) -> Path:
     """The folder of the sweep: the given one, that of the same command if it was interrupted, or a new one."""
     new = Path(config.hydra.sweep.dir)
     if config.sweep:
@@ -130,7 +195,7 @@ def _folder(entry_point: str, config: DictConfig, own: list[str]) -> Path:
     for path in reversed(files):
         with suppress(UserError):
             if _stored(entry_point, path.parent) == own:
-                if Sweep(entry_point, path.parent, own).waiting(config.rerun_failed):
+                if not finished(path.parent):
                     return path.parent
                 break
     return new
@@ -181,7 +246,6 @@ def _harmless(override: Any) -> bool:
 
 
 def _launcher(config: DictConfig) -> Any:
-    from src.app.build import build
     from src.app.sweep.launcher import Launcher
 
     return build(config.launcher, Launcher, "launcher")
@@ -189,8 +253,6 @@ def _launcher(config: DictConfig) -> Any:
 
 def _check(job: Job) -> tuple[int | None, str | None]:
     """The steps of a training; and why the job cannot run, or None."""
-    from src.app.build import trusting
-
     steps = None
     try:
         config = composed(job.entry_point, job.overrides)
