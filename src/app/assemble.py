@@ -234,7 +234,7 @@ def callbacks_of(
         }
 
     # a bound that training keeps, sampling keeps too
-    fits = {"device_batch": config.max_device_batch or 256}
+    fits = {"device_batch": limit_of(config) or 256}
     joined: dict[str, dict[str, Any]] = {
         "sample_images": {"recipe": recipe, "folder": folder / "samples", "source": source, **fits},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
@@ -319,11 +319,16 @@ def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
+def limit_of(config: DictConfig) -> int | None:
+    """The largest batch of a device; None if there is no limit, or it is not known yet (see `app.device_batch`)."""
+    return None if config.max_device_batch == "auto" else config.max_device_batch
+
+
 def accumulation_of(config: DictConfig, world_size: int) -> int:
     """The smallest number of micro-batches that keeps to max_device_batch."""
     try:
         largest = per_device_batch(config.batch_size, world_size, 1)
-        limit = config.max_device_batch or largest
+        limit = limit_of(config) or largest
         for accumulation in range(1, largest + 1):
             if largest % accumulation == 0 and largest // accumulation <= limit:
                 return accumulation

@@ -145,10 +145,11 @@ TRAIN = (
     Option(
         "max_device_batch",
         None,
-        "largest batch of one device at once; the rest is accumulated",
+        "largest batch of one device at once, the rest is accumulated; auto: the largest that fits into its memory",
         int,
         least=1,
         optional=True,
+        choices=("auto",),
         effect="order",
     ),
     Option(

@@ -1,67 +1,22 @@
-"""The part of a training in a search of hyperparameters: it reports its scores, and ends early if they are bad.
+"""A training in a search of hyperparameters: it reports its scores, and ends early if they are bad.
 
-The file of the study and the training's trial are named by trial.json in the run folder, which the search writes. So
-every launcher can run the training, and it reports again after a restart.
+The training's trial is named by trial.json in the run folder, which the search writes. So every launcher can run the
+training, and it reports again after a restart.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from typing_extensions import TypedDict
 
 from src.errors import UserError
 from src.runs.files import Damaged, read_json
 from src.runs.output import tolerated
 from src.training.callbacks import TrackFidelity
+from src.training.study import STUDY, TRIAL_FILE, Member, median_pruner, storage_of
 
 log = logging.getLogger(__name__)
-
-TRIAL_FILE = "trial.json"
-STUDY_FILE = "study.jsonl"
-STUDY = "search"
-
-
-class Member(TypedDict):
-    """What trial.json holds.
-
-    trial: number of the trial in the study.
-    objective: what is reported: "score", or the name of a score or a validation loss.
-    prune_after: trials that run to their end before any is pruned.
-    """
-
-    trial: int
-    objective: str
-    prune_after: int
-
-
-def storage_of(folder: Path) -> Any:
-    """The storage of the study in a sweep's folder. A line that was cut off by a kill is removed.
-
-    Raises:
-        UserError: Optuna is not installed, or the file is damaged.
-    """
-    try:
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise UserError(
-            "hparams_search: the package optuna is missing; install it with pip install -e '.[search]'"
-        ) from None
-    file = folder / STUDY_FILE
-    try:
-        return JournalStorage(JournalFileBackend(str(file)))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file} is damaged: remove the folder, and repeat the command") from None
-
-
-def median_pruner(prune_after: int) -> Any:
-    """Optuna's median rule: the best value so far is worse than the median of the other trials at this step."""
-    from optuna.pruners import MedianPruner
-
-    return MedianPruner(n_startup_trials=prune_after)
 
 
 def report_of(folder: Path) -> "ReportTrial | None":

@@ -21,9 +21,8 @@ from typing import Any
 from src.app.messages import parsed
 from src.app.sweep.jobs import Job, Sweep, folder_name, option_of
 from src.errors import UserError
-from src.randomness import key
 from src.runs.files import write_atomically, write_json
-from src.training.trial import STUDY, STUDY_FILE, TRIAL_FILE, median_pruner, storage_of
+from src.training.study import STUDY, STUDY_FILE, TRIAL_FILE, median_pruner, repair, storage_of
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +224,7 @@ class SearchedSweep(Sweep):
         Raises:
             SystemExit: as the launcher.
         """
+        repair(self.folder)
         study = _study(self.folder, self.directions, self.search)
         self.jobs = [job for trial in study.trials for job in self._jobs_of(study, trial.number)]
         killed: set[int] = set()
@@ -252,19 +252,16 @@ class SearchedSweep(Sweep):
 
     def _ask(self, study: Any) -> int:
         """The number of a new trial."""
-        from optuna.samplers import TPESampler
-
-        study.sampler = TPESampler(seed=key(self.search.seed, "search", len(study.trials)) % 2**32)
+        study.sampler = _sampler(self.search.seed, len(study.trials))
         return study.ask(self.space.searched).number
 
     def _jobs_of(self, study: Any, number: int) -> list[Job]:
         """The jobs of a trial, one for each seed; the first reports to the study."""
-        from optuna.samplers import TPESampler
         from optuna.trial import Trial
 
         frozen = study.trials[number]
         if frozen.params.keys() != self.space.searched.keys():  # killed while it was made
-            study.sampler = TPESampler(seed=key(self.search.seed, "search", number) % 2**32)
+            study.sampler = _sampler(self.search.seed, number)
             trial = Trial(study, frozen._trial_id)
             for name, distribution in self.space.searched.items():
                 trial._suggest(name, distribution)
@@ -345,6 +342,15 @@ def _study(folder: Path, directions: list[str] | None = None, search: HparamsSea
     return optuna.create_study(
         study_name=STUDY, storage=storage, directions=directions, pruner=pruner, load_if_exists=True
     )
+
+
+def _sampler(seed: int, number: int) -> Any:
+    """What chooses the setting of a trial, keyed by its number."""
+    from optuna.samplers import TPESampler
+
+    from src.randomness import key
+
+    return TPESampler(seed=key(seed, "search", number) % 2**32)
 
 
 def _pruned_at(study: Any, number: int) -> int | None:

@@ -16,8 +16,6 @@ from src.app.build import build, class_of, trusting
 from src.app.messages import check_names, explain, parsed
 from src.app.options import CONF, OPTIONS, check_options, effect_of
 from src.app.overrides import trusted_folders, with_guidance, written_out
-from src.app.parts import metric_nodes
-from src.app.restore import config_of
 from src.app.sweep.hparams_search import SEARCH_FILE, HparamsSearch, SearchedSweep, space_of
 from src.app.sweep.jobs import (
     JOBS_FILE,
@@ -33,8 +31,8 @@ from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
 from src.runs.folder import LOCK_FILE, check_contained, find_run, locked
-from src.training.reading import read_checkpoint
-from src.training.trial import STUDY_FILE
+from src.runs.output import tolerated
+from src.training.study import STUDY_FILE
 
 
 class Stored(TypedDict):
@@ -126,8 +124,13 @@ def _search(entry_point: str, overrides: Sequence[str]) -> HparamsSearch | None:
 
 def _higher_is_better(entry_point: str, config: DictConfig) -> bool:
     """Whether more is better of the monitored score: that of the options, or of the run that is evaluated."""
+    from src.app.parts import metric_nodes
+
     nodes = metric_nodes(config)
     if not nodes and entry_point == "evaluate":
+        from src.app.restore import config_of
+        from src.training.reading import read_checkpoint
+
         found = find_run(config.run, config.checkpoint)
         nodes = metric_nodes(config_of(read_checkpoint(found.checkpoint), found))
     node = next(iter(nodes.values()), None)
@@ -152,11 +155,17 @@ def _run(sweep: Sweep, launcher: Any, config: DictConfig) -> None:
                 f"sweep       {sweep.folder}\n"
                 f"jobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
             )
-            launcher.run(ready(waiting), len(sweep.jobs))
+            possible = ready(waiting)
+            if not possible and len(waiting) == len(sweep.jobs):
+                raise UserError(
+                    f"no job of this sweep can run; the first one: {waiting[0].outcome()['error']}"
+                )
+            launcher.run(possible, len(sweep.jobs))
     finally:
         outcomes = sweep.outcomes()
         named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
-        write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
+        with tolerated(SWEEP_FILE):
+            write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
         if isinstance(sweep, SearchedSweep):
             sweep.print_trials()
         else:
@@ -167,10 +176,10 @@ def _ready(waiting: Sequence[Job], launcher: Any) -> list[Job]:
     """The jobs that can run; the others get their outcome."""
     ready = []
     with launcher.rich_progress("checking the jobs", len(waiting)) as advance:
-        for job in waiting:
-            steps, error = _check(job)
+        for unchecked in waiting:
+            job, error = _checked(unchecked, launcher.elsewhere)
             if error is None:
-                ready.append(replace(job, steps=steps))
+                ready.append(job)
             else:
                 job.close(error=error)
                 print(f"cannot run  {' '.join(job.varied)}: {error}")
@@ -251,27 +260,41 @@ def _launcher(config: DictConfig) -> Any:
     return build(config.launcher, Launcher, "launcher")
 
 
-def _check(job: Job) -> tuple[int | None, str | None]:
-    """The steps of a training; and why the job cannot run, or None."""
-    steps = None
+def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
+    """The job with its steps and devices; and why it cannot run, or None.
+
+    Args:
+        job: the job.
+        elsewhere: whether it will run on another machine, so that the devices of this one do not matter.
+    """
     try:
         config = composed(job.entry_point, job.overrides)
         check_options(job.entry_point, config)
-        if job.entry_point == "train":
-            steps = config.trainer.max_steps
-            with trusting(config.trust), _silent():
-                from src.app.assemble import assemble
+        if job.entry_point != "train":
+            return replace(job, devices=config.devices), None
+        devices = config.trainer.devices
+        job = replace(job, steps=config.trainer.max_steps, devices=devices if isinstance(devices, int) else 1)
+        if elsewhere:
+            here = {
+                "accelerator": "cpu",
+                "devices": 1,
+                "num_nodes": 1,
+                "strategy": "auto",
+                "precision": "32-true",
+            }
+            config.trainer |= here
+        with trusting(config.trust), _silent():
+            from src.app.assemble import assemble
 
-                OmegaConf.set_struct(config, False)
-                config.pop("hydra")
-                assemble(config, job.folder)
+            OmegaConf.set_struct(config, False)
+            config.pop("hydra")
+            assemble(config, job.folder)
     except UserError as error:
-        return steps, str(error)
+        return job, str(error)
     except Exception as error:
-        return steps, explain(
-            error, job.entry_point, list(job.overrides), job.entry_point
-        ) or f"{type(error).__name__}: {error}"
-    return steps, None
+        line = explain(error, job.entry_point, list(job.overrides), job.entry_point)
+        return job, line or f"{type(error).__name__}: {error}"
+    return job, None
 
 
 @contextmanager
