@@ -52,7 +52,7 @@ def jobs(monkeypatch, tmp_path):
 def test_the_space_is_read_from_the_command_line():
     search = HparamsSearch(space={"schedule": "linear,cosine", "optimizer.lr": "interval(0.1,1)"})
     overrides = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "sampler.steps=range(5,20,5)", "batch_size=8"]
-    space = space_of([*overrides, "seed=3,4", "model.depth=interval(1,4)"], search)
+    space = space_of([*overrides, "seed=3,4", "model.depth=int(interval(1,4))"], search)
     assert space.fixed == ("batch_size=8",)
     assert space.seeds == (("seed=3",), ("seed=4",))
     assert space.searched == {
@@ -95,8 +95,9 @@ def test_a_killed_search_continues_with_the_same_trials(jobs, tmp_path):
     assert len(jobs.run) == 12, "a job was run twice"
     # more trials continue the same search
     jobs.start("seed=0,1", "hparams_search.trials=8")
-    assert jobs.trials()[:6] == undisturbed
-    assert len(jobs.trials()) == 8
+    longer = jobs.trials()
+    assert [trial["values"] for trial in longer[:6]] == [trial["values"] for trial in undisturbed]
+    assert len(longer) == 8
 
 
 def test_a_failing_setting_does_not_end_the_search(jobs):
@@ -126,7 +127,7 @@ def test_two_objectives_give_the_trials_that_no_other_beats(jobs, capsys):
     ("options", "message"),
     [
         (["hparams_search.objectives=[fid]"], "no fid in the scores of a job; there is fd_digits"),
-        (["hparams_search.trials=0"], "trials=0"),
+        (["hparams_search.trials=0"], "trials must be at least 1"),
         (["hparams_search.objectives=[score,score]"], "must differ"),
         (["rerun_failed=true"], "a search does not repeat"),
     ],

@@ -22,6 +22,7 @@ from src.app.messages import parsed
 from src.app.sweep.jobs import Job, Sweep, folder_name, option_of
 from src.errors import UserError
 from src.runs.files import write_atomically, write_json
+from src.runs.folder import check_contained
 from src.training.study import STUDY, STUDY_FILE, TRIAL_FILE, median_pruner, repair, storage_of
 
 log = logging.getLogger(__name__)
@@ -274,6 +275,7 @@ class SearchedSweep(Sweep):
             jobs.append(Job(self.entry_point, folder, (*self.space.fixed, *varied), varied))
         if self.search.prune and self.entry_point == "train" and not frozen.state.is_finished():
             objective, after = self.search.objectives[0], self.search.prune_after
+            check_contained(self.folder, [jobs[0].folder.name])
             content = {"trial": number, "objective": objective, "prune_after": after}
             write_json(jobs[0].folder / TRIAL_FILE, content)
         return jobs

@@ -63,20 +63,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
         UserError: an impossible option, or a sweep's folder that belongs to another command.
         SystemExit: with 128 + signal, after the jobs have saved and ended.
     """
-    flag = next((argument for argument in arguments if argument.startswith("-")), None)
-    if flag:
-        raise UserError(f"{flag}: a sweep (-m) has no such flag; leave out -m")
-    overrides = [part for argument in arguments for part in written_out(argument)]
-    places = [CONF, *trusted_folders(overrides)]
-    check_names(entry_point, overrides, places)
-    if entry_point != "train":
-        overrides = with_guidance(overrides)
-    own = [o for o in overrides if not _of_the_sweep(o)]
-    for override in own:
-        if option_of(override) == "ckpt":
-            raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
-    of_search = [o for o in overrides if o not in own and _root(o) == SEARCH]
-    of_sweep = [o for o in overrides if o not in own and o not in of_search]
+    own, of_search, of_sweep = _split(entry_point, arguments)
     settings = composed(entry_point, of_sweep)
     if settings.sweep and not own:
         own = _stored(entry_point, Path(settings.sweep))
@@ -107,12 +94,29 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     return sum("error" in outcome for outcome in outcomes.values())
 
 
+def _split(entry_point: str, arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The options that identify a sweep; those of a search and of the sweep that do not, e.g. its launcher.
+
+    Raises:
+        UserError: an option that does not exist, or that a sweep does not have.
+    """
+    flag = next((argument for argument in arguments if argument.startswith("-")), None)
+    if flag:
+        raise UserError(f"{flag}: a sweep (-m) has no such flag; leave out -m")
+    overrides = [part for argument in arguments for part in written_out(argument)]
+    check_names(entry_point, overrides, [CONF, *trusted_folders(overrides)])
+    if entry_point != "train":
+        overrides = with_guidance(overrides)
+    own = [o for o in overrides if _root(o) not in OF_THE_SWEEP and option_of(o) not in OF_ONE_START]
+    for override in own:
+        if option_of(override) == "ckpt":
+            raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
+    of_search = [o for o in overrides if option_of(o) in OF_ONE_START]
+    return own, of_search, [o for o in overrides if _root(o) in OF_THE_SWEEP]
+
+
 def _root(override: str) -> str:
     return option_of(override).partition(".")[0]
-
-
-def _of_the_sweep(override: str) -> bool:
-    return _root(override) in OF_THE_SWEEP or option_of(override) in OF_ONE_START
 
 
 def _search(entry_point: str, overrides: Sequence[str]) -> HparamsSearch | None:
@@ -173,13 +177,16 @@ def _run(sweep: Sweep, launcher: Any, config: DictConfig) -> None:
 
 
 def _ready(waiting: Sequence[Job], launcher: Any) -> list[Job]:
-    """The jobs that can run; the others get their outcome."""
-    ready = []
+    """The jobs that can run; the others get their outcome. Jobs that differ only in the seed are checked once."""
+    ready, known = [], {}
     with launcher.rich_progress("checking the jobs", len(waiting)) as advance:
-        for unchecked in waiting:
-            job, error = _checked(unchecked, launcher.elsewhere)
+        for job in waiting:
+            alike = tuple(o for o in job.overrides if not re.fullmatch(r"seed=\d+", o))
+            if alike not in known:
+                known[alike] = _checked(job, launcher.elsewhere)
+            checked, error = known[alike]
             if error is None:
-                ready.append(job)
+                ready.append(replace(job, steps=checked.steps, devices=checked.devices))
             else:
                 job.close(error=error)
                 print(f"cannot run  {' '.join(job.varied)}: {error}")
