@@ -36,6 +36,7 @@ ONLY_IN = {
     "hydra": {"app"},
     "omegaconf": {"app"},
     "wandb": {"training"},
+    "optuna": {"training", "app"},
     "torch_fidelity": {"metrics", "tools"},
     "diffusers": {"interop"},
     "transformers": {"data"},

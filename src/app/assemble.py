@@ -60,6 +60,7 @@ from src.training.module import DiffusionModule
 from src.training.reading import check_fits, read_checkpoint
 from src.training.resume import ResumeCheck
 from src.training.signals import StopOnSignal
+from src.training.trial import report_of
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ def callbacks_of(
         }
 
     # a bound that training keeps, sampling keeps too
-    fits = {"device_batch": config.max_device_batch or 256}
+    fits = {"device_batch": limit_of(config) or 256}
     joined: dict[str, dict[str, Any]] = {
         "sample_images": {"recipe": recipe, "folder": folder / "samples", "source": source, **fits},
         "checkpoints": {"folder": folder / CHECKPOINTS, "config": resolve(config, "config")},
@@ -279,7 +280,8 @@ def callbacks_of(
         added[option] = build(node, kinds.get(name, Callback), option, **given)
         check_callback(added[option], option)
     check_monitors(added, ["val/loss"] if ema is None else ["val/loss", "val/loss_ema"])
-    return [*callbacks, *added.values()]
+    report = report_of(folder)  # after the scores
+    return [*callbacks, *added.values(), *([] if report is None else [report])]
 
 
 def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> Trainer:
@@ -336,11 +338,16 @@ def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
+def limit_of(config: DictConfig) -> int | None:
+    """The largest batch of a device; None if there is no limit, or it is not known yet (see `app.device_batch`)."""
+    return None if config.max_device_batch == "auto" else config.max_device_batch
+
+
 def accumulation_of(config: DictConfig, world_size: int) -> int:
     """The smallest number of micro-batches that keeps to max_device_batch."""
     try:
         largest = per_device_batch(config.batch_size, world_size, 1)
-        limit = config.max_device_batch or largest
+        limit = limit_of(config) or largest
         for accumulation in range(1, largest + 1):
             if largest % accumulation == 0 and largest // accumulation <= limit:
                 return accumulation

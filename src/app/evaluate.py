@@ -3,13 +3,14 @@
 import logging
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from src.app.build import build
 from src.app.launch import launch
 from src.app.load import load_with
 from src.app.parts import is_likelihood, metric_nodes, scores_of
+from src.app.shared import shared
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood, score_likelihood
 from src.evaluation.record import Record
@@ -60,7 +61,10 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
     if rank() == 0:
         warn_of_missing_signal(loaded.denoiser, loaded.recipe)
     recipe = loaded.recipe
-    scores = scores_of(merged, recipe, config.per_class)
+    groups = ("metrics", "data", "codec", "conditioning")
+    depends = OmegaConf.to_yaml(OmegaConf.masked_copy(merged, groups))
+    key = (depends, config.per_class, config.cache, loaded.device)
+    scores = shared("scores", key, lambda: scores_of(merged, recipe, config.per_class))
     if scores is None:
         raise UserError("metrics: this run has none; choose one, e.g. metrics=fid")
     try:
@@ -71,7 +75,9 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
             f"{error}; change n={config.n} or metrics{', or per_class' if config.per_class else ''}"
         ) from None
     scores.to(loaded.device)
-    scores.set_references(loaded.source, rank(), world_size(), config.cache)
+    if scores.needs_reference:
+        scores.set_references(loaded.source, rank(), world_size(), config.cache)
+    scores.reset()
     batches = [
         range(first, min(first + config.batch_size, config.n))
         for first in range(0, config.n, config.batch_size)
@@ -90,13 +96,15 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
 
 
 def publish(record: Record, folder: Path) -> dict[str, float]:
-    """Writes a record as <folder>/scores.json; prints and returns the scores."""
+    """Writes a record as <folder>/scores.json; prints the scores, and returns them with the network's evaluations."""
     path = folder / SCORES_FILE
     record.write(path)
     width = max(map(len, ("evaluations", *record.scores))) + 4
     lines = [f"{name:<{width}}{value:.5g}" for name, value in record.scores.items()]
+    scores = dict(record.scores)
     if "recipe" in record.protocol:  # a likelihood has none
         evaluations = record.protocol["recipe"]["network_evaluations"]
         lines.append(f"{'evaluations':<{width}}{evaluations} of the network for an image")
+        scores["evaluations"] = evaluations
     log.info("%s\n%s%s", "\n".join(lines), "protocol".ljust(width), path)
-    return record.scores
+    return scores

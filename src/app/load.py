@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.app.build import build, class_of
 from src.app.options import groups_of
 from src.app.recipes import recipe_of
 from src.app.restore import config_of, load_weights, parts_of
+from src.app.shared import shared
 from src.data.source import ImageSource
 from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.restoration import Restoration
@@ -39,8 +40,9 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     chosen = {name: config[name] for name in groups_of("train") if config.get(name) is not None}
     chosen |= {"wrappers": config.wrappers} if config.wrappers else {}
     chosen = {name: node for name, node in chosen.items() if name not in ("data", "conditioning")}
-    found = find_run(config.run, config.checkpoint)
-    content = read_checkpoint(found.checkpoint)
+    found, content = shared(
+        "checkpoint", (config.run, config.checkpoint), lambda: _checkpoint(config.run, config.checkpoint)
+    )
     own = config_of(content, found, config.conditioning.encoder.name)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
@@ -60,6 +62,12 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     if config.data.root or config.data.path:
         warn_of_other_images(loaded.source, content)
     return loaded, merged
+
+
+def _checkpoint(run: str, which: str) -> tuple[FoundRun, Mapping[str, Any]]:
+    """A run and the content of its checkpoint."""
+    found = find_run(run, which)
+    return found, read_checkpoint(found.checkpoint)
 
 
 def with_choices(own: DictConfig, chosen: Mapping[str, DictConfig], data: DictConfig) -> DictConfig:
@@ -137,7 +145,11 @@ def load(
     Raises:
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
-    parts = parts_of(config, outputs)
+    on = pick_device(device)
+    parts_of_network = ("model", "data", "codec", "conditioning", "ema")
+    key = (found, weights, on, outputs, OmegaConf.to_yaml(OmegaConf.masked_copy(config, parts_of_network)))
+    kept: dict[str, Any] = shared("network", key, dict)
+    parts = parts_of(config, outputs, kept.get("network"))
     if isinstance(parts.denoiser, NoiseClassifier):
         raise UserError(
             f"run={found.folder}: this run is a classifier, which makes no images; choose a diffusion run, and guide it"
@@ -146,11 +158,13 @@ def load(
     denoiser = parts.denoiser
     recipe = recipe_of(config, seed, denoiser, parts.codec, parts.conditioning, restoration)
     warn_of_amplified_errors(denoiser, recipe)
-    name, decay = load_weights(denoiser, found, content, config, weights)
-    on = pick_device(device)
+    if not kept:
+        kept["weights"] = load_weights(denoiser, found, content, config, weights)
+        kept["network"] = denoiser.network
+    name, decay = kept["weights"]
     if on.type == "cpu":
         keep_freed_memory()
-    denoiser.to(on)
+    denoiser.eval().to(on)
     parts.codec.to(on)
     return LoadedRun(denoiser, recipe, parts.source, found, content["global_step"], name, decay)
 

@@ -117,6 +117,13 @@ SWEEP = (
         effect="once",
     ),
     Option("rerun_failed", False, "with -m: run the jobs that failed again", bool, effect="once"),
+    Option(
+        "interactions",
+        False,
+        "with -m: also print the mean score of every pair of varied options, and how far they depend on each other",
+        bool,
+        effect="once",
+    ),
 )
 
 TRAIN = (
@@ -138,10 +145,11 @@ TRAIN = (
     Option(
         "max_device_batch",
         None,
-        "largest batch of one device at once; the rest is accumulated",
+        "largest batch of one device at once, the rest is accumulated; auto: the largest that fits into its memory",
         int,
         least=1,
         optional=True,
+        choices=("auto",),
         effect="order",
     ),
     Option(
@@ -283,6 +291,7 @@ EFFECTS: dict[str, Effect] = {
     "guidance": "none",
     "data.path": "none",
     "launcher": "once",
+    "hparams_search": "once",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "once",
     "metrics": "none",

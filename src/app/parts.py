@@ -61,7 +61,11 @@ def codec_of(config: DictConfig, source: ImageSource) -> Codec:
 
 
 def denoiser_of(
-    config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int | None = None
+    config: DictConfig,
+    codec: Codec,
+    conditioning: Conditioning | None,
+    outputs: int | None = None,
+    network: nn.Module | None = None,
 ) -> Denoiser:
     """The network with its schedule and the meaning of its output, freshly initialised; or a classifier.
 
@@ -70,6 +74,7 @@ def denoiser_of(
         codec: gives the shape of what the network sees.
         conditioning: what the network is given besides; None for nothing.
         outputs: outputs per channel that the network was trained with; by default those that the variance needs.
+        network: in place of the one that would be made.
 
     Raises:
         UserError: the parts do not fit together.
@@ -77,7 +82,8 @@ def denoiser_of(
     schedule = build(config.schedule, Schedule, "schedule")
     parameterization = build(config.parameterization, Parameterization, "parameterization")
     variance = build(config.variance, Variance, "variance")
-    network = network_of(config, codec, conditioning, outputs or variance.outputs)
+    if network is None:
+        network = network_of(config, codec, conditioning, outputs or variance.outputs)
     try:
         if network.classifies:
             return NoiseClassifier(network, schedule, parameterization)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.app.assemble import Experiment, assemble
 from src.app.build import trusting
+from src.app.device_batch import with_fitting_batch
 from src.app.messages import check_names
 from src.app.options import CONF, check_options
 from src.app.overrides import trusted_folders, written_out
@@ -108,6 +109,7 @@ def measured(config: DictConfig) -> Cost:
         UserError: the parts do not fit together.
     """
     with trusting(config.trust), tempfile.TemporaryDirectory() as folder:
+        config = with_fitting_batch(config, Path(folder))
         full = assemble(config, Path(folder))  # with its callbacks, of which the intervals are read
         short = config.copy()
         short.trainer.max_steps = WARM_UP + PROBED

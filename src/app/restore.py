@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from src.app.build import build
 from src.app.conditions import conditioning_of
 from src.app.parts import codec_of, denoiser_of, source_of
+from src.app.shared import shared
 from src.app.stored import read_config
 from src.conditioning import Conditioning
 from src.data.codec import Codec
@@ -56,17 +58,19 @@ def config_of(content: Mapping[str, Any], found: FoundRun, encoder: str | None =
     return OmegaConf.create(read_config(content, found.checkpoint, encoder))
 
 
-def parts_of(config: DictConfig, outputs: int | None = None) -> Restored:
+def parts_of(config: DictConfig, outputs: int | None = None, network: nn.Module | None = None) -> Restored:
     """The parts of a run, the network freshly initialised. No image is read.
 
     Args:
         config: how the parts are built.
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
+        network: in place of the one that would be made.
     """
-    source = source_of(config)
+    depends = OmegaConf.to_yaml(OmegaConf.masked_copy(config, ("data", "conditioning")))
+    source = shared("source", depends, lambda: source_of(config))
     codec = codec_of(config, source)
     conditioning = conditioning_of(config, source, codec)
-    return Restored(source, codec, conditioning, denoiser_of(config, codec, conditioning, outputs))
+    return Restored(source, codec, conditioning, denoiser_of(config, codec, conditioning, outputs, network))
 
 
 def load_weights(

@@ -127,7 +127,8 @@ def read_config(content: Mapping[str, Any], origin: Path, encoder: str | None = 
         config = _escaped(config)
         for group in ("wrappers", *groups - NUMBERS_ONLY):
             check_classes(config.get(group), group)
-        config.pop("launcher", None)
+        for group in ("launcher", "hparams_search"):
+            config.pop(group, None)
         _own_cache(config["data"], "data")
         if "encoder" in (config["conditioning"] or {}):
             _own_cache(config["conditioning"]["encoder"], "conditioning.encoder")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
+from src.app.device_batch import with_fitting_batch
 from src.app.options import effect_of
 from src.app.overrides import given_again, in_override, own_arguments
 from src.errors import UserError
@@ -33,12 +34,13 @@ def train(config: DictConfig) -> dict[str, float]:
         config: conf/train.yaml, composed.
 
     Returns:
-        The last scores and validation losses by name.
+        The last scores and validation losses by name, and the network's evaluations for a scored image.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
         folder = folder.relative_to(Path.cwd())
     with locked(folder) if is_first_process(has_several_processes(config)) else nullcontext():
+        config = with_fitting_batch(config, folder)
         experiment = assemble(config, folder)
         experiment.check_resume()  # a refused training leaves the folder as it was
         return fit(experiment, config, folder)
@@ -80,6 +82,8 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         log.info(
             "%s", closing_summary(folder, trainer.global_step, scores, config, experiment.recipe is not None)
         )
+        if latest is not None:
+            return {**scores, "evaluations": latest.protocol["recipe"]["network_evaluations"]}
     return scores
 
 

@@ -15,9 +15,10 @@ from lightning.fabric.utilities.logger import _add_prefix
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import TypedDict
 
 from src.errors import UserError
-from src.runs.files import replacing
+from src.runs.files import Damaged, read_json, replacing
 from src.runs.output import tolerated
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
 PATIENCE = 8.0
 """Timeout in seconds for a server that does not respond, at the start and at the end."""
+LONGEST_NAME, LONGEST_TAG = 128, 64
+"""Characters that wandb allows."""
 
 
 class CurveFiles(CSVLogger):
@@ -199,10 +202,13 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
     if mode == "offline":
         log.info("wandb       offline (no key); later: wandb sync %s/wandb/offline-run-*", folder)
     in_sweep = folder.parent.parent.name == "sweeps"
+    varied = varied_options(folder) if in_sweep else []
     return {
         "id": run_id,
-        "name": name or folder.name,
+        "name": " ".join([*([name] if name else []), *varied])[:LONGEST_NAME] or folder.name,
         "group": folder.parent.name if in_sweep else None,
+        "job_type": "train",
+        "tags": [option[:LONGEST_TAG] for option in varied],
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(
@@ -213,6 +219,27 @@ def wandb_settings(folder: Path, name: str | None) -> dict[str, Any]:
             x_transaction_log_flush_interval=1.0,  # by default a killed run loses 15 seconds
         ),
     }
+
+
+class Member(TypedDict):
+    """What is read of a job in the file of a sweep."""
+
+    folder: str
+    varied: list[str]
+
+
+class Members(TypedDict):
+    """What is read of the file of a sweep."""
+
+    jobs: list[Member]
+
+
+def varied_options(folder: Path) -> list[str]:
+    """The options of a job that differ between the jobs of its sweep, e.g. ["schedule=cosine", "seed=1"]."""
+    with suppress(FileNotFoundError, Damaged):
+        jobs = read_json(folder.parent / "jobs.json", Members)["jobs"]
+        return next((job["varied"] for job in jobs if job["folder"] == folder.name), [])
+    return []
 
 
 def _has_key() -> bool:

@@ -41,6 +41,7 @@ def test_what_trains_is_an_experiment_and_what_watches_is_not():
         "callbacks",
         "clipping",
         "guidance",
+        "hparams_search",
         "launcher",
         "logger",
         "metrics",

@@ -1,6 +1,8 @@
 """Sweeps: the jobs of a command, their folders, leases, launchers, continuing, and the table of means."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,11 +14,12 @@ import pytest
 
 from src.app.build import build
 from src.app.options import CONF
+from src.app.shared import shared, sharing
 from src.app.sweep import launcher as launchers
 from src.app.sweep.cluster import Ray, Slurm
 from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
 from src.app.sweep.launcher import Local
-from src.app.sweep.table import marginal_means
+from src.app.sweep.table import interactions, marginal_means
 from src.errors import UserError
 from tests.conftest import ROOT
 
@@ -212,3 +215,116 @@ def test_marginal_means_and_their_intervals_over_seeds(tmp_path):
     del outcomes[0]
     assert marginal_means(sweep.jobs, outcomes)[0].mean == 2.5
     assert marginal_means(sweep.jobs, {}) == []
+
+
+def test_interactions_of_two_options(tmp_path):
+    """Against a two-way analysis by hand: an additive table has none."""
+    sweep = Sweep("train", tmp_path, ["schedule=a,b", "model=x,y", "seed=0,1"])
+    table = {("a", "x"): 1.0, ("a", "y"): 2.0, ("b", "x"): 3.0, ("b", "y"): 8.0}
+    outcomes = {}
+    for job in sweep.jobs:
+        schedule, model, seed = (option.partition("=")[2] for option in job.varied)
+        outcomes[job.number] = {"scores": {"fid": table[schedule, model] + int(seed)}}
+    found = {row.options: row for row in interactions(sweep.jobs, outcomes)}
+    assert len(found) == 4
+    row = found["model=x", "schedule=b"]
+    # rows: 1.5 and 5.5, columns: 2 and 5, whole: 3.5
+    assert (row.mean, row.jobs) == (3.5, 2)
+    assert row.effect == pytest.approx(3 - 5.5 - 2 + 3.5)
+    assert row.effect_interval == pytest.approx(0)  # the same for both seeds
+    assert row.interval == pytest.approx(12.706205 * 0.5**0.5 / 2**0.5, rel=1e-6)  # t(0.975; 1)
+    # without one combination there is no interaction, and the other means stay
+    outcomes = {number: outcome for number, outcome in outcomes.items() if number not in (0, 1)}
+    found = {row.options: row for row in interactions(sweep.jobs, outcomes)}
+    assert len(found) == 3
+    assert found["model=y", "schedule=b"].effect is None
+    assert interactions(sweep.jobs, {}) == []
+
+
+def test_a_job_with_more_devices_than_there_are_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (job,) = Sweep("train", tmp_path, ["trainer.devices=4"]).jobs
+    with pytest.raises(UserError, match=r"trainer.devices=4 of job 0: launcher=local has 2 GPUs"):
+        Local().run([replace(job, devices=4)], 1)
+
+
+def test_a_job_of_several_processes_takes_as_many_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    launcher = Local()
+    places = launcher._free_places(2)
+    assert launcher._settings(places)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert launcher._free_places(2) is None
+    assert launcher._settings(launcher._free_places(1))["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from src.app.sweep import worker
+def run_here(job):
+    print("job", job.number)
+    if "way=killed" in job.overrides:
+        os.kill(os.getpid(), 9)
+    job.close({{"pid": os.getpid(), "threads": int(os.environ["OMP_NUM_THREADS"])}})
+worker.run_here = run_here
+worker.main(sys.argv[1])
+"""
+
+
+def test_jobs_of_evaluation_share_a_process(tmp_path, monkeypatch):
+    """A job that ends its process is not repeated, and does not take the others along."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT)))
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        launchers.subprocess,
+        "Popen",
+        lambda arguments, **options: popen([sys.executable, str(script), arguments[-1]], **options),
+    )
+    sweep = Sweep("evaluate", tmp_path / "sweep", ["way=a,b,killed,c,d"])
+    Local(jobs=1).run(sweep.jobs, 5)
+    outcomes = sweep.outcomes()
+    assert sorted(outcomes) == [0, 1, 3, 4]
+    pids = [outcomes[number]["scores"]["pid"] for number in (0, 1, 3, 4)]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    assert (sweep.jobs[1].folder / CONSOLE_FILE).read_text() == "job 1\n"
+    assert [job.number for job in sweep.waiting(rerun_failed=False)] == [2]
+
+
+def test_objects_are_shared_only_where_it_is_wanted():
+    made = iter(range(10))
+    assert [shared("network", 1, lambda: next(made)) for _ in range(2)] == [0, 1]
+    with sharing():
+        assert [shared("network", key, lambda: next(made)) for key in (1, 1, 2, 2, 1)] == [2, 2, 3, 3, 4]
+        assert shared("scores", 1, lambda: next(made)) == 5
+    assert shared("network", 1, lambda: next(made)) == 6
+
+
+def test_a_full_disk_ends_the_running_jobs_and_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", "import time; time.sleep(60)"])
+    started = []
+    start = launchers.start
+
+    def keep(*arguments):
+        started.append(start(*arguments))
+        return started[-1]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(launchers, "start", keep)
+    monkeypatch.setattr(launchers, "POLL", 0.01)
+    monkeypatch.setattr(Local, "_free_places", lambda self, n: [("cpu-0", open(os.devnull))])  # noqa: SIM115
+    sweep = Sweep("train", tmp_path / "sweep", ["seed=0,1"])
+    monkeypatch.setattr(launchers.Local, "_settings", lambda self, places: full() if started else {})
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        Local(jobs=2).run(sweep.jobs, 2)
+    assert started[0].poll() is not None
+    assert time.monotonic() - begin < 20

@@ -119,6 +119,9 @@ def test_each_job_has_its_wandb_run_in_the_sweeps_group(sweep):
         records = inspect(jobs[number])
         (run,) = [record["run"] for record in records if record["type"] == "run"]
         assert run["run_group"] == folder.name
+        varied = [f"seed={number // 2}", "sampler.steps=5"]
+        assert (run["display_name"], run["job_type"]) == (" ".join(varied), "train")
+        assert run["tags"] == varied
         assert run["run_id"] == (jobs[number] / "wandb_run_id").read_text()
         # the run ended before the next began and has exactly the curves of its job
         assert records[-1]["type"] == "exit"

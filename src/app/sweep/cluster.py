@@ -9,6 +9,11 @@ from typing import Any, Literal
 from src.app.sweep.launcher import POLL, Launcher, Report, collect, run_job, stopping
 from src.errors import UserError
 
+# Trials of a search at the same time on a cluster, which decides how many jobs run.
+AT_ONCE = 8
+# For Lightning, an interactive job: a training starts its processes itself, instead of being one task of several.
+ALONE = {"SLURM_JOB_NAME": "bash"}
+
 
 class Slurm(Launcher):
     """A SLURM job array, submitted by submitit. A job that is put back into the queue continues its training.
@@ -35,6 +40,8 @@ class Slurm(Launcher):
     ):
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
         self.jobs, self.cluster, self.options = jobs, cluster, options or {}
+        self.at_once = jobs or AT_ONCE
+        self.elsewhere = cluster == "slurm"
 
     def describe(self):
         return f"by submitit, cluster {self.cluster}"
@@ -65,13 +72,13 @@ class Slurm(Launcher):
         report, waiting, running = Report(jobs, total, atonce), deque(jobs), {}
         if self.cluster == "slurm":
             with executor.batch():
-                running = {job: executor.submit(run_job, job) for job in waiting}
+                running = {job: executor.submit(run_job, job, ALONE) for job in waiting}
             waiting.clear()
         with stopping() as stopped:
             while waiting or running:
                 while waiting and len(running) < atonce and not stopped:
                     job = waiting.popleft()
-                    running[job] = executor.submit(run_job, job)
+                    running[job] = executor.submit(run_job, job, ALONE)
                 for job in [job for job, submitted in running.items() if submitted.done()]:
                     collect(job, _result(running.pop(job)))
                     report(job)
@@ -100,6 +107,8 @@ class Ray(Launcher):
 
     def __init__(self, address: str | None = None, cpus: int = 1, gpus: float = 0):
         self.address, self.cpus, self.gpus = address, cpus, gpus
+        self.at_once = AT_ONCE
+        self.elsewhere = address is not None
 
     def describe(self):
         return f"by Ray, {self.address or 'on this machine'}, {self.cpus} cores and {self.gpus:g} GPUs a job"

@@ -78,6 +78,7 @@ class Job:
         overrides: its options.
         varied: those of them that differ between the jobs of the sweep.
         steps: of a training, if known.
+        devices: that it uses.
     """
 
     entry_point: str
@@ -85,6 +86,7 @@ class Job:
     overrides: tuple[str, ...]
     varied: tuple[str, ...]
     steps: int | None = None
+    devices: int = 1
 
     @property
     def number(self) -> int:
@@ -101,11 +103,14 @@ class Job:
         """The command line that starts the job in a process of its own."""
         return [sys.executable, "-m", f"src.{self.entry_point}", *self.arguments()]
 
-    def begin(self) -> IO[str] | None:
+    def begin(self, mark: str = "") -> IO[str] | None:
         """Leases the job, which no other process may run, and prepares its folder.
 
         A last checkpoint, after which a killed training lacked only its scores, is dropped, so that it is trained
         again from the one before.
+
+        Args:
+            mark: is kept with the job, see `mark`.
 
         Returns:
             A file that is locked while it is open anywhere: hand it on to the job's process. None while the job is run
@@ -118,12 +123,22 @@ class Job:
         except OSError:
             lease.close()
             return None
+        lease.truncate(0)
+        lease.write(mark)
+        lease.flush()
         self.collect()  # it ended after its launcher was killed
         if self.outcome() is None:
             for checkpoint in checkpoints_by_step(self.folder / CHECKPOINTS):
                 if self.steps is not None and int(checkpoint.stem.partition("_")[2]) >= self.steps:
                     checkpoint.unlink()
         return lease
+
+    @property
+    def mark(self) -> str:
+        """What the last process that ran the job left with it; empty without one."""
+        with suppress(OSError):
+            return (self.folder / LEASE_FILE).read_text()
+        return ""
 
     @property
     def scores_file(self) -> Path:

@@ -1,9 +1,11 @@
 """Launchers: how the jobs of a sweep are run. All run the same command line, `Job.command`, and collect its outcome."""
 
 import fcntl
+import json
 import logging
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from src.app.environment import redacted
 from src.app.jobs import SCORES_TO, run_single
+from src.app.shared import sharing
 from src.app.sweep.jobs import CONSOLE_FILE, Job
 from src.errors import UserError
 from src.runs.stopping import SIGNALS, Watch, handlers
@@ -30,7 +34,15 @@ PATIENCE = 120
 
 
 class Launcher(ABC):
-    """Runs the jobs of a sweep."""
+    """Runs the jobs of a sweep.
+
+    Attributes:
+        at_once: jobs at the same time, where the launcher decides it.
+        elsewhere: whether the jobs run on other machines, with other devices.
+    """
+
+    at_once = 1
+    elsewhere = False
 
     @abstractmethod
     def describe(self) -> str:
@@ -67,14 +79,16 @@ class Serial(Launcher):
 
     def run(self, jobs, total):
         report = Report(jobs, total, 1)
-        for job in jobs:
-            with _begun(job):
-                if job.outcome() is None:
-                    _run_here(job)
-            report(job)
+        with sharing():
+            for job in jobs:
+                with _begun(job):
+                    if job.outcome() is None:
+                        run_here(job)
+                report(job)
 
 
-def _run_here(job: Job) -> None:
+def run_here(job: Job) -> None:
+    """Runs a leased job in this process, and writes its outcome."""
     try:
         job.close(run_single(job.entry_point, job.arguments()))
     except UserError as error:
@@ -117,15 +131,20 @@ class Local(Launcher):
             kind = "GPUs" if self.gpus else "cores"
             raise ValueError(f"jobs={jobs}: there are {len(self.places)} {kind}")
         self.jobs = jobs or len(self.places)
+        self.at_once = self.jobs
         self.threads = max(1, cores // self.jobs)
 
     def describe(self):
         return f"{self.jobs} at once on {', '.join(self.places)}"
 
     def run(self, jobs, total):
-        waiting, running = deque(jobs), {}
+        self._check_devices(jobs)
         report = Report(jobs, total, self.jobs)
-        with stopping() as stopped:
+        if all(job.entry_point != "train" and job.devices == 1 for job in jobs):
+            self._run_in_workers(jobs, report)
+            return
+        waiting, running = deque(jobs), {}
+        with stopping() as stopped, ending_with(running):
             while waiting or running:
                 for job in [job for job, process in running.items() if process.poll() is not None]:
                     collect(job, running.pop(job).returncode)
@@ -140,6 +159,15 @@ class Local(Launcher):
         if stopped:
             sys.exit(128 + stopped[0])
 
+    def _check_devices(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if self.gpus and job.devices > len(self.gpus):
+                option = "trainer.devices" if job.entry_point == "train" else "devices"
+                raise UserError(
+                    f"{option}={job.devices} of job {job.number}: launcher=local has {len(self.gpus)}"
+                    f" GPU{'s' if len(self.gpus) > 1 else ''}; choose fewer"
+                )
+
     def _start(self, waiting: deque[Job], running: dict[Job, subprocess.Popen], report: "Report") -> None:
         for _ in range(len(waiting)):
             if len(running) >= self.jobs:
@@ -153,17 +181,53 @@ class Local(Launcher):
                 if job.outcome() is not None:
                     report(job)
                     continue
-                places = self._free_places(_devices_of(job) if self.gpus else 1)
+                # on the CPU a job may have more processes than there are cores
+                places = self._free_places(min(job.devices, len(self.places)))
                 if places is None:
                     waiting.appendleft(job)
                     return
-                names = [place.partition("-")[2] for place, _ in places]
-                settings = {"CUDA_VISIBLE_DEVICES": ",".join(names) if self.gpus else ""}
-                if "OMP_NUM_THREADS" not in os.environ:
-                    settings["OMP_NUM_THREADS"] = str(self.threads)
-                running[job] = start(job, settings, [lease, *(file for _, file in places)])
+                running[job] = start(job, self._settings(places), [lease, *(file for _, file in places)])
                 for _, file in places:
                     file.close()
+
+    def _settings(self, places: Sequence[tuple[str, IO[str]]]) -> dict[str, str]:
+        """The environment of a process in these places."""
+        names = [place.partition("-")[2] for place, _ in places]
+        settings = {"CUDA_VISIBLE_DEVICES": ",".join(names) if self.gpus else ""}
+        if "OMP_NUM_THREADS" not in os.environ:
+            settings["OMP_NUM_THREADS"] = str(self.threads)
+        return settings
+
+    def _run_in_workers(self, jobs: Sequence[Job], report: "Report") -> None:
+        """Runs jobs of sampling or evaluation in processes that take one after the other."""
+        # of jobs that were begun here: one that ended its process is not repeated
+        mark = secrets.token_hex(8)
+        unreported, workers, useless = list(jobs), dict[int, subprocess.Popen](), 0
+        with stopping() as stopped, ending_with(workers):
+            while True:
+                ended = [pid for pid, worker in workers.items() if worker.poll() is not None]
+                lost = sum(workers.pop(pid).returncode != 0 for pid in ended)
+                for job in [job for job in unreported if job.outcome() is not None]:
+                    unreported.remove(job)
+                    report(job)
+                left = [job for job in unreported if job.mark != mark]
+                useless = useless + lost if len(left) == len(jobs) else 0
+                if not workers and (stopped or not left or useless > self.jobs):
+                    break
+                wanted = bool(left) and not stopped and len(workers) < self.jobs and useless <= self.jobs
+                if wanted and (places := self._free_places(1)):
+                    files = [file for _, file in places]
+                    worker = start_worker(left, mark, self._settings(places), files)
+                    workers[worker.pid] = worker
+                    for file in files:
+                        file.close()
+                time.sleep(POLL)
+                if stopped:
+                    end(workers.values(), stopped)
+        for job in unreported:
+            report(job)
+        if stopped:
+            sys.exit(128 + stopped[0])
 
     def _free_places(self, count: int) -> list[tuple[str, IO[str]]] | None:
         """Locks free places; None if there are too few."""
@@ -219,6 +283,30 @@ def start(job: Job, settings: Mapping[str, str], leases: Sequence[IO[str]] = ())
             pass_fds=[lease.fileno() for lease in leases],
             start_new_session=True,
         )
+
+
+def start_worker(
+    jobs: Sequence[Job], mark: str, settings: Mapping[str, str], leases: Sequence[IO[str]]
+) -> subprocess.Popen:
+    """Starts `src.app.sweep.worker` for jobs, in a session of its own.
+
+    Args:
+        jobs: those of them that no other process has taken are run.
+        mark: see `Job.begin`.
+        settings: environment variables besides those of this process.
+        leases: locked files that stay locked while the process lives.
+    """
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "src.app.sweep.worker", mark],
+        env={**os.environ, **settings, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        pass_fds=[lease.fileno() for lease in leases],
+        start_new_session=True,
+    )
+    rows = [{**asdict(job), "folder": str(job.folder)} for job in jobs]
+    with suppress(BrokenPipeError), worker.stdin:
+        worker.stdin.write(json.dumps(rows).encode())
+    return worker
 
 
 def run_job(job: Job, settings: Mapping[str, str] | None = None, folder: str | None = None) -> int:
@@ -286,6 +374,16 @@ def end(processes: Any, signals: list[int]) -> None:
 
 
 @contextmanager
+def ending_with(running: Mapping[Any, subprocess.Popen]) -> Iterator[None]:
+    """Ends the running processes, which save, if the block raises an error, e.g. on a full disk."""
+    try:
+        yield
+    except Exception:
+        end(running.values(), [signal.SIGTERM])
+        raise
+
+
+@contextmanager
 def stopping() -> Iterator[list[int]]:
     """Within it, signals to stop are kept in the returned list."""
     stopped: list[int] = []
@@ -313,14 +411,6 @@ def _begun(job: Job) -> IO[str]:
     while (lease := job.begin()) is None:
         time.sleep(POLL)
     return lease
-
-
-def _devices_of(job: Job) -> int:
-    """The GPUs that a job uses."""
-    for override in reversed(job.overrides):
-        if match := re.fullmatch(r"\+{0,2}(?:trainer\.)?devices=(\d+)", override):
-            return int(match[1])
-    return 1
 
 
 class Report:

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import TypedDict
 
+from src.app.build import build, class_of, trusting
 from src.app.messages import check_names, explain, parsed
 from src.app.options import CONF, OPTIONS, check_options, effect_of
 from src.app.overrides import trusted_folders, with_guidance, written_out
+from src.app.sweep.hparams_search import SEARCH_FILE, HparamsSearch, SearchedSweep, space_of
 from src.app.sweep.jobs import (
     JOBS_FILE,
     OUTCOME_FILE,
@@ -28,7 +30,9 @@ from src.app.sweep.jobs import (
 from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
-from src.runs.folder import LOCK_FILE, check_contained, locked
+from src.runs.folder import LOCK_FILE, check_contained, find_run, locked
+from src.runs.output import tolerated
+from src.training.study import STUDY_FILE
 
 
 class Stored(TypedDict):
@@ -39,7 +43,10 @@ class Stored(TypedDict):
 
 
 # Options of the sweep, which its jobs do not get.
-OF_THE_SWEEP = ("launcher", "sweep", "rerun_failed")
+OF_THE_SWEEP = ("launcher", "sweep", "rerun_failed", "interactions")
+SEARCH = "hparams_search"
+# Options of a search of which others continue the same search.
+OF_ONE_START = (f"{SEARCH}.trials", f"{SEARCH}.at_once")
 
 
 def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
@@ -56,64 +63,138 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
         UserError: an impossible option, or a sweep's folder that belongs to another command.
         SystemExit: with 128 + signal, after the jobs have saved and ended.
     """
-    flag = next((argument for argument in arguments if argument.startswith("-")), None)
-    if flag:
-        raise UserError(f"{flag}: a sweep (-m) has no such flag; leave out -m")
-    overrides = [part for argument in arguments for part in written_out(argument)]
-    places = [CONF, *trusted_folders(overrides)]
-    check_names(entry_point, overrides, places)
-    if entry_point != "train":
-        overrides = with_guidance(overrides)
-    own = [o for o in overrides if option_of(o).partition(".")[0] not in OF_THE_SWEEP]
-    for override in own:
-        if option_of(override) == "ckpt":
-            raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
-    settings = composed(entry_point, [o for o in overrides if o not in own])
+    own, of_search, of_sweep = _split(entry_point, arguments)
+    settings = composed(entry_point, of_sweep)
     if settings.sweep and not own:
         own = _stored(entry_point, Path(settings.sweep))
         refuse_harmful(own, Path(settings.sweep))
-    every = combinations(own)
-    config = composed(entry_point, [*every[0][0], *(o for o in overrides if o not in own)])
+    search = _search(entry_point, [*own, *of_search])
+    of_jobs = [o for o in own if _root(o) != SEARCH]
+    space = None if search is None else space_of(of_jobs, search)
+    example = combinations(of_jobs)[0][0] if space is None else space.example()
+    config = composed(entry_point, [*example, *of_sweep])
     check_options(entry_point, config)
-    folder = _folder(entry_point, config, own)
+    if search is not None and config.rerun_failed:
+        raise UserError("rerun_failed=true: a search does not repeat its trials; leave it out")
+    finished = (
+        search.finished if search else lambda f: not Sweep(entry_point, f, own).waiting(config.rerun_failed)
+    )
+    folder = _folder(entry_point, config, own, finished)
     launcher = _launcher(config)
-    sweep = Sweep(entry_point, folder, own)
-    names = (JOBS_FILE, SWEEP_FILE, LOCK_FILE, "submitit")
+    if search is None:
+        sweep = Sweep(entry_point, folder, own)
+    else:
+        sweep = SearchedSweep(entry_point, folder, own, space, search, _higher_is_better(entry_point, config))
+    names = (JOBS_FILE, SWEEP_FILE, LOCK_FILE, STUDY_FILE, SEARCH_FILE, "submitit")
     check_contained(folder, [*names, *(job.folder.name for job in sweep.jobs)])
     with locked(folder):
         sweep.write()
-        _run(sweep, launcher, config.rerun_failed)
+        _run(sweep, launcher, config)
     outcomes = sweep.outcomes()
     return sum("error" in outcome for outcome in outcomes.values())
 
 
-def _run(sweep: Sweep, launcher: Any, rerun_failed: bool) -> None:
-    waiting = sweep.waiting(rerun_failed)
-    for job in waiting:  # only failed jobs have one
-        (job.folder / OUTCOME_FILE).unlink(missing_ok=True)
-    print(
-        f"sweep       {sweep.folder}\njobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
-    )
-    ready = []
+def _split(entry_point: str, arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The options that identify a sweep; those of a search and of the sweep that do not, e.g. its launcher.
+
+    Raises:
+        UserError: an option that does not exist, or that a sweep does not have.
+    """
+    flag = next((argument for argument in arguments if argument.startswith("-")), None)
+    if flag:
+        raise UserError(f"{flag}: a sweep (-m) has no such flag; leave out -m")
+    overrides = [part for argument in arguments for part in written_out(argument)]
+    check_names(entry_point, overrides, [CONF, *trusted_folders(overrides)])
+    if entry_point != "train":
+        overrides = with_guidance(overrides)
+    own = [o for o in overrides if _root(o) not in OF_THE_SWEEP and option_of(o) not in OF_ONE_START]
+    for override in own:
+        if option_of(override) == "ckpt":
+            raise UserError(f"{override}: a sweep starts new runs; continue one with sweep=<folder>")
+    of_search = [o for o in overrides if option_of(o) in OF_ONE_START]
+    return own, of_search, [o for o in overrides if _root(o) in OF_THE_SWEEP]
+
+
+def _root(override: str) -> str:
+    return option_of(override).partition(".")[0]
+
+
+def _search(entry_point: str, overrides: Sequence[str]) -> HparamsSearch | None:
+    """The search that a command line chooses, if any."""
+    chosen = [o for o in overrides if _root(o) == SEARCH]
+    config = composed(entry_point, chosen) if chosen else {}
+    return build(config.get(SEARCH), HparamsSearch, SEARCH)
+
+
+def _higher_is_better(entry_point: str, config: DictConfig) -> bool:
+    """Whether more is better of the monitored score: that of the options, or of the run that is evaluated."""
+    from src.app.parts import metric_nodes
+
+    nodes = metric_nodes(config)
+    if not nodes and entry_point == "evaluate":
+        from src.app.restore import config_of
+        from src.training.reading import read_checkpoint
+
+        found = find_run(config.run, config.checkpoint)
+        nodes = metric_nodes(config_of(read_checkpoint(found.checkpoint), found))
+    node = next(iter(nodes.values()), None)
+    return bool(node and getattr(class_of(node), "higher_is_better", False))
+
+
+def _run(sweep: Sweep, launcher: Any, config: DictConfig) -> None:
+    def ready(jobs: Sequence[Job]) -> list[Job]:
+        return _ready(jobs, launcher)
+
+    try:
+        if isinstance(sweep, SearchedSweep):
+            print(
+                f"sweep       {sweep.folder}\nsearch      {sweep.search.trials} trials: {launcher.describe()}"
+            )
+            sweep.run(launcher, ready)
+        else:
+            waiting = sweep.waiting(config.rerun_failed)
+            for job in waiting:  # only failed jobs have one
+                (job.folder / OUTCOME_FILE).unlink(missing_ok=True)
+            print(
+                f"sweep       {sweep.folder}\n"
+                f"jobs        {len(sweep.jobs)}, {len(waiting)} to run: {launcher.describe()}"
+            )
+            possible = ready(waiting)
+            if not possible and len(waiting) == len(sweep.jobs):
+                raise UserError(
+                    f"no job of this sweep can run; the first one: {waiting[0].outcome()['error']}"
+                )
+            launcher.run(possible, len(sweep.jobs))
+    finally:
+        outcomes = sweep.outcomes()
+        named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
+        with tolerated(SWEEP_FILE):
+            write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
+        if isinstance(sweep, SearchedSweep):
+            sweep.print_trials()
+        else:
+            print_tables(sweep, outcomes, config.interactions)
+
+
+def _ready(waiting: Sequence[Job], launcher: Any) -> list[Job]:
+    """The jobs that can run; the others get their outcome. Jobs that differ only in the seed are checked once."""
+    ready, known = [], {}
     with launcher.rich_progress("checking the jobs", len(waiting)) as advance:
         for job in waiting:
-            steps, error = _check(job)
+            alike = tuple(o for o in job.overrides if not re.fullmatch(r"seed=\d+", o))
+            if alike not in known:
+                known[alike] = _checked(job, launcher.elsewhere)
+            checked, error = known[alike]
             if error is None:
-                ready.append(replace(job, steps=steps))
+                ready.append(replace(job, steps=checked.steps, devices=checked.devices))
             else:
                 job.close(error=error)
                 print(f"cannot run  {' '.join(job.varied)}: {error}")
             advance()
-    try:
-        launcher.run(ready, len(sweep.jobs))
-    finally:
-        outcomes = sweep.outcomes()
-        named = {job.folder.name: outcomes[job.number] for job in sweep.jobs if job.number in outcomes}
-        write_atomically(sweep.folder / SWEEP_FILE, (json.dumps(named, indent=2) + "\n").encode())
-        print_tables(sweep, outcomes)
+    return ready
 
 
-def _folder(entry_point: str, config: DictConfig, own: list[str]) -> Path:
+def _folder(entry_point: str, config: DictConfig, own: list[str], finished: Callable[[Path], bool]) -> Path:
     """The folder of the sweep: the given one, that of the same command if it was interrupted, or a new one."""
     new = Path(config.hydra.sweep.dir)
     if config.sweep:
@@ -130,7 +211,7 @@ def _folder(entry_point: str, config: DictConfig, own: list[str]) -> Path:
     for path in reversed(files):
         with suppress(UserError):
             if _stored(entry_point, path.parent) == own:
-                if Sweep(entry_point, path.parent, own).waiting(config.rerun_failed):
+                if not finished(path.parent):
                     return path.parent
                 break
     return new
@@ -181,35 +262,46 @@ def _harmless(override: Any) -> bool:
 
 
 def _launcher(config: DictConfig) -> Any:
-    from src.app.build import build
     from src.app.sweep.launcher import Launcher
 
     return build(config.launcher, Launcher, "launcher")
 
 
-def _check(job: Job) -> tuple[int | None, str | None]:
-    """The steps of a training; and why the job cannot run, or None."""
-    from src.app.build import trusting
+def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
+    """The job with its steps and devices; and why it cannot run, or None.
 
-    steps = None
+    Args:
+        job: the job.
+        elsewhere: whether it will run on another machine, so that the devices of this one do not matter.
+    """
     try:
         config = composed(job.entry_point, job.overrides)
         check_options(job.entry_point, config)
-        if job.entry_point == "train":
-            steps = config.trainer.max_steps
-            with trusting(config.trust), _silent():
-                from src.app.assemble import assemble
+        if job.entry_point != "train":
+            return replace(job, devices=config.devices), None
+        devices = config.trainer.devices
+        job = replace(job, steps=config.trainer.max_steps, devices=devices if isinstance(devices, int) else 1)
+        if elsewhere:
+            here = {
+                "accelerator": "cpu",
+                "devices": 1,
+                "num_nodes": 1,
+                "strategy": "auto",
+                "precision": "32-true",
+            }
+            config.trainer |= here
+        with trusting(config.trust), _silent():
+            from src.app.assemble import assemble
 
-                OmegaConf.set_struct(config, False)
-                config.pop("hydra")
-                assemble(config, job.folder)
+            OmegaConf.set_struct(config, False)
+            config.pop("hydra")
+            assemble(config, job.folder)
     except UserError as error:
-        return steps, str(error)
+        return job, str(error)
     except Exception as error:
-        return steps, explain(
-            error, job.entry_point, list(job.overrides), job.entry_point
-        ) or f"{type(error).__name__}: {error}"
-    return steps, None
+        line = explain(error, job.entry_point, list(job.overrides), job.entry_point)
+        return job, line or f"{type(error).__name__}: {error}"
+    return job, None
 
 
 @contextmanager
