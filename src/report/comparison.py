@@ -56,6 +56,7 @@ HIGHER_IS_BETTER = re.compile(r"(precision|recall|density|coverage|accuracy|ince
 SEEDS = ("seed", "generation.seed")
 ABSENT = "–"
 LONGEST = 60
+UNCLEAR = ("true", "false", "none", "null", "auto", "default")
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ def _name_apart(subjects: list[Subject]) -> None:
     for subject in subjects:
         run = subject.run
         if run and run.varied:
-            subject.name = f"{run.folder.name.partition('_')[0]}: {' '.join(run.varied)}"
+            number = run.folder.name.partition("_")[0]
+            subject.name = f"{number}: {in_words(dict(_split(option) for option in run.varied))}"
         elif run and isinstance(run.options.get("name"), str):
             subject.name = run.options["name"]
     for _ in range(2):
@@ -364,6 +366,17 @@ def name_of(option: str) -> str:
     return option.partition("=")[0].lstrip("+~")
 
 
+def in_words(options: Mapping[str, str]) -> str:
+    """Options as a short text: values that speak for themselves without their name, e.g. "cosine, lr 0.001"."""
+    values = Counter(options.values())
+    return ", ".join(
+        value
+        if re.fullmatch(r"[A-Za-z][\w-]*", value) and value.lower() not in UNCLEAR and values[value] == 1
+        else f"{name.rpartition('.')[2]} {value}"
+        for name, value in options.items()
+    )
+
+
 def natural(text: str) -> tuple[Any, ...]:
     """A key that sorts numbers in texts by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
@@ -401,8 +414,7 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
     for name, value in record.protocol.items():
         if name in ("reference", "features", "settings") and isinstance(value, dict):
             # of several scores in one record, each has an entry of its own
-            single = not value or name == "settings" and _is_single(record) or name != "settings" and _is_single(record)
-            value = value if single else value.get(_family(score, value), value)
+            value = value if _is_single(record) else value.get(_family(score, value), value)
         entries |= flat({name: value})
     per_class = record.protocol.get("per_class")
     base, _, label = score.partition("/class_")
@@ -424,7 +436,12 @@ def _is_single(record: Record) -> bool:
 def _family(score: str, entries: Mapping[str, Any]) -> str:
     """Which of several scores a number belongs to: "kid" for "kid_std", "precision_digits" for "recall_digits"."""
     base = score.partition("/")[0]
-    related = (base, base.removesuffix("_std"), base.replace("recall", "precision"), base.replace("coverage", "density"))
+    related = (
+        base,
+        base.removesuffix("_std"),
+        base.replace("recall", "precision"),
+        base.replace("coverage", "density"),
+    )
     return next((name for name in related if name in entries), base)
 
 

@@ -33,7 +33,9 @@ def curves_of(folder: Path, problems: list[str] | None = None) -> dict[str, Curv
         except (OSError, UserError, csv.Error) as error:
             if problems is not None:
                 problems.append(f"{path.name}: {error}")
-    return {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in found.items()}
+    return {
+        name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in found.items()
+    }
 
 
 def _read(rows: csv.DictReader, found: dict[str, dict[int, float]]) -> None:

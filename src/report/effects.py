@@ -86,7 +86,9 @@ def marginal_means(results: Sequence[Result], higher_is_better: bool = False) ->
         complete = {key: block for key, block in blocks.items() if len(block) == len(values)}
         if len(values) < 2 or not complete:
             continue
-        means = {value: _over_seeds({key: block[value] for key, block in complete.items()}) for value in values}
+        means = {
+            value: _over_seeds({key: block[value] for key, block in complete.items()}) for value in values
+        }
         order = sorted(values, key=lambda value: means[value].value, reverse=higher_is_better)
         for value in order:
             gaps = {key: block[value] - block[order[0]] for key, block in complete.items()}

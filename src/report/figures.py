@@ -2,11 +2,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.report.comparison import ABSENT, Column, Comparison, Row, Subject, column_of, higher_is_better
+from src.report.comparison import (
+    ABSENT,
+    SEEDS,
+    Column,
+    Comparison,
+    Row,
+    Subject,
+    column_of,
+    higher_is_better,
+    in_words,
+)
 from src.report.curves import Curve, last_mean, thinned
 from src.report.effects import mean
 
@@ -75,8 +85,7 @@ class Palette:
 
 def setting_of(options: Mapping[str, str], name: str) -> str:
     """The options of a run without its seed, as one text; the run's name without options."""
-    words = [f"{key.rpartition('.')[2]} {value}" for key, value in options.items() if key not in ("seed", "generation.seed")]
-    return ", ".join(words) or name
+    return in_words({key: value for key, value in options.items() if key not in SEEDS}) or name
 
 
 def palette_of(comparison: Comparison) -> Palette:
@@ -124,13 +133,13 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
     values = [cell["x"] for cell in data]
     better = "higher" if column.higher_is_better else "lower"
     layout = {
-        "xaxis": {"title": {"text": f"{column.score} ({better} is better)"}, **_scale(sum(values, []))},
+        "xaxis": _scale([value for each in values for value in each]),
         "yaxis": {"type": "category", "categoryarray": order, "automargin": True},
     }
     caption = "Circles: single results, with their own intervals where the records have them."
     if any(len(rows) > 1 for rows in groups.values()):
         caption += " Diamonds: means over seeds with 95 % intervals (Student's t)."
-    return Figure(column.score, caption, data, layout, 110 + 26 * len(order))
+    return Figure(f"{column.score}: {better} is better", caption, data, layout, 70 + 28 * len(order))
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[int]:
@@ -229,11 +238,15 @@ def loss_figures(
     groups: dict[Any, list[int]] = defaultdict(list)
     for place, subject in enumerate(subjects):
         if subject.run is not None and curves[place]:
-            column = column_of(subject.run.record, "val/loss", subject.run, set()) if subject.run.record else None
+            column = (
+                column_of(subject.run.record, "val/loss", subject.run, set()) if subject.run.record else None
+            )
             definition = column.protocol if column else _definition(subject)
             groups[definition].append(place)
     keys = [dict(definition or ()) for definition in groups]
-    differ = [k for k in dict.fromkeys(k for each in keys for k in each) if len({each.get(k) for each in keys}) > 1]
+    differ = [
+        k for k in dict.fromkeys(k for each in keys for k in each) if len({each.get(k) for each in keys}) > 1
+    ]
     classes = [key for key in differ if key.endswith("_target_")] or differ
     found = []
     for definition, places in groups.items():
@@ -257,7 +270,10 @@ def _definition(subject: Subject) -> tuple[tuple[str, str], ...] | None:
 
 
 def score_curves(
-    subjects: Sequence[Subject], curves: Sequence[Mapping[str, Curve]], scores: Sequence[str], palette: Palette
+    subjects: Sequence[Subject],
+    curves: Sequence[Mapping[str, Curve]],
+    scores: Sequence[str],
+    palette: Palette,
 ) -> list[Figure]:
     """The scores in training by step; runs that score in different ways are in different figures."""
     figures = []
@@ -301,13 +317,15 @@ def _over_steps(
         values += ys
     if not data:
         return None
-    layout = {"xaxis": {"title": {"text": "optimiser steps"}}, "yaxis": {"title": {"text": name}, **_scale(values)}}
-    return Figure(title, "", data, layout)
+    layout = {
+        "xaxis": {"title": {"text": "optimiser steps"}},
+        "yaxis": _scale(values),
+        "showlegend": len(seen) > 1,
+    }
+    return Figure(title, "", data, layout, _height(seen))
 
 
-def _by_noise_level(
-    chosen: Sequence[tuple[Subject, Mapping[str, Curve]]], palette: Palette
-) -> Figure | None:
+def _by_noise_level(chosen: Sequence[tuple[Subject, Mapping[str, Curve]]], palette: Palette) -> Figure | None:
     data, values, seen, most = [], [], set(), 0
     for subject, curves in chosen:
         levels = sorted(
@@ -337,21 +355,29 @@ def _by_noise_level(
         values += means
     if not data:
         return None
-    ticks = [f"{i}/{most} to {i + 1}/{most}" for i in range(most)]
+    ticks = [f"{i / most:g}–{(i + 1) / most:g}" for i in range(most)]
     layout = {
         "xaxis": {
-            "title": {"text": "part of the time range (0: clean, 1: noise)"},
+            "title": {"text": "time (0: clean, 1: noise)"},
             "tickvals": list(range(most)),
             "ticktext": ticks,
         },
-        "yaxis": {"title": {"text": "training loss"}, **_scale(values)},
+        "yaxis": _scale(values),
+        "showlegend": len(seen) > 1,
     }
-    return Figure("loss by noise level, last tenth of the training", "", data, layout)
+    return Figure("loss by noise level at the end", "", data, layout, _height(seen))
+
+
+def _height(settings: Collection[str]) -> int:
+    """The height of a figure with a legend of these settings."""
+    return 250 if len(settings) < 2 else 290 + 18 * math.ceil(len(settings) / 3)
 
 
 def _scale(values: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis for positive values of different magnitudes."""
     finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) / min(finite) > WIDE:
-        return {"type": "log", "dtick": "D2" if max(finite) / min(finite) < 1000 else 1}
-    return {}
+    if not finite or min(finite) <= 0 or max(finite) / min(finite) < WIDE:
+        return {}
+    decades = range(math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite))) + 1)
+    ticks = [base * 10.0**decade for decade in decades for base in ((1, 2, 5) if len(decades) < 4 else (1,))]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

@@ -3,19 +3,26 @@
 let loading = null;
 function plotly() {
   loading ??= (async () => {
-    const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
-    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const packed = atob(document.getElementById("plotly").textContent);
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+    const unpacking = new DecompressionStream("gzip");
+    const writer = unpacking.writable.getWriter();
+    writer.write(bytes);
+    writer.close();
+    // Blob and Response would be shorter; their first use takes Chromium two seconds
+    const reader = unpacking.readable.pipeThrough(new TextDecoderStream()).getReader();
     const script = document.createElement("script");
-    script.nonce = document.currentScript?.nonce ?? document.querySelector("script[nonce]").nonce;
-    script.textContent = await new Response(unpacked).text();
+    script.nonce = document.querySelector("script[nonce]").nonce;
+    for (let part = await reader.read(); !part.done; part = await reader.read()) script.append(part.value);
     document.head.append(script);
   })();
   return loading;
 }
 
 const font = { family: getComputedStyle(document.body).fontFamily, size: 12 };
-const legend = { orientation: "h", y: -0.28, yanchor: "top", x: 0 };
-const base = { font, legend, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 60, r: 12, t: 8, b: 44 }, hovermode: "closest" };
+const legend = { orientation: "h", y: -0.2, yanchor: "top", x: 0 };
+const base = { font, legend, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 44, r: 12, t: 8, b: 34 }, hovermode: "closest" };
 const settings = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
 async function draw(canvas) {
@@ -23,7 +30,11 @@ async function draw(canvas) {
   canvas.dataset.drawn = "wait";
   await plotly();
   const figure = JSON.parse(canvas.querySelector("script").textContent);
-  for (const axis of ["xaxis", "yaxis"]) figure.layout[axis] = { automargin: true, ...figure.layout[axis] };
+  for (const name of ["xaxis", "yaxis"]) {
+    const axis = { automargin: true, ...figure.layout[name] };
+    if (axis.title) axis.title.standoff = 8;
+    figure.layout[name] = axis;
+  }
   await Plotly.newPlot(canvas, figure.data, { ...base, ...figure.layout }, settings);
   canvas.dataset.drawn = "yes";
 }
@@ -39,6 +50,7 @@ window.addEventListener("beforeprint", () => { for (const canvas of canvases) dr
 
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("thead th").forEach((head, place) => {
+    if (head.classList.contains("plain")) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);

@@ -1,14 +1,12 @@
 """The report: one HTML page without network that compares runs, sweeps and records."""
 
 import base64
-import gzip
 import logging
 import secrets
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,17 @@ from src.runs.files import write_atomically
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
+PLOTLY = HERE / "plotly" / "plotly-basic.min.js.gz"
 MOST_DIFFERENCES = 4
 """Entries of a protocol in the head of a column; the cards have all."""
 
 
 def write_report(
-    subjects: Sequence[Subject], out: Path, score: str | None = None, command: Sequence[str] = ()
+    subjects: Sequence[Subject],
+    out: Path,
+    score: str | None = None,
+    command: Sequence[str] = (),
+    advance: Callable[[], None] | None = None,
 ) -> Path:
     """Writes the page.
 
@@ -37,30 +40,41 @@ def write_report(
         out: the file.
         score: the score that leads; by default the first score of generated images.
         command: the command line that makes the page, which it shows.
+        advance: called after the curves of each run.
 
     Raises:
         UserError: no run has this score.
         OSError: the file cannot be written.
     """
-    text = page(subjects, score, command)
+    text = page(subjects, score, command, advance)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text.encode())
     return out
 
 
-def page(subjects: Sequence[Subject], score: str | None = None, command: Sequence[str] = ()) -> str:
+def page(
+    subjects: Sequence[Subject],
+    score: str | None = None,
+    command: Sequence[str] = (),
+    advance: Callable[[], None] | None = None,
+) -> str:
     """The page as text; see `write_report`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     comparison = Comparison(subjects)
     lead = comparison.lead(score)
-    curves = [
-        {} if subject.run is None else curves_of(subject.run.folder, subject.run.problems)
-        for subject in comparison.subjects
-    ]
+    curves: list[dict[str, Curve]] = []
+    for subject in comparison.subjects:
+        curves.append({} if subject.run is None else curves_of(subject.run.folder, subject.run.problems))
+        if advance:
+            advance()
     palette = fig.palette_of(comparison)
     templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters |= {"digits": digits, "duration": duration, "pair": _pair}
     sections = {
@@ -92,12 +106,9 @@ def page(subjects: Sequence[Subject], score: str | None = None, command: Sequenc
     )
 
 
-@cache
 def _plotly() -> str:
-    """plotly.js, compressed: 1.9 MB instead of 4.8."""
-    from plotly.offline import get_plotlyjs
-
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    """plotly.js, packed by gzip, base64."""
+    return base64.b64encode(PLOTLY.read_bytes()).decode()
 
 
 def duration(seconds: float | None) -> str:
@@ -147,7 +158,9 @@ def _seeds(comparison: Comparison) -> list[str]:
 
 
 def _results(comparison: Comparison, lead: Column) -> list[Result]:
-    return [Result(row.setting, row.seed, row.cells[lead].value) for row in comparison.rows if lead in row.cells]
+    return [
+        Result(row.setting, row.seed, row.cells[lead].value) for row in comparison.rows if lead in row.cells
+    ]
 
 
 def _settings(comparison: Comparison, lead: Column | None) -> list[tuple[list[str], Mean]]:
@@ -182,9 +195,15 @@ def _tables(comparison: Comparison, lead: Column | None) -> list[dict[str, Any]]
         for column in columns:
             same = [other for other in columns if other.score == column.score]
             differences = comparison.differences(same)[column]
-            short = {key.removeprefix("recipe.").removesuffix("._target_"): v for key, v in differences.items()}
-            heads.append((column, list(short.items())[:MOST_DIFFERENCES], max(0, len(short) - MOST_DIFFERENCES)))
-        rows = [row for row in comparison.rows if not losses or any(column in row.cells for column in columns)]
+            short = {
+                key.removeprefix("recipe.").removesuffix("._target_"): v for key, v in differences.items()
+            }
+            heads.append(
+                (column, list(short.items())[:MOST_DIFFERENCES], max(0, len(short) - MOST_DIFFERENCES))
+            )
+        rows = [
+            row for row in comparison.rows if not losses or any(column in row.cells for column in columns)
+        ]
         if lead in columns:
             rows = sorted(rows, key=lambda row: _order(row, lead))
         best = {column: _best(rows, column) for column in columns}
@@ -209,7 +228,11 @@ def _best(rows: Sequence[Row], column: Column) -> float | None:
 
 def _scores_in(curves: Sequence[dict[str, Curve]], lead: Column | None) -> list[str]:
     names = dict.fromkeys(name for each in curves for name in each)
-    scores = [name for name in names if "/" not in name and not name.endswith("_std") and name not in ("epoch", "step")]
+    scores = [
+        name
+        for name in names
+        if "/" not in name and not name.endswith("_std") and name not in ("epoch", "step")
+    ]
     return sorted(scores, key=lambda name: lead is None or name != lead.score)
 
 
@@ -239,7 +262,9 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
                     "row": row,
                     "path": str(scored.path),
                     "scores": scored.record.scores,
-                    "protocol": sorted(flat(scored.record.protocol).items(), key=lambda item: natural(item[0])),
+                    "protocol": sorted(
+                        flat(scored.record.protocol).items(), key=lambda item: natural(item[0])
+                    ),
                     "environment": sorted(flat(run.environment).items()) if run else [],
                     "options": sorted(run.options.items(), key=lambda item: item[0]) if run else [],
                 }
@@ -247,7 +272,9 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
     return cards
 
 
-def report_of(places: Sequence[Path], out: Path, score: str | None = None, advance: Callable[[], None] | None = None) -> Path:
+def report_of(
+    places: Sequence[Path], out: Path, score: str | None = None, advance: Callable[[], None] | None = None
+) -> Path:
     """Reads runs, sweeps and records at these places and writes their report.
 
     Args:
@@ -262,4 +289,4 @@ def report_of(places: Sequence[Path], out: Path, score: str | None = None, advan
     from src.report.comparison import subjects_of
 
     words = [str(place) for place in places] + ([f"score={score}"] if score else []) + [f"out={out}"]
-    return write_report(subjects_of(places, advance), out, score, words)
+    return write_report(subjects_of(places, advance), out, score, words, advance)

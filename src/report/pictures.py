@@ -67,17 +67,20 @@ def picture_groups(subjects: Sequence[Subject]) -> list[tuple[str, list[Picture]
 
 def _previews(run: Run, folder: Path) -> list[tuple[str, str, Path]]:
     """The heading, the note and the file of the last preview."""
-    found = {int(match[1]): path for path in folder.glob("step_*.png") if (match := PREVIEW.fullmatch(path.name))}
+    found = {
+        int(match[1]): path for path in folder.glob("step_*.png") if (match := PREVIEW.fullmatch(path.name))
+    }
     if not found:
         return []
     step, options = max(found), run.options
-    shape = f"{options.get('data.image_size')} pixels, {options.get('data.channels')} channels"
+    size, channels = options.get("data.image_size", "?"), options.get("data.channels", "?")
     labels = next((options[key] for key in ("labels", "prompts") if options.get(key) is not None), None)
     conditioning = options.get("conditioning._target_")
     words = [
-        f"previews: {options.get('callbacks.sample_images.n', '?')} images from the noise of seed"
+        f"{options.get('callbacks.sample_images.n', '?')} previews from the noise of seed"
         f" {options.get('generation.seed', '?')}",
-        shape,
+        f"{' x '.join(map(str, size)) if isinstance(size, list) else f'{size} x {size}'} pixels",
+        "grey" if channels == 1 else f"{channels} channels",
         *([f"conditioned by {shortened(conditioning)}"] if conditioning else []),
         *([f"labels {shortened(labels)}"] if labels is not None else []),
     ]
@@ -93,12 +96,13 @@ def _sampled(run: Run, folder: Path) -> list[tuple[str, str, Path]]:
             recipe = read_json(path.with_name("recipe.json"), dict[str, Any])
         except (OSError, UserError):
             continue
-        heading = (
-            f"{recipe.get('task', 'samples')}: {recipe.get('n', '?')} images from the noise of seed"
-            f" {recipe.get('seed', '?')}, {run.options.get('data.image_size')} pixels, labels {recipe.get('labels', '?')}"
+        made_by = {key: shortened(recipe.get(key, "?")) for key in ("task", "n", "seed", "labels")}
+        heading = "{task}: {n} images from the noise of seed {seed}, labels {labels}".format(**made_by)
+        size = run.options.get("data.image_size", "?")
+        step, sampler, steps = (
+            shortened(recipe.get(key, "?")) for key in ("training_steps", "sampler", "steps")
         )
-        note = f"step {recipe.get('training_steps', '?')}, {recipe.get('sampler', '?')}, {recipe.get('steps', '?')} steps"
-        made.append((shortened(heading) if len(heading) > 300 else heading, note, path))
+        made.append((f"{heading}, size {size}", f"step {step}, {sampler}, {steps} steps", path))
     return made
 
 

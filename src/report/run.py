@@ -180,13 +180,11 @@ def read_run(folder: Path, varied: tuple[str, ...] = ()) -> Run:
     run.options = _options(run)
     run.environment = _json(run, ENVIRONMENT_FILE) or {}
     run.last, run.best = _record(run, SCORES_FILE), _record(run, BEST_RECORD)
-    steps = run.options.get("trainer.max_steps")
-    run.max_steps = steps if isinstance(steps, int) else None
+    most = run.options.get("trainer.max_steps")
+    run.max_steps = most if isinstance(most, int) else None
     tail = _tail(run)
-    run.step = max(
-        [_number(row.get("step")) or 0 for row in tail]
-        + [int(path.stem.partition("_")[2]) for path in checkpoints_by_step(folder / CHECKPOINTS)[-1:]]
-    )
+    steps = [int(path.stem.partition("_")[2]) for path in checkpoints_by_step(folder / CHECKPOINTS)[-1:]]
+    run.step = int(max([0, *steps, *(_number(row.get("step")) or 0 for row in tail)]))
     run.cost = _cost(run, tail)
     run.status, run.error = _status(run)
     return run
