@@ -53,7 +53,8 @@ LOSS_GROUPS = (
     *("distance", "time_sampling", "variance"),
 )
 HIGHER_IS_BETTER = re.compile(r"(precision|recall|density|coverage|accuracy|inception_score|auc)")
-SEEDS = ("seed", "generation.seed")
+OWN_NAMES = {"seed": "sampling seed"}  # of a recipe; the option `seed` of a training is another one
+SEEDS = ("seed", "generation.seed", "sampling seed")
 ABSENT = "–"
 LONGEST = 60
 UNCLEAR = ("true", "false", "none", "null", "auto", "default")
@@ -112,9 +113,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One score in the table, with its interval where the record has one."""
+    """One score in the table, with its record, and its interval where the record has one."""
 
     value: float
+    scored: Scored
     low: float | None = None
     high: float | None = None
 
@@ -280,7 +282,8 @@ class Comparison:
             subject.options = options
         asked = self._asked()
         recipes = [_recipe(scored.record) for subject in self.subjects for scored in subject.records]
-        differ = {key for key in asked if len({recipe.get(key) for recipe in recipes}) > 1}
+        values = {key: {shortened(recipe[key], None) for recipe in recipes if key in recipe} for key in asked}
+        differ = {key: concise(several) for key, several in values.items() if len(several) > 1}
         self.rows: list[Row] = []
         for subject in self.subjects:
             self._add(subject, differ, asked)
@@ -292,28 +295,21 @@ class Comparison:
         }
 
     def _asked(self) -> set[str]:
-        """The entries of the recipe that are options of this comparison."""
-        checkpoints = {
-            (subject.name, scored.record.protocol.get("recipe", {}).get("training_steps"))
-            for subject in self.subjects
-            for scored in subject.records
-            if isinstance(scored.record.protocol.get("recipe"), dict)
-        }
-        if len(checkpoints) == 1:
-            return {key for entries in DECIDES.values() for key in entries}
-        varied = {
-            name_of(option)
-            for subject in self.subjects
-            for scored in subject.records
-            for option in scored.options
-        }
-        found = set()
-        for option in varied:
-            root = option.partition(".")[0]
-            found |= set(DECIDES.get(option, DECIDES.get(root, ())[:1] if "." in option else ()))
+        """The entries of the recipe that are options of this comparison: varied by a sweep, or for one checkpoint."""
+        found: set[str] = set()
+        for subject in self.subjects:
+            values: dict[tuple[Any, str], set[str]] = {}
+            for scored in subject.records:
+                recipe = _recipe(scored.record)
+                for key in recipe.keys() - {"training_steps", "network_evaluations"}:
+                    values.setdefault((recipe.get("training_steps"), key), set()).add(repr(recipe[key]))
+                for option in map(name_of, scored.options):
+                    root = option.partition(".")[0]
+                    found |= set(DECIDES.get(option, DECIDES.get(root, ())[:1] if "." in option else ()))
+            found |= {key for (_, key), different in values.items() if len(different) > 1}
         return found
 
-    def _add(self, subject: Subject, differ: set[str], asked: set[str]) -> None:
+    def _add(self, subject: Subject, differ: Mapping[str, Mapping[str, str]], asked: set[str]) -> None:
         rows: dict[tuple[Any, ...], Row] = {}
         for scored in subject.records:
             recipe = _recipe(scored.record)
@@ -323,7 +319,7 @@ class Comparison:
                 step = subject.run.step
             named = {name_of(option) for option in subject.options}
             options = subject.options | {
-                key: shortened(recipe[key])
+                OWN_NAMES.get(key, key): differ[key][shortened(recipe[key], None)]
                 for key in sorted(differ)
                 if key in recipe and not named & {name for name, keys in DECIDES.items() if key in keys}
             }
@@ -332,7 +328,7 @@ class Comparison:
             row.evaluations = row.evaluations or _evaluations(scored.record)
             for score, value in scored.record.scores.items():
                 column = column_of(scored.record, score, subject.run, asked)
-                row.cells.setdefault(column, Cell(value, *interval_of(scored.record, score)))
+                row.cells.setdefault(column, Cell(value, scored, *interval_of(scored.record, score)))
         self.rows += rows.values() or [Row(subject, None, subject.options)]
 
     def lead(self, score: str | None = None) -> Column | None:
@@ -353,8 +349,9 @@ class Comparison:
         entries = [dict(column.protocol or ()) for column in columns]
         keys = dict.fromkeys(key for each in entries for key in each)
         differ = [key for key in keys if len({each.get(key) for each in entries}) > 1]
+        short = {key: concise({each[key] for each in entries if key in each}) for key in differ}
         return {
-            column: {key: each.get(key, ABSENT) for key in differ}
+            column: {key: short[key].get(each.get(key, ABSENT), ABSENT) for key in differ}
             if column.protocol is not None
             else {"protocol": "unknown"}
             for column, each in zip(columns, entries, strict=True)
@@ -371,7 +368,7 @@ def in_words(options: Mapping[str, str]) -> str:
     values = Counter(options.values())
     return ", ".join(
         value
-        if re.fullmatch(r"[A-Za-z][\w-]*", value) and value.lower() not in UNCLEAR and values[value] == 1
+        if value[:1].isalpha() and value.lower() not in UNCLEAR and values[value] == 1
         else f"{name.rpartition('.')[2]} {value}"
         for name, value in options.items()
     )
@@ -383,11 +380,27 @@ def natural(text: str) -> tuple[Any, ...]:
     return tuple((0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts))
 
 
-def shortened(value: Any) -> str:
-    """A value as a short text."""
+def concise(values: Iterable[str]) -> dict[str, str]:
+    """Short texts for values such as "DDIM(eta=0.0, ...)": only the arguments in which those of one class differ."""
+    parts = {value: re.fullmatch(r"(\w+)\((.*)\)", value) for value in values}
+    classes: dict[str, list[list[str]]] = {}
+    for match in parts.values():
+        if match:
+            classes.setdefault(match[1], []).append(re.split(r", (?=\w+=)", match[2]))
+    short = {}
+    for value, match in parts.items():
+        words = [] if match is None else re.split(r", (?=\w+=)", match[2])
+        kept = [word for word in words if any(word not in other for other in classes[match[1]])]
+        text = value if match is None else match[1] + (f"({', '.join(kept)})" if kept else "")
+        short[value] = shortened(text)
+    return short
+
+
+def shortened(value: Any, longest: int | None = LONGEST) -> str:
+    """A value as a text of at most `longest` characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text.rpartition(".")[2] if re.fullmatch(r"(\w+\.)+[A-Z]\w*", text) else text
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def interval_of(record: Record, score: str) -> tuple[float | None, float | None]:
@@ -421,7 +434,7 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
     if label and isinstance(per_class, dict):
         entries |= flat(per_class.get(base, {}).get(label, {}), "per_class_of_this")
     kept = {
-        key: shortened(value)
+        key: shortened(value, None)
         for key, value in entries.items()
         if not IMMATERIAL.fullmatch(key) and key.removeprefix("recipe.") not in asked
     }

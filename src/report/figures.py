@@ -25,6 +25,7 @@ from src.report.effects import mean
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1")
 DASHES = ("solid", "dash", "dot", "dashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up")
+ALL = "all seeds"
 WIDE = 20  # a ratio of values from which an axis is logarithmic
 
 
@@ -68,7 +69,7 @@ class Palette:
     """The colour and the line style of each setting, the same in all figures."""
 
     def __init__(self, settings: Iterable[str]):
-        self._places = {setting: place for place, setting in enumerate(dict.fromkeys(settings))}
+        self._places = {setting: place for place, setting in enumerate(dict.fromkeys(settings))} | {ALL: 0}
 
     def colour(self, setting: str) -> str:
         """A colour, hexadecimal."""
@@ -90,16 +91,22 @@ def setting_of(options: Mapping[str, str], name: str) -> str:
 
 def palette_of(comparison: Comparison) -> Palette:
     """The palette of a comparison."""
-    settings = [setting_of(row.options, row.subject.name) for row in comparison.rows]
-    return Palette([*settings, *(setting_of(s.options, s.name) for s in comparison.subjects)])
+    owners = [(each.options, each.name) for each in comparison.subjects]
+    return Palette(
+        [
+            setting_of(*each)
+            for each in [*owners, *((row.options, row.subject.name) for row in comparison.rows)]
+        ]
+    )
 
 
 def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Figure:
     """One line for each setting, the best on top: its results, and their mean with its interval."""
     groups: dict[str, list[Row]] = defaultdict(list)
+    only_seeds = bool(comparison.options) and not set(comparison.options) - set(SEEDS)
     for row in comparison.rows:
         if column in row.cells and math.isfinite(row.cells[column].value):
-            groups[setting_of(row.options, row.subject.name)].append(row)
+            groups[ALL if only_seeds else setting_of(row.options, row.subject.name)].append(row)
     means = {name: mean([row.cells[column].value for row in rows]) for name, rows in groups.items()}
     order = sorted(means, key=lambda name: means[name].value, reverse=not column.higher_is_better)
     data = []
@@ -211,10 +218,10 @@ def _evaluation_figure(score: str, found: Sequence[tuple[Row, Column]], palette:
         "yaxis": {"title": {"text": score}, **_scale([y for _, y in points])},
     }
     caption = (
-        f"{score} against network evaluations for an image. No result has both fewer evaluations and a better score"
-        f" than one on the Pareto front ({len(best)} of {len(points)})."
+        f"No result has at most as many evaluations and a better score than one on the Pareto front ({len(best)} of"
+        f" {len(points)})."
     )
-    return Figure(f"{score} against network evaluations", caption, data, layout, 400)
+    return Figure(score, caption, data, layout, 300 + 18 * len(groups))
 
 
 def _made(row: Row) -> list[str]:

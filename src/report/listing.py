@@ -235,6 +235,14 @@ def _best_first(lines: Sequence[Line], score: str) -> list[Line]:
     return sorted(lines, key=key)
 
 
+def _last(line: Line, name: str, others: bool) -> str:
+    """The last value of a score; of a run that has another one, that with its name."""
+    if name in line.scores or not others or not line.scores:
+        return digits(line.scores.get(name))
+    other, value = next(iter(line.scores.items()))
+    return f"{other} {digits(value)}"
+
+
 def _print(lines: Sequence[Line], score: str | None, title: str) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -266,7 +274,7 @@ def _print(lines: Sequence[Line], score: str | None, title: str) -> None:
             f"[{COLOURS[line.status]}]{line.status}",
             f"{line.step:,}"
             + (f"/{line.max_steps:,}" if line.max_steps and line.max_steps != line.step else ""),
-            digits(line.scores.get(name)),
+            _last(line, name, score is None),
             best + (f" at {line.best_step:,}" if name in line.best and line.best_step else ""),
             *((letters.get(line.columns.get(name, -1), ""),) if len(kinds) > 1 else ()),
             duration(cost.seconds),

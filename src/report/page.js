@@ -50,7 +50,6 @@ window.addEventListener("beforeprint", () => { for (const canvas of canvases) dr
 
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("thead th").forEach((head, place) => {
-    if (head.classList.contains("plain")) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);

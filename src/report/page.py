@@ -77,6 +77,7 @@ def page(
         lstrip_blocks=True,
     )
     templates.filters |= {"digits": digits, "duration": duration, "pair": _pair}
+    cards = _cards(comparison)
     sections = {
         "answer": fig.score_figure(comparison, lead, palette) if lead else None,
         "losses": fig.loss_figures(comparison.subjects, curves, palette),
@@ -98,7 +99,8 @@ def page(
         tables=_tables(comparison, lead),
         pictures=picture_groups(comparison.subjects),
         costs=_costs(comparison.subjects, curves),
-        cards=_cards(comparison),
+        cards=cards,
+        card_of={card["path"]: number for number, card in enumerate(cards)},
         problems=[(s.name, line) for s in comparison.subjects if s.run for line in s.run.problems],
         absent=ABSENT,
         nonce=secrets.token_urlsafe(12),
@@ -260,7 +262,7 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
             cards.append(
                 {
                     "row": row,
-                    "path": str(scored.path),
+                    "path": scored.path,
                     "scores": scored.record.scores,
                     "protocol": sorted(
                         flat(scored.record.protocol).items(), key=lambda item: natural(item[0])
