@@ -51,6 +51,10 @@ def run(entry_point: str) -> None:
 
 def _run(entry_point: str, arguments: list[str]) -> int:
     """Runs one job, or those of a sweep; returns how many of them have failed."""
+    if entry_point in ("runs", "report"):
+        from src.report import command
+
+        return command.main(entry_point, arguments)
     from src.app.jobs import explained, register, run_single
 
     sweep = [argument for argument in arguments if argument not in MULTIRUN]
@@ -86,6 +90,10 @@ def help_text(entry_point: str) -> str:
             "    python -m src.plan model=unet_tiny,unet_small seed=0,1,2\n"
             "The options are those of src.train, see python -m src.train --help."
         )
+    if entry_point in ("runs", "report"):
+        from src.report.command import HELP
+
+        return HELP[entry_point]
     lines = (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines()
     head = []
     for line in lines:

@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from src.errors import UserError
-from src.metrics.score import FidelityScore
 from src.runs.files import read_json, write_json
+
+if TYPE_CHECKING:  # reading a record loads no torch
+    from src.metrics.score import FidelityScore
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Stored(TypedDict):
 
 
 def protocol_of(
-    scores: Sequence[FidelityScore], recipe: Mapping[str, Any], quantisation: str
+    scores: "Sequence[FidelityScore]", recipe: Mapping[str, Any], quantisation: str
 ) -> dict[str, Any]:
     """Everything the last results of these scores depend on, as primitives for JSON.
 
