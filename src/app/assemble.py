@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.app.bands import bands_of
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
 from src.app.lightning import (
@@ -131,6 +132,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         warn_of_missing_signal(denoiser, recipe)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, recipe, denoiser, ema)
+    bands = bands_of(config, folder)
+    callbacks += [] if bands is None else [bands]
     # after all others: they save and exit once the others have finished their step
     resume = ResumeCheck(
         resolve(config, "config"),
@@ -157,6 +160,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
     if tracker is not None:
         summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
+    if bands is not None:
+        summary += f"\nband        {bands.summary}"
     return Experiment(module, data, trainer, recipe, checkpoint, summary)
 
 

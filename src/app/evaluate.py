@@ -9,9 +9,10 @@ from rich.progress import track
 from src.app.build import build
 from src.app.launch import launch
 from src.app.load import load_with
-from src.app.parts import is_likelihood, metric_nodes, scores_of
+from src.app.parts import is_likelihood, is_memorisation, metric_nodes, scores_of
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood, score_likelihood
+from src.evaluation.memorisation import Memorisation, score_memorisation
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
 from src.generation.recipe import warn_of_missing_signal
@@ -49,10 +50,27 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n, config.batch_size, config.seed)
         return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
+    if any(map(is_memorisation, nodes.values())):
+        return report_memorisation(loaded, nodes, config, folder)
     record = score_images(loaded, merged, config)
     if rank() == 0:
         return publish(record, recipe_folder(folder, record.protocol))
     return record.scores
+
+
+def report_memorisation(
+    loaded: LoadedRun, nodes: dict[str, DictConfig], config: DictConfig, folder: Path
+) -> dict[str, float]:
+    """Compares generated with training images; writes the record and a picture of the nearest neighbours."""
+    if len(nodes) > 1 or config.devices > 1:
+        raise UserError("metrics: memorisation is computed by itself, with devices=1")
+    memorisation = build(nodes["metrics"], Memorisation, "metrics")
+    record, picture = score_memorisation(loaded, memorisation, config.n, config.batch_size, config.seed)
+    folder = folder / f"memorisation_seed-{config.seed}_{digest_of(record.protocol)}"
+    scores = publish(record, folder)
+    picture.save(folder / "nearest.png")
+    log.info("%s  rows: generated, nearest training image, nearest held-out image", folder / "nearest.png")
+    return scores
 
 
 def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> Record:
