@@ -22,6 +22,8 @@ from src.runs.processes import gathered, rank, world_size
 
 log = logging.getLogger(__name__)
 
+BY_ITSELF = "metrics: memorisation is computed by itself, with devices=1"
+
 
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Scores generated images, or the likelihood of given ones; writes the scores with their protocol.
@@ -35,6 +37,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     likelihoods = [option for option, node in metric_nodes(config).items() if is_likelihood(node)]
     if likelihoods and config.devices > 1:
         raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
+    if config.devices > 1 and any(map(is_memorisation, metric_nodes(config).values())):
+        raise UserError(BY_ITSELF)
     return launch(evaluate_on_this_process, config)
 
 
@@ -63,7 +67,7 @@ def report_memorisation(
 ) -> dict[str, float]:
     """Compares generated with training images; writes the record and a picture of the nearest neighbours."""
     if len(nodes) > 1 or config.devices > 1:
-        raise UserError("metrics: memorisation is computed by itself, with devices=1")
+        raise UserError(BY_ITSELF)
     memorisation = build(nodes["metrics"], Memorisation, "metrics")
     record, picture = score_memorisation(loaded, memorisation, config.n, config.batch_size, config.seed)
     folder = folder / f"memorisation_seed-{config.seed}_{digest_of(record.protocol)}"

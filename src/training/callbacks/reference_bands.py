@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from src.runs.files import write_json
+from src.runs.folder import BANDS_FILE
 from src.runs.output import tolerated
 from src.training.callbacks.every import EverySteps
 from src.training.callbacks.track_fidelity import TrackFidelity
@@ -16,7 +17,6 @@ from src.training.reference_bands import LEVELS, Band, Values, describe_value
 
 log = logging.getLogger(__name__)
 
-FILE = "bands.json"
 MOST = 200
 """Largest number of recorded departures."""
 NAMED = 2
@@ -132,7 +132,7 @@ class ReferenceBands(EverySteps):
                 "departures": self.departures,
             }
             with tolerated("record of the reference band"):
-                write_json(self.folder / FILE, content)
+                write_json(self.folder / BANDS_FILE, content)
 
     def _departure(self, name: str, step: int, value: float) -> dict[str, Any] | None:
         """A value outside the band with its limits; None for one inside."""
@@ -167,7 +167,7 @@ class ReferenceBands(EverySteps):
             self.name,
             limits,
             likely,
-            self.folder / FILE,
+            self.folder / BANDS_FILE,
         )
 
     def _restart(self, step: int, device: torch.device) -> None:
