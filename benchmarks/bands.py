@@ -88,9 +88,7 @@ def _rolled(label: Callable) -> Callable:
 
 
 def _noisier(diffuse: Callable) -> Callable:
-    return lambda x0, eps, level: diffuse(
-        x0, eps, NoiseLevel(level.t, level.alpha, level.sigma**2, level.label)
-    )
+    return lambda x0, eps, level: diffuse(x0, eps, NoiseLevel(level.alpha, level.sigma**2, level.label))
 
 
 def _freeze(module: DiffusionModule) -> None:
@@ -227,7 +225,8 @@ class Runs:
                 return None
             began = time.process_time()
             values = observe(self.name, seed, steps, injections(self.name)[mistake] if mistake else None)
-            write_json(path, {"seconds": time.process_time() - began, "values": values})
+            texts = {value: {str(k): v for k, v in steps_.items()} for value, steps_ in values.items()}
+            write_json(path, {"seconds": time.process_time() - began, "values": texts})
         content = read_json(path, dict[str, Any])
         self.seconds += content["seconds"]
         return {

@@ -105,7 +105,8 @@ class Images:
 def embed(pixels: torch.Tensor, features: FeatureExtractor) -> Images:
     """Images uint8 (n, C, H, W) with their vectors; features are computed on the extractor's device."""
     device = next(features.parameters()).device
-    rows = [features(batch.to(device)).cpu() for batch in pixels.split(BATCH)]
+    batches = tqdm(pixels.split(BATCH), desc="memorisation: features", delay=2, leave=False)
+    rows = [features(batch.to(device)).cpu() for batch in batches]
     flat = pixels.flatten(1).numpy().astype(np.float32) / 255
     return Images(pixels, {PIXELS: flat, features.name: torch.cat(rows).numpy()})
 

@@ -6,8 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
+from tqdm import tqdm
 
 Vectors = NDArray[np.floating]
+
+CHUNK = 500
+"""Queries that are compared with all points at once."""
 
 
 class Neighbours(NamedTuple):
@@ -32,18 +36,19 @@ def nearest(queries: Vectors, points: Vectors, k: int = 1) -> Neighbours:
     """
     from sklearn.neighbors import NearestNeighbors
 
-    k = min(k, len(points))
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points)
-    indices = search.kneighbors(queries, return_distance=False)
-    # scikit-learn's distances come from a product of matrices, whose rounding hides exact copies
-    distances = np.stack(
-        [
-            np.linalg.norm(points[row].astype(float) - query, axis=1)
-            for query, row in zip(queries, indices, strict=True)
-        ]
-    )
-    order = distances.argsort(axis=1, kind="stable")
-    return Neighbours(np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1))
+    search = NearestNeighbors(n_neighbors=min(k, len(points)), algorithm="brute").fit(points)
+    found: list[Neighbours] = []
+    chunks = [queries[first : first + CHUNK] for first in range(0, len(queries), CHUNK)]
+    for chunk in tqdm(chunks, desc="nearest neighbours", delay=2, leave=False):
+        indices = search.kneighbors(chunk, return_distance=False)
+        # scikit-learn's distances come from a product of matrices, whose rounding hides exact copies
+        differences = points[indices].astype(np.float64) - chunk[:, None]
+        distances = np.sqrt((differences**2).sum(axis=2))
+        order = distances.argsort(axis=1, kind="stable")
+        found.append(
+            Neighbours(np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1))
+        )
+    return Neighbours(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def copy_ratio(distances: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -38,13 +38,13 @@ def test_held_out_images_are_no_copies(memorisation, sets):
 
 def test_copies_are_found_with_the_image_that_was_copied(memorisation, sets):
     train, held_out, _ = sets
-    noise = torch.randint(-8, 9, (100, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    copies = embed((train.pixels[:100].int() + noise).clamp(0, 255).byte(), memorisation.features)
+    noise = torch.randint(-8, 9, (600, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    copies = embed((train.pixels[:600].int() + noise).clamp(0, 255).byte(), memorisation.features)
     scores, curve = compare(copies, train, held_out, memorisation)
     assert scores["copied_pixels"] == 1
     assert max(scores["membership_p_pixels"], scores["copying_p_pixels"]) < 1e-6
     assert scores["distance_all_train_pixels"] < 0.3 * scores["distance_heldout_train_pixels"]
-    assert curve["nearest_pixels"] == list(range(100))
+    assert curve["nearest_pixels"] == list(range(600))
     shown = picture(copies, train, held_out, np.array(curve["ratio_pixels"]), shown=4)
     assert shown.size[0] > shown.size[1]
 
