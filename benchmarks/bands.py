@@ -1,16 +1,17 @@
 """Reference bands: builds them from trainings over seeds, and shows what they catch by injecting known mistakes.
 
     python -m benchmarks.bands digits [--runs runs/bands]
-    python -m benchmarks.bands fashion_mnist --build 10 --clean 5
+    python -m benchmarks.bands fashion_mnist --build 8 --clean 4 --mistaken 1
 
 Trains the experiment <name>_short in this process: `build` seeds that make the band, `clean` further seeds that must
-not leave it, and every known mistake with two seeds, for 30 % of the steps. The first seed of a mistake becomes the
+not leave it, and every known mistake with two seeds, for a third of the steps. The first seed of a mistake becomes the
 pattern by which likely causes are named, the second tests this. Writes src/training/bands/<name>.json and prints two
 tables. The values of a run are kept, and a run that exists is not repeated; --minutes limits what one call trains.
 """
 
 import argparse
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ from src.training.reference_bands import (
 
 BUILD, CLEAN, MISTAKEN = 0, 100, (200, 201)
 """First seeds of the band and of the clean runs, and the seeds of each mistake."""
-MISTAKEN_SHARE = 0.3
+MISTAKEN_SHARE = 1 / 3
 """Mistaken runs train for this share of the steps."""
 WINDOW = {"digits": 20, "fashion_mnist": 10}
 
@@ -255,36 +256,65 @@ def until(values: Values, last: int) -> Values:
     return {name: {k: v for k, v in steps.items() if k <= last} for name, steps in values.items()}
 
 
-def report(band: Band, mistaken: dict[str, list[Values]], fifth: int) -> None:
-    """Prints what was caught, when, and whether the cause was named."""
-    print("| mistake | first alarm, step: losses and gradients | averages | scores | caught | cause named |")
+def report(band: Band, mistaken: dict[str, list[Values]], marks: Sequence[int]) -> None:
+    """Prints what was caught, when, and whether the cause was named; counts what was caught by these steps."""
+    print(
+        "| mistake | first alarm: losses and gradients | averages | scores | first step, each seed | cause named |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
-    caught = named = 0
+    steps: dict[str, list[int]] = {}
+    named = 0
     for name, runs in mistaken.items():
-        cells, steps = [], []
+        cells = []
         alarms = [first_alarms(band, values) for values in runs]
         for kind in ("losses", "averages", "scores"):
-            parts = [
-                f"{a[kind][0]} ({a[kind][1]}, z {a[kind][2]:+.1f})" if kind in a else "-" for a in alarms
-            ]
-            cells.append("; ".join(parts))
-        steps = [min((each[0] for each in a.values()), default=None) for a in alarms]
-        inside = all(step is not None and step <= fifth for step in steps)
-        caught += inside
-        causes = [cause for cause, _ in band.causes(until(runs[-1], steps[-1] or 0))]
-        own = injections_cause(band, name)
+            first = next((alarm[kind] for alarm in alarms if kind in alarm), None)
+            cells.append(f"{first[0]}: {first[1]}, z {first[2]:+.1f}" if first else "-")
+        found = [min((each[0] for each in alarm.values()), default=None) for alarm in alarms]
+        steps[name] = [step or sys.maxsize for step in found]
+        causes = [cause for cause, _ in band.causes(until(runs[-1], found[-1] or 0))]
+        own = band.mistakes[name]["cause"]
         place = causes.index(own) + 1 if own in causes else None
-        named += inside and place is not None and place <= 2
-        words = {True: "yes", False: "later" if all(steps) else "no"}[inside]
-        print(f"| {name} | {' | '.join(cells)} | {words} | {place or '-'} |")
-    print(
-        f"\ncaught by step {fifth} with both seeds: {caught} of {len(mistaken)}; cause among the two named: {named}"
+        named += place is not None and place <= 2
+        cells.append(", ".join(str(step or "-") for step in found))
+        print(f"| {name} | {' | '.join(cells)} | {place or '-'} |")
+    for mark in marks:
+        caught = sum(max(each) <= mark for each in steps.values())
+        print(f"\ncaught by step {mark} with every seed: {caught} of {len(steps)}")
+    print(f"\ncause among the two that are named, in the last seed: {named} of {len(steps)}")
+
+
+def band_of(
+    name: str,
+    build: Sequence[Values],
+    clean: Sequence[Values],
+    mistaken: dict[str, list[Values]],
+    command: str,
+) -> Band:
+    """The band of correct trainings, with the pattern of each mistake in its first seed."""
+    config = config_of(name)
+    build = [{value: steps for value, steps in run.items() if value != "images"} for run in build]
+    curves, limit = fit_curves(build), limit_of(build)
+    band = Band(
+        recipe=recipe_of_losses(config),
+        scoring=recipe_of_scores(config),
+        every=WINDOW[name],
+        images=config.batch_size,
+        seeds=len(build),
+        limit=limit,
+        alarms=(sum(largest_z(curves, run) > limit for run in clean), len(clean)),
+        curves=curves,
+        mistakes={},
+        command=command,
     )
-
-
-def injections_cause(band: Band, name: str) -> str:
-    """The cause of a mistake as the band stores it."""
-    return band.mistakes[name]["cause"] if name in band.mistakes else ""
+    for mistake, (first, *_) in mistaken.items():
+        shift: dict[str, dict[str, float]] = {}
+        for value, steps in first.items():
+            for step, number in steps.items():
+                if (found := band.shift(value, step, number)) is not None:
+                    shift.setdefault(value, {})[str(step)] = found[0]
+        band.mistakes[mistake] = Mistake(cause=injections(name)[mistake].cause, shift=shift)
+    return band
 
 
 def main() -> None:
@@ -295,67 +325,41 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(WINDOW))
     parser.add_argument("--build", type=int, default=20, help="seeds that make the band")
     parser.add_argument("--clean", type=int, default=20, help="further seeds without a mistake")
+    parser.add_argument("--mistaken", type=int, default=2, choices=(1, 2), help="seeds of each mistake")
     parser.add_argument("--runs", type=Path, default=Path("runs/bands"))
-    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no training starts after so many"
+    )
     arguments = parser.parse_args()
     name = arguments.name
     logging.disable(logging.WARNING)
     jobs.register()
-    config = config_of(name)
-    steps = config.trainer.max_steps
+    steps = config_of(name).trainer.max_steps
     short = round(MISTAKEN_SHARE * steps)
     runs = Runs(arguments.runs, name, arguments.minutes)
-    correct = [*range(BUILD, BUILD + arguments.build), *range(CLEAN, CLEAN + arguments.clean)]
-    wanted = [(seed, None, None) for seed in correct[: arguments.build]]
-    wanted += [(seed, short, mistake) for seed in MISTAKEN for mistake in injections(name)]
-    wanted += [(seed, None, None) for seed in correct[arguments.build :]]
-    found: dict[tuple, Values | None] = {}
+    build = [(BUILD + k, None, None) for k in range(arguments.build)]
+    clean = [(CLEAN + k, None, None) for k in range(arguments.clean)]
+    wrong = [(s, short, mistake) for s in MISTAKEN[: arguments.mistaken] for mistake in injections(name)]
     with Progress(console=Console(stderr=True)) as progress:
-        for each in progress.track(wanted, description="training"):
-            found[each] = runs(*each)
-    build = [found[seed, None, None] for seed in correct[: arguments.build]]
-    clean = [v for seed in correct[arguments.build :] if (v := found[seed, None, None])]
-    if None in build:
-        raise SystemExit("not all trainings of the band exist; call again")
-    curves = fit_curves([{k: v for k, v in run.items() if k != "images"} for run in build])
-    limit = limit_of(build)
-    outside = sum(largest_z(curves, run) > limit for run in clean)
-    mistaken = {
-        mistake: [v for seed in MISTAKEN if (v := found[seed, short, mistake])]
-        for mistake in injections(name)
-    }
-    mistaken = {mistake: values for mistake, values in mistaken.items() if len(values) == len(MISTAKEN)}
-    band = Band(
-        recipe=recipe_of_losses(config),
-        scoring=recipe_of_scores(config),
-        every=WINDOW[name],
-        images=config.batch_size,
-        seeds=len(build),
-        limit=limit,
-        alarms=(outside, len(clean)),
-        curves=curves,
-        mistakes={},
-        command=f"python -m benchmarks.bands {name} --build {arguments.build} --clean {arguments.clean}",
-    )
-    for mistake, (first, _) in mistaken.items():
-        shift = {
-            value: {
-                str(step): found_[0]
-                for step, number in steps_.items()
-                if (found_ := band.shift(value, step, number)) is not None
-            }
-            for value, steps_ in first.items()
+        found = {
+            each: runs(*each) for each in progress.track([*build, *wrong, *clean], description="training")
         }
-        shift = {value: steps_ for value, steps_ in shift.items() if steps_}
-        band.mistakes[mistake] = Mistake(cause=injections(name)[mistake].cause, shift=shift)
+    if None in found.values():
+        raise SystemExit("not all trainings exist; call again")
+    mistaken = {m: [found[each] for each in wrong if each[2] == m] for m in injections(name)}
+    command = f"python -m benchmarks.bands {name} --build {arguments.build} --clean {arguments.clean}"
+    others = [found[each] for each in clean]
+    band = band_of(name, [found[each] for each in build], others, mistaken, command)
     band.write(FOLDER / f"{name}.json")
-    interval = binomtest(outside, max(len(clean), 1)).proportion_ci(method="exact")
-    print(f"{runs.seconds / 60:.1f} minutes of one core; {len(build)} seeds, limit |z| {limit:.2f}")
+    outside, total = band.alarms
+    interval = binomtest(outside, max(total, 1)).proportion_ci(method="exact")
+    largest = sorted(round(largest_z(band.curves, run), 1) for run in others)
+    print(f"{runs.seconds / 60:.1f} minutes of one core; {band.seeds} seeds, limit |z| {band.limit:.2f}")
     print(
-        f"correct runs with other seeds outside the band: {outside} of {len(clean)} (95 % interval {interval.low:.0%}"
-        f" to {interval.high:.0%}); largest |z| {[round(largest_z(curves, run), 2) for run in clean]}\n"
+        f"correct runs with other seeds outside the band: {outside} of {total} (95 % interval {interval.low:.0%}"
+        f" to {interval.high:.0%}); largest |z| {largest}\n"
     )
-    report(band, mistaken, steps // 5)
+    report(band, mistaken, (steps // 5, short))
 
 
 if __name__ == "__main__":

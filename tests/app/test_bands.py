@@ -61,7 +61,7 @@ def test_another_recipe_is_compared_on_request_only(tmp_path, other):
 
 def test_none_and_an_unknown_band(tmp_path):
     assert name_of(tmp_path, "bands=none") is None
-    with pytest.raises(UserError, match="^bands=digit: choose auto, none, digits, fashion_mnist$"):
+    with pytest.raises(UserError, match=r"^bands=digit: choose auto, none, digits, fashion_mnist$"):
         bands_of(config_of("bands=digit"), tmp_path)
 
 
