@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.automatic import settle
+from src.app.bands import bands_of
 from src.app.build import build, class_of, resolve
 from src.app.conditions import conditioning_of
 from src.app.guides import teacher_of
@@ -140,6 +141,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         warn_of_missing_signal(denoiser, recipe)
     checkpoint = checkpoint_of(config)
     callbacks = callbacks_of(config, folder, source, recipe, denoiser, ema)
+    bands = bands_of(config, folder)
+    callbacks += [] if bands is None else [bands]
     # after all others: they save and exit once the others have finished their step
     resume = ResumeCheck(
         resolve(config, "config"),
@@ -170,6 +173,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         summary += (
             f"\ninit        {init['checkpoint']}, step {init['training_steps']:,}, {init['weights']} weights"
         )
+    if bands is not None:
+        summary += f"\nband        {bands.summary}"
     return Experiment(module, data, trainer, recipe, checkpoint, summary, init)
 
 

@@ -9,10 +9,11 @@ from rich.progress import track
 from src.app.build import build
 from src.app.launch import launch
 from src.app.load import load_with
-from src.app.parts import is_likelihood, metric_nodes, scores_of
+from src.app.parts import is_likelihood, is_memorisation, metric_nodes, scores_of
 from src.app.shared import shared
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood, score_likelihood
+from src.evaluation.memorisation import Memorisation, score_memorisation
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
 from src.generation.recipe import warn_of_missing_signal
@@ -21,6 +22,8 @@ from src.runs.folder import SCORES_FILE, recipe_folder
 from src.runs.processes import gathered, rank, world_size
 
 log = logging.getLogger(__name__)
+
+BY_ITSELF = "metrics: memorisation is computed by itself, with devices=1"
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -35,6 +38,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     likelihoods = [option for option, node in metric_nodes(config).items() if is_likelihood(node)]
     if likelihoods and config.devices > 1:
         raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
+    if config.devices > 1 and any(map(is_memorisation, metric_nodes(config).values())):
+        raise UserError(BY_ITSELF)
     return launch(evaluate_on_this_process, config)
 
 
@@ -50,10 +55,27 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n, config.batch_size, config.seed)
         return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
+    if any(map(is_memorisation, nodes.values())):
+        return report_memorisation(loaded, nodes, config, folder)
     record = score_images(loaded, merged, config)
     if rank() == 0:
         return publish(record, recipe_folder(folder, record.protocol))
     return record.scores
+
+
+def report_memorisation(
+    loaded: LoadedRun, nodes: dict[str, DictConfig], config: DictConfig, folder: Path
+) -> dict[str, float]:
+    """Compares generated with training images; writes the record and a picture of the nearest neighbours."""
+    if len(nodes) > 1 or config.devices > 1:
+        raise UserError(BY_ITSELF)
+    memorisation = build(nodes["metrics"], Memorisation, "metrics")
+    record, picture = score_memorisation(loaded, memorisation, config.n, config.batch_size, config.seed)
+    folder = folder / f"memorisation_seed-{config.seed}_{digest_of(record.protocol)}"
+    scores = publish(record, folder)
+    picture.save(folder / "nearest.png")
+    log.info("%s  rows: generated, nearest training image, nearest held-out image", folder / "nearest.png")
+    return scores
 
 
 def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> Record:

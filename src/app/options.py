@@ -167,6 +167,13 @@ TRAIN = (
         "validate_every", 500, "optimiser steps between two validation losses", int, least=1, effect="none"
     ),
     Option(
+        "bands",
+        "auto",
+        "warn if losses or scores leave the reference band of this recipe: auto (if there is one), none, or its name",
+        str,
+        effect="none",
+    ),
+    Option(
         "ckpt",
         None,
         "continue a run: last (the newest), a run folder or a checkpoint",

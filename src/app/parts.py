@@ -23,6 +23,7 @@ from src.diffusion.variance import Variance
 from src.diffusion.weighting import Simple, Weighting
 from src.errors import UserError
 from src.evaluation.likelihood import Likelihood
+from src.evaluation.memorisation import Memorisation
 from src.evaluation.scores import ScoreSet
 from src.generation.recipe import Recipe
 from src.metrics.score import FidelityScore
@@ -214,6 +215,11 @@ def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet |
                 f"{option}: bits per dimension are for src.evaluate (metrics=nll or nll_flow), not for training; choose"
                 " a score of images, or metrics=none"
             )
+        if is_memorisation(node):
+            raise UserError(
+                f"{option}: memorisation is for src.evaluate, by itself, and not for training; choose a score of"
+                " images, or metrics=none"
+            )
         score = build(node, FidelityScore, option)
         if score.needs_labels and not labelled:
             raise UserError(
@@ -243,3 +249,9 @@ def is_likelihood(node: DictConfig) -> bool:
     """Whether a metric's class is a score of likelihood."""
     found = class_of(node)
     return found is not None and issubclass(found, Likelihood)
+
+
+def is_memorisation(node: DictConfig) -> bool:
+    """Whether a metric's class compares generated images with those of the training."""
+    found = class_of(node)
+    return found is not None and issubclass(found, Memorisation)

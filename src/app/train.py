@@ -17,7 +17,15 @@ from src.app.overrides import given_again, in_override, own_arguments
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.runs.files import write_json
-from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, INIT_FILE, SCORES_FILE, find_run, locked
+from src.runs.folder import (
+    BANDS_FILE,
+    CHECKPOINTS,
+    ENVIRONMENT_FILE,
+    INIT_FILE,
+    SCORES_FILE,
+    find_run,
+    locked,
+)
 from src.runs.machine import environment, is_first_process
 from src.runs.output import failures, forget_failures
 from src.training.dashboard import finish_dashboards
@@ -97,6 +105,8 @@ def closing_summary(
         results["pictures"] = str(grids[-1])
     if failed := failures():
         results["failed"] = ", ".join(f"{what} {times} times" for what, times in failed.items())
+    if (folder / BANDS_FILE).exists():
+        results["band"] = f"left, see {folder / BANDS_FILE}"
     following = []
     if (folder / CHECKPOINTS).is_dir():
         results["checkpoint"] = str(find_run(folder).checkpoint)

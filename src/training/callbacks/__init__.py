@@ -1,8 +1,9 @@
-"""Callbacks: training curves, previews, scores and the progress bar."""
+"""Callbacks: training curves, previews, scores, reference bands and the progress bar."""
 
 from .curves import TrainingCurves
 from .progress import StepProgressBar
+from .reference_bands import ReferenceBands
 from .sample_images import SampleImages
 from .track_fidelity import TrackFidelity
 
-__all__ = ["SampleImages", "StepProgressBar", "TrackFidelity", "TrainingCurves"]
+__all__ = ["ReferenceBands", "SampleImages", "StepProgressBar", "TrackFidelity", "TrainingCurves"]

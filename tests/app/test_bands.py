@@ -1,0 +1,78 @@
+"""The bands that come with the project, and which training is compared with them."""
+
+import json
+from functools import cache
+
+import pytest
+
+from src.app.bands import bands_of, recipe_of_losses, recipe_of_scores
+from src.errors import UserError
+from src.training.reference_bands import FOLDER, Band
+from tests.conftest import commands_in
+from tests.test_conf import composed
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@cache
+def config_of(*overrides):
+    return composed("train", *overrides)
+
+
+def name_of(tmp_path, *overrides):
+    found = bands_of(config_of(*overrides), tmp_path)
+    return found and (found.name, found.scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_band_is_of_the_recipe_that_is_shipped(name):
+    """If it fails because the recipe has changed: python -m benchmarks.bands <name>."""
+    band, config = Band.read(FOLDER / f"{name}.json"), config_of(f"experiment={name}_short")
+    assert band.recipe == recipe_of_losses(config)
+    assert band.scoring == recipe_of_scores(config)
+    assert band.images == config.batch_size
+    assert {"level_0", "level_7", "gradient_norm", "val_loss_ema", "ema_gain", f"fd_{name}"} <= set(
+        band.curves
+    )
+    assert band.alarms[0] == 0
+    assert len(band.mistakes) >= 10
+
+
+def test_default_training_is_compared_by_its_losses(tmp_path):
+    assert name_of(tmp_path) == ("digits", False)
+    assert name_of(tmp_path, "experiment=digits_short") == ("digits", True)
+    assert name_of(tmp_path, "experiment=fashion_mnist_short") == ("fashion_mnist", True)
+
+
+@pytest.mark.parametrize(
+    "same", ["seed=7", "trainer.max_steps=77", "trainer.devices=2", "workers=1", "name=a"]
+)
+def test_what_a_band_tolerates(tmp_path, same):
+    assert name_of(tmp_path, same) == ("digits", False)
+
+
+@pytest.mark.parametrize(
+    "other", ["optimizer.lr=0.002", "batch_size=32", "schedule=linear", "model.dropout=0.1", "ema.decay=0.99"]
+)
+def test_another_recipe_is_compared_on_request_only(tmp_path, other):
+    assert name_of(tmp_path, other) is None
+    assert name_of(tmp_path, other, "bands=digits") == ("digits", False)
+
+
+def test_none_and_an_unknown_band(tmp_path):
+    assert name_of(tmp_path, "bands=none") is None
+    with pytest.raises(UserError, match=r"^bands=digit: choose auto, none, digits, fashion_mnist$"):
+        bands_of(config_of("bands=digit"), tmp_path)
+
+
+def test_a_mistake_is_reported_in_training(tmp_path, monkeypatch, capsys):
+    plain = ("trainer=cpu", "logger=csv", "callbacks=none", "metrics=none", "trainer.max_steps=40")
+    assert commands_in(tmp_path, monkeypatch)("train", *plain, "optimizer.lr=0.01", "bands=digits") == 0
+    printed = capsys.readouterr().out
+    assert "band        digits: losses by noise level of 20 seeds" in printed
+    assert printed.count("bands: step") == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    assert "band" in printed.partition("Done.")[2]
+    content = json.loads((run / "bands.json").read_text())
+    assert content["departures"][0]["step"] <= 40
+    assert content["causes"]
