@@ -11,28 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from src.runs.folder import find_run
 from tests.faults import hostile, phases, processes
+from tests.faults.phases import STEP
 from tests.faults.processes import DDP, ROOT, STEPS, TINY, Command, Fault, resume, run, run_folder, train
 from tests.faults.saving import kill_while_saving
 from tests.faults.states import differences, training_state
 
+FEATURES = (
+    *("workers=2", "max_device_batch=8", "trainer.precision=bf16-mixed", "ema=power", "ema.snapshot_every=3"),
+    *("variance=learned_range", "loss=hybrid", "time_sampling=importance", "conditioning=class"),
+)
 VARIANTS = {
     "no workers": (),
     "2 workers": ("workers=2",),
     "accumulation of 2": ("max_device_batch=8",),
-}
-STEP = "src.training.module:DiffusionModule.training_step"
-PLACES = {
-    "a step": (STEP, 5),
-    "validation": ("src.training.module:DiffusionModule.validation_step", 3),
-    "a preview": ("src.generation.recipe:Recipe.start", 1),
-    "a save": ("src.training.checkpoint:_Hashing.write", 200),
+    "many features": FEATURES,
+    "compiled": ("compile=true",),
 }
 # place of a kill -> the function and a lower bound on its number of calls
 KILLED = {
@@ -46,8 +47,16 @@ KILLED = {
 class Table:
     """Counts per fault: how many were injected, how many ended as required, and the problems of the others."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, dict] = {}
+    def __init__(self, rows: dict[str, dict]) -> None:
+        self.rows = rows
+
+    def attempt(self, name: str, what: str, problem: Callable[..., str | None], *arguments: Any) -> None:
+        """Counts the result of a function; an exception of it is a problem, too."""
+        try:
+            found = problem(*arguments)
+        except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
+            found = f"{type(error).__name__}: {str(error)[-500:]}"
+        self.count(name, found and f"{what}: {found}")
 
     def count(self, name: str, problem: str | None) -> None:
         row = self.rows.setdefault(name, {"injected": 0, "as required": 0, "problems": []})
@@ -79,65 +88,109 @@ def ended(place: Path) -> bool:
     return bool(list(place.glob(f"runs/*/checkpoints/step_{STEPS:08d}.ckpt.json")))
 
 
-def kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+@dataclass
+class Faults:
+    """What the sections share.
+
+    Attributes:
+        folder: for all files.
+        options: of the command line.
+        table: the counts.
+        chance: source of the random instants.
+    """
+
+    folder: Path
+    options: argparse.Namespace
+    table: Table
+    chance: random.Random
+    _trained: dict[str, tuple[Path, float]] = field(default_factory=dict)
+
+    def trained(self, variant: str) -> tuple[Path, float]:
+        """The folder of an uninterrupted training and how many seconds it took, made at the first call."""
+        if variant not in self._trained:
+            began = time.monotonic()
+            command = train(self.folder / "baseline" / variant.replace(" ", "_"), *VARIANTS[variant])
+            assert command.status == 0, command.output
+            self._trained[variant] = (run_folder(command.folder), time.monotonic() - began)
+        return self._trained[variant]
+
+    def trained_by_two(self) -> dict[str, Any]:
+        """The final state of an uninterrupted training of two processes."""
+        folder = self.folder / "baseline" / "two_processes"
+        if not folder.exists():
+            leader = processes.start_command(folder, *DDP)
+            assert leader.wait(300) == 0, (folder / "output.txt").read_text()
+        return training_state(run_folder(folder), STEPS)
+
+
+def kills(faults: Faults) -> None:
     """Kills trainings at a given place, then at up to two random instants, then finishes and compares them."""
-    baselines, seconds = {}, {}
-    for variant, overrides in VARIANTS.items():
-        began = time.monotonic()
-        command = train(folder / "baseline" / variant.replace(" ", "_"), *overrides)
-        seconds[variant] = time.monotonic() - began
-        assert command.status == 0, command.output
-        baselines[variant] = training_state(run_folder(command.folder), STEPS)
     done = 0
-    # 3 variants and 4 places: the cycles give all pairs
-    for i, variant, (where, (function, calls)) in zip(
-        itertools.count(), itertools.cycle(VARIANTS), itertools.cycle(KILLED.items())
-    ):
-        if done >= number:
+    pairs = list(itertools.product(VARIANTS, KILLED.items()))
+    for i, (variant, (where, (function, calls))) in enumerate(itertools.cycle(pairs)):
+        if done >= faults.options.kills:
             break
-        place = folder / f"kills_{i}"
-        aimed = train(place, *VARIANTS[variant], faults=[Fault(function, chance.randint(1, calls))])
-        struck = [f"in {where}"] if aimed.status == 128 + signal.SIGKILL else []
-        last, finished = aimed, not struck
-        while not finished and not ended(place) and len(struck) < min(3, number - done):
-            started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
-            arguments = ["ckpt=last"] if started else [*TINY, *VARIANTS[variant]]
-            last = Command(place, ["train", *arguments]).start()
-            last.process.join(chance.uniform(0.1, 0.7) * seconds[variant])
-            finished = last.process.exitcode is not None
-            if finished:
-                last.status = last.wait()
-            else:
-                last.kill()
-                struck.append("at a random instant")
-        if not finished and not ended(place):
-            last = resume(place, *VARIANTS[variant])
-            finished = True
-        if finished and last.status != 0:
-            problem = last.output[-300:]
+        if variant == "compiled" and i >= 20:  # each start compiles
+            continue
+        trained, seconds = faults.trained(variant)
+        place = faults.folder / f"kills_{i}"
+        aimed = Fault(function, faults.chance.randint(1, calls))
+        row = f"SIGKILL of a training in {where}, {variant}"
+        try:
+            struck, problem = killed_and_finished(faults, place, variant, aimed, seconds)
+        except (AssertionError, TimeoutError) as error:
+            struck, problem = 0, f"{type(error).__name__}: {str(error)[-300:]}"
         else:
-            wrong = differences(baselines[variant], training_state(run_folder(place), STEPS))
-            problem = f"{len(wrong)} leaves differ" if wrong else None
-        for how in struck:
-            table.count(f"SIGKILL of a training {how}, {variant}", problem)
-        table.count(
-            "trainings without a number that is not finite in any kept checkpoint",
-            str(bad) if (bad := non_finite(place)) else None,
-        )
-        done += len(struck)
+            wrong = problem or differences(
+                training_state(trained, STEPS), training_state(run_folder(place), STEPS)
+            )
+            problem = wrong if isinstance(wrong, str) else f"{len(wrong)} leaves differ" if wrong else None
+        faults.table.count(row, problem)
+        for _ in range(struck):
+            faults.table.count(f"SIGKILL of a training at a random instant, {variant}", problem)
+        row = "trainings without a number that is not finite in any kept checkpoint"
+        faults.table.count(row, str(bad) if (bad := non_finite(place)) else None)
+        done += 1 + struck
         shutil.rmtree(place)
 
 
-def sampling_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+def killed_and_finished(
+    faults: Faults, place: Path, variant: str, aimed: Fault, seconds: float
+) -> tuple[int, str | None]:
+    """Trains with a fault, kills the continued training up to twice, and finishes it.
+
+    Returns:
+        How often it was killed at a random instant, and the end of the output if the last command has failed.
+    """
+    overrides = VARIANTS[variant]
+    assert train(place, *overrides, faults=[aimed]).status == 128 + signal.SIGKILL
+    struck = 0
+    while not ended(place) and struck < 2:
+        started = list(place.glob("runs/*/checkpoints/step_*.ckpt"))
+        arguments = ["ckpt=last"] if started else [*TINY, *overrides]
+        command = Command(place, ["train", *arguments]).start()
+        command.process.join(faults.chance.uniform(0.1, 0.7) * seconds)
+        if command.process.exitcode is not None:
+            return struck, command.output[-300:] if command.wait() else None
+        command.kill()
+        struck += 1
+    if ended(place):
+        return struck, None
+    last = resume(place, *overrides)
+    return struck, last.output[-300:] if last.status else None
+
+
+def sampling_kills(faults: Faults) -> None:
     """Kills and finishes sampling runs, and compares the images with those of an uninterrupted run."""
-    trained = run_folder(folder / "baseline" / "no_workers")
+    folder, chance, table = faults.folder, faults.chance, faults.table
+    trained, _ = faults.trained("no workers")
     base = ("sample", f"run={trained}", "n=48", "batch_size=4", "sampler=ddpm", "sampler.steps=10")
     whole = folder / "drawn"
     began = time.monotonic()
     assert run(whole, *base, f"out={whole}/out").status == 0
     seconds = time.monotonic() - began
     done = 0
-    while done < number:
+    while done < faults.options.drawings:
         place = folder / f"draw_{done}"
         command = Command(place, [*base, f"out={place}/out"]).start()
         command.process.join(chance.uniform(0.3, 0.95) * seconds)
@@ -150,18 +203,17 @@ def sampling_kills(folder: Path, chance: random.Random, number: int, table: Tabl
         )
         if alive:
             done += 1
-            table.count("SIGKILL of a drawing at a random instant", None if same else "the bytes differ")
+            table.count("SIGKILL of a sampling job at a random instant", None if same else "the bytes differ")
         shutil.rmtree(place)
 
 
-def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+def ddp_kills(faults: Faults) -> None:
     """Sends SIGKILL to one of two ranks."""
-    baseline = folder / "ddp_baseline"
-    assert processes.start_command(baseline, *DDP).wait(300) == 0, (baseline / "output.txt").read_text()
-    expected = training_state(run_folder(baseline), STEPS)
+    folder, chance, table = faults.folder, faults.chance, faults.table
+    expected = faults.trained_by_two() if faults.options.ddp else {}
     done = 0
     for i in itertools.count():
-        if done == number:
+        if done == faults.options.ddp:
             break
         place = folder / f"ddp_{i}"
         leader = processes.start_command(place, *DDP)
@@ -192,10 +244,11 @@ def ddp_kills(folder: Path, chance: random.Random, number: int, table: Table) ->
         shutil.rmtree(place)
 
 
-def save_kills(folder: Path, chance: random.Random, number: int, table: Table) -> None:
+def save_kills(faults: Faults) -> None:
     """Sends SIGKILL during saves, half of them with TMPDIR on another filesystem."""
+    folder, chance, table = faults.folder, faults.chance, faults.table
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(folder)
-    for i in range(number):
+    for i in range(faults.options.saves):
         temporary = elsewhere if i % 2 else str(folder)
         wrong = kill_while_saving(folder / f"save_{i}", chance, 20, temporary)
         where = "TMPDIR on another filesystem" if i % 2 else "TMPDIR on the same filesystem"
@@ -203,95 +256,53 @@ def save_kills(folder: Path, chance: random.Random, number: int, table: Table) -
         shutil.rmtree(folder / f"save_{i}")
 
 
-def signal_cases() -> Iterator[tuple[str, Fault]]:
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for name, (place, call) in PLACES.items():
-            yield f"{signum.name} in {name}", Fault(place, call, signum)
-    yield "two SIGTERM in a step", Fault(STEP, 5, signal.SIGTERM, again=2)
-    yield "two SIGINT in a step", Fault(STEP, 5, signal.SIGINT, again=2)
+def each(faults: Faults, row: str, name: str, problem: Callable[..., str | None], *arguments: Any) -> None:
+    """Counts a case that runs in a folder of its own, the first argument of `problem`."""
+    place = faults.folder / "case"
+    faults.table.attempt(row, name, problem, place, *arguments)
+    shutil.rmtree(place, ignore_errors=True)
 
 
-def signals(folder: Path, table: Table, ddp: bool) -> None:
-    """Sends signals to one process (14 cases, resumed and compared) and to two processes (6 cases)."""
-    expected = training_state(run_folder(folder / "baseline" / "no_workers"), STEPS)
-    for i, (name, fault) in enumerate(signal_cases()):
-        place = folder / f"signal_{i}"
-        stopped = train(place, faults=[fault])
-        problem = None
-        if stopped.status != 128 + fault.signum:
-            problem = f"{name}: exit status {stopped.status}"
-        elif resume(place).status or differences(expected, training_state(run_folder(place), STEPS)):
-            problem = f"{name}: not as uninterrupted"
-        table.count("signals to a training of one process", problem)
-    if not ddp:
-        return
-    who: dict[str, Callable[[list[int]], list[int]]] = {
-        "rank 0": lambda pids: pids[:1],
-        "rank 1": lambda pids: pids[1:],
-        "both": lambda pids: pids,
-    }
-    cases = [(signal.SIGTERM, "rank 0"), (signal.SIGTERM, "rank 1"), (signal.SIGTERM, "both")]
-    cases += [(signal.SIGINT, "both"), (signal.SIGUSR1, "rank 0"), (signal.SIGUSR1, "both")]
-    for i, (signum, whom) in enumerate(cases):
-        place, problem = folder / f"ddp_signal_{i}", None
-        leader = processes.start_command(place, *DDP, "trainer.max_steps=100000", "validate_every=100000")
-        try:
-            processes.wait_for(lambda place=place: list(place.glob("runs/*/checkpoints/step_*.ckpt")), 300)
-            pids, began = processes.ranks(leader), time.monotonic()
-            for pid in who[whom](pids):
-                os.kill(pid, signum)
-            status = leader.wait(60)
-            waited = time.monotonic() - began
-            saved = find_run(run_folder(place)).checkpoint
-            step = int(saved.stem.removeprefix("step_"))
-            if status != 128 + signum:
-                problem = f"{signum.name} to {whom}: exit status {status}"
-            elif f"saving at step {step}" not in (place / "output.txt").read_text():
-                problem = f"{signum.name} to {whom}: not saved"
-            elif waited > 10:
-                problem = f"{signum.name} to {whom}: it took {waited:.0f} s to end"
-        except subprocess.TimeoutExpired:
-            problem = f"{signum.name} to {whom}: hangs"
-        finally:
-            processes.leave_nothing(leader)
-        table.count("signals to a training of two processes (gloo)", problem)
-
-
-def phases_and_outputs(folder: Path, table: Table, ddp: bool) -> None:
-    """Signals in every phase, lost output at any moment, errors in a training, and every precision."""
-    trained = run_folder(folder / "baseline" / "no_workers")
+def signals(faults: Faults) -> None:
+    """Signals in every phase to one process; stopped trainings are continued."""
+    trained, _ = faults.trained("no workers")
     expected = training_state(trained, STEPS)
-
-    def count(row: str, name: str, problem: Callable[[Path], str | None]) -> None:
-        place = folder / "phase"
-        found = problem(place)
-        table.count(row, f"{name}: {found}" if found else None)
-        shutil.rmtree(place, ignore_errors=True)
-
     for case in phases.cases():
-        if case.who is None or ddp:
-            of = "one process" if case.who is None else "two processes (gloo)"
-            row = f"signals to {of} in each phase"
-            count(row, case.name, lambda place, case=case: phases.problem_of(case, place, trained))
+        if case.who is None:
+            each(faults, "signals to one process", case.name, phases.problem_of, case, trained, expected)
+
+
+def signals_to_two(faults: Faults) -> None:
+    """Signals in every phase to two processes; stopped trainings are continued."""
+    trained, _ = faults.trained("no workers")
+    for case in phases.cases():
+        if case.who is not None:
+            row, expected = "signals to two processes (gloo)", faults.trained_by_two()
+            each(faults, row, case.name, phases.problem_of, case, trained, expected)
+
+
+def outputs_and_errors(faults: Faults) -> None:
+    """Lost output at any moment, and errors in a training."""
+    expected = training_state(faults.trained("no workers")[0], STEPS)
     for name, fault in phases.lost_outputs():
-        row = "output lost during a training"
-        count(row, name, lambda place, fault=fault: phases.problem_without_output(fault, place, expected))
+        each(faults, "output lost during a training", name, phases.problem_without_output, fault, expected)
     for name in phases.ERRORS:
-        row = "an error in a training"
-        count(row, name, lambda place, name=name: phases.problem_after_error(name, place, expected))
+        each(faults, "an error in a training", name, phases.problem_after_error, name, expected)
+
+
+def precisions(faults: Faults) -> None:
+    """All precisions, end to end or refused."""
     for name in (*phases.PRECISIONS, *phases.REFUSED_PRECISIONS):
-        row = "precisions, end to end or refused"
-        count(row, name, lambda place, name=name: phases.problem_of_precision(name, place))
+        row = "precisions refused" if name in phases.REFUSED_PRECISIONS else "precisions, end to end"
+        each(faults, row, name, phases.problem_of_precision, name)
 
 
-def hostile_folders(folder: Path, seed: int, every: int, table: Table) -> None:
+def hostile_folders(faults: Faults) -> None:
     """Continues or samples hostile and damaged run folders; see `tests.faults.hostile`."""
-    good = hostile.good_run(folder / "good")
-    for number, case in enumerate(list(hostile.cases(seed))[::every]):
-        place = folder / f"hostile_{number}"
-        found = hostile.problem(case, good, place)
-        table.count(f"hostile or damaged folders: {case.kind}", found and f"{case.name}: {found}")
-        shutil.rmtree(place)
+    good = hostile.good_run(faults.folder / "good")
+    for case in list(hostile.cases(faults.options.seed))[:: faults.options.every]:
+        row = f"hostile or damaged folders: {case.kind}"
+        each(faults, row, case.name, lambda place, case=case: hostile.problem(case, good, place))
 
 
 # rows of the table that count tests
@@ -305,42 +316,53 @@ TESTED = {
 }
 
 
-def tested(table: Table) -> None:
+def tested(faults: Faults) -> None:
+    """Counts tests."""
     for name, selection in TESTED.items():
         command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", selection]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         for line in done.stdout.splitlines():
             outcome, _, test = line.partition(" ")
             if outcome in ("PASSED", "FAILED", "ERROR"):
-                table.count(name, None if outcome == "PASSED" else test)
+                faults.table.count(name, None if outcome == "PASSED" else test)
+
+
+SECTIONS = {
+    "hostile": hostile_folders,
+    "kills": kills,
+    "saves": save_kills,
+    "drawings": sampling_kills,
+    "signals": signals,
+    "two": signals_to_two,
+    "outputs": outputs_and_errors,
+    "precisions": precisions,
+    "ddp": ddp_kills,
+    "tests": tested,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"{', '.join(SECTIONS)}; all by default")
     parser.add_argument("--kills", type=int, default=80, help="number of kills of trainings of one process")
     parser.add_argument("--ddp", type=int, default=20, help="number of kills of one of two processes")
     parser.add_argument("--saves", type=int, default=200, help="number of kills during a save")
     parser.add_argument("--drawings", type=int, default=10, help="number of kills of sampling runs")
-    parser.add_argument(
-        "--hostile", type=int, default=1, help="every n-th hostile or damaged folder; 0 for none"
-    )
+    parser.add_argument("--every", type=int, default=1, help="every n-th hostile or damaged folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random instants")
-    parser.add_argument("--out", type=Path, help="JSON file for the counts")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the counts; those of other sections in it are kept"
+    )
     options = parser.parse_args()
-    table, chance = Table(), random.Random(options.seed)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no such sections: {', '.join(unknown)}")
+    before = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    table = Table(before)
     with tempfile.TemporaryDirectory(prefix="faults_") as name:
-        folder = Path(name)
+        faults = Faults(Path(name), options, table, random.Random(options.seed))
         try:
-            if options.hostile:
-                hostile_folders(folder, options.seed, options.hostile, table)
-            kills(folder, chance, options.kills, table)
-            save_kills(folder, chance, options.saves, table)
-            sampling_kills(folder, chance, options.drawings, table)
-            signals(folder, table, ddp=options.ddp > 0)
-            phases_and_outputs(folder, table, ddp=options.ddp > 0)
-            if options.ddp:
-                ddp_kills(folder, chance, options.ddp, table)
-            tested(table)
+            for section in options.sections or SECTIONS:
+                SECTIONS[section](faults)
         finally:
             print(table.markdown())
             if options.out:

@@ -11,8 +11,8 @@ import sys
 
 
 def main() -> None:
-    for fault in pickle.loads(base64.b64decode(os.environ["FAULTS"])):
-        fault.install()
+    for fault, pending in pickle.loads(base64.b64decode(os.environ["FAULTS"])):
+        fault.install(pending)
     # Lightning starts the other ranks with only the overrides
     name = os.environ.setdefault("COMMAND", sys.argv[1])
     if "LOCAL_RANK" not in os.environ:

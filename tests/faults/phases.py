@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src.runs.folder import find_run
 from tests.faults import processes
-from tests.faults.processes import DDP, TINY, Fault, Replacement, run, run_folder, start_command
+from tests.faults.processes import DDP, STEPS, TINY, Fault, Replacement, run, run_folder, start_command
 from tests.faults.states import differences, training_state
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -42,11 +42,22 @@ TWO_PROCESSES = (
     ("start", signal.SIGUSR1, 0),
     ("data", signal.SIGUSR1, 1),
     ("data", signal.SIGINT, "group"),
+    ("a step", signal.SIGTERM, 0),
+    ("a step", signal.SIGTERM, 1),
+    ("a step", signal.SIGTERM, "group"),
     ("a step", signal.SIGHUP, 1),
     ("a step", signal.SIGINT, "group"),
+    ("a step", signal.SIGUSR1, 0),
+    ("a step", signal.SIGUSR1, "group"),
     ("validation", signal.SIGTERM, 1),
+    ("validation", signal.SIGINT, "group"),
     ("a preview", signal.SIGTERM, 0),
+    ("a preview", signal.SIGINT, "group"),
+    ("a score", signal.SIGHUP, 1),
+    ("a score", signal.SIGTERM, "group"),
     ("a save", signal.SIGUSR1, 0),
+    ("a save", signal.SIGINT, "group"),
+    ("the end", signal.SIGTERM, 0),
     ("sampling", signal.SIGINT, "group"),
     ("sampling", signal.SIGHUP, 0),
     ("evaluation", signal.SIGTERM, 0),
@@ -62,15 +73,18 @@ class Case:
         phase: a name in PHASES or OF_RUNS, or "launch".
         signum: the signal.
         who: the rank of two processes that receives it, "group" for all; None for a command of one process.
+        again: how many times it is sent.
     """
 
     phase: str
     signum: int
     who: int | str | None = None
+    again: int = 1
 
     @property
     def name(self) -> str:
-        return f"{signal.Signals(self.signum).name} in {self.phase}, {self.who}"
+        to = {None: "", "group": " to both"}.get(self.who, f" to rank {self.who}")
+        return f"{f'{self.again} ' if self.again > 1 else ''}{signal.Signals(self.signum).name} in {self.phase}{to}"
 
 
 def cases() -> Iterator[Case]:
@@ -78,6 +92,7 @@ def cases() -> Iterator[Case]:
     for phase in (*PHASES, *OF_RUNS):
         for signum in SIGNALS:
             yield Case(phase, signum)
+    yield Case("a step", signal.SIGTERM, again=2)
     for phase, signum, who in TWO_PROCESSES:
         yield Case(phase, signum, who)
 
@@ -91,15 +106,17 @@ def slurm(folder: Path) -> dict[str, str]:
     return {"SLURM_JOB_ID": "4711", "PATH": f"{binary.parent}:{os.environ['PATH']}"}
 
 
-def problem_of(case: Case, folder: Path, trained: Path) -> str | None:
+def problem_of(folder: Path, case: Case, trained: Path, expected: dict | None = None) -> str | None:
     """Runs a case; returns what was not as required.
 
     Args:
         folder: where the command runs.
+        case: the case.
         trained: a finished run, for sampling and evaluation.
+        expected: the final state of this training without a signal; None if the training is not continued.
     """
     if case.who is not None:
-        return _of_two_processes(case, folder, trained)
+        return _of_two_processes(folder, case, trained, expected)
     environment = slurm(folder) if case.signum == signal.SIGUSR1 else {}
     if case.phase in OF_RUNS:
         name, place, call = OF_RUNS[case.phase]
@@ -107,17 +124,34 @@ def problem_of(case: Case, folder: Path, trained: Path) -> str | None:
     else:
         place, call, step = PHASES[case.phase]
         arguments = ["train", *TINY]
-    done = run(folder, *arguments, faults=[Fault(place, call, case.signum)], **environment)
+    done = run(folder, *arguments, faults=[Fault(place, call, case.signum, again=case.again)], **environment)
     if environment and not (folder / "requeued").exists():
-        return f"{case.name}: not requeued"
-    return _wrong(case, done.status, 0, done.process.pid, done.output, folder, step)
+        return "not requeued"
+    wrong = _wrong(case, done.status, 0, done.process.pid, done.output, folder, step)
+    if wrong or expected is None or case.phase in OF_RUNS or step == STEPS:
+        return wrong
+    if environment:  # SLURM starts the same command line again, wherever the signal came
+        again = run(folder, "train", *TINY, SLURM_RESTART_COUNT="1", **environment)
+    elif step is None:
+        return None
+    else:
+        again = run(folder, "train", "ckpt=last")
+    return _not_continued(again, folder, expected)
 
 
-def _of_two_processes(case: Case, folder: Path, trained: Path) -> str | None:
+def _not_continued(done: processes.Command, folder: Path, expected: dict) -> str | None:
+    if done.status:
+        return f"not continued: {done.output[-500:]}"
+    wrong = differences(expected, training_state(run_folder(folder), STEPS))
+    return f"{len(wrong)} leaves differ after it was continued" if wrong else None
+
+
+def _of_two_processes(folder: Path, case: Case, trained: Path, expected: dict | None) -> str | None:
     step, faults, began = None, [], time.monotonic()
     if case.phase in OF_RUNS:
         arguments = [OF_RUNS[case.phase][0], f"run={trained}", "n=4000", "batch_size=2", "sampler.steps=20"]
         arguments += ["devices=2", "device=cpu", f"hydra.run.dir={folder}"]
+        arguments += [f"out={folder}/out"] if case.phase == "sampling" else []
     else:
         arguments = ["train", *DDP]
         place, call, step = (LAUNCHED, 1, None) if case.phase == "launch" else PHASES[case.phase]
@@ -128,38 +162,51 @@ def _of_two_processes(case: Case, folder: Path, trained: Path) -> str | None:
     leader = start_command(folder, *arguments, faults=faults)
     try:
         if not faults:
-            shared = case.phase in OF_RUNS
-            others = processes.members if shared else (lambda _: processes.ranks(leader))
-            processes.wait_for(lambda: len(others(leader.pid)) >= (3 if shared else 2), 300)
-            time.sleep(5 if shared else 0)
+            if case.phase in OF_RUNS:
+                begun = "out/images/*.png" if case.phase == "sampling" else "cache/**/*.*"
+                processes.wait_for(lambda: list(folder.glob(begun)), 300)
+                time.sleep(1)  # the statistics of the reference set are written just before the first images
+            else:
+                processes.wait_for(lambda: len(processes.ranks(leader)) >= 2, 300)
             began = time.monotonic()
             (os.killpg if case.who == "group" else os.kill)(leader.pid, case.signum)
         status = leader.wait(600)
         status = 128 - status if status < 0 else status
         waited = 0 if faults else time.monotonic() - began
         output = (folder / "output.txt").read_text()
-        return _wrong(case, status, waited, leader.pid, output, folder, step)
+        processes.check_reached(folder)
+        wrong = _wrong(case, status, waited, leader.pid, output, folder, step)
     finally:
         processes.leave_nothing(leader)
+    if wrong or expected is None or step in (None, STEPS):
+        return wrong
+    leader = start_command(folder, "ckpt=last")
+    try:
+        if leader.wait(600):
+            return f"not continued: {(folder / 'output.txt').read_text()[-500:]}"
+    finally:
+        processes.leave_nothing(leader)
+    differing = differences(expected, training_state(run_folder(folder), STEPS))
+    return f"{len(differing)} leaves differ after it was continued" if differing else None
 
 
 def _wrong(
     case: Case, status: int, waited: float, session: int, output: str, folder: Path, step: int | None
 ) -> str | None:
     if status != 128 + case.signum:
-        return f"{case.name}: exit status {status}\n{output[-500:]}"
+        return f"exit status {status}\n{output[-500:]}"
     if waited > SECONDS:
-        return f"{case.name}: it took {waited:.0f} s to end"
+        return f"it took {waited:.0f} s to end"
     try:
         processes.wait_for(lambda: not processes.members(session), SECONDS)
     except TimeoutError:
-        return f"{case.name}: a process is left"
+        return "a process is left"
     if "Traceback" in output:
-        return f"{case.name}: a traceback\n{output[-500:]}"
+        return f"a traceback\n{output[-500:]}"
     if step is not None:
         saved = find_run(run_folder(folder)).checkpoint.stem
         if saved != f"step_{step:08d}":
-            return f"{case.name}: the newest checkpoint is {saved}, not of step {step}"
+            return f"the newest checkpoint is {saved}, not of step {step}"
     return None
 
 
@@ -173,16 +220,15 @@ MOMENTS = {
 }
 
 
-def lose(kind: str, streams: tuple[int, ...], when: int, original, call, *arguments, **named):
+def lose(kind: str, streams: tuple[int, ...], original, call, *arguments, **named):
     """A replacement that makes standard streams unwritable."""
-    if call == when:
-        for stream in streams:
-            if kind == "closed pipe":
-                reader, writer = os.pipe()
-                os.close(reader)
-            else:
-                writer = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(writer, stream)
+    for stream in streams:
+        if kind == "closed pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(writer, stream)
     return original(*arguments, **named)
 
 
@@ -192,23 +238,21 @@ def lost_outputs() -> Iterator[tuple[str, Replacement]]:
         for streams in ((1,), (1, 2)):
             for moment, (place, call) in MOMENTS.items():
                 which = "standard output and error" if len(streams) > 1 else "standard output"
-                yield f"{which}, {kind}, {moment}", Replacement(place, partial(lose, kind, streams, call))
+                yield (
+                    f"{which}, {kind}, {moment}",
+                    Replacement(place, partial(lose, kind, streams), call=call),
+                )
 
 
-def problem_without_output(fault: Replacement, folder: Path, expected: dict) -> str | None:
+def problem_without_output(folder: Path, fault: Replacement, expected: dict) -> str | None:
     """Trains with a lost output; returns how the result differs from the expected state."""
     done = run(folder, "train", *TINY, faults=[fault])
-    if done.status:
-        return f"exit status {done.status}\n{done.output[-500:]}"
-    wrong = differences(expected, training_state(run_folder(folder), 12))
-    return f"{len(wrong)} leaves differ" if wrong else None
+    return _not_continued(done, folder, expected)
 
 
-def fail(when: int, original, call, *arguments, **named):
+def fail(*_, **named):
     """A replacement that raises."""
-    if call == when:
-        raise RuntimeError("injected")
-    return original(*arguments, **named)
+    raise RuntimeError("injected")
 
 
 # name -> the function, the number of its call, and the step that must be saved; None: the training continues
@@ -225,10 +269,10 @@ ERRORS = {
 }
 
 
-def problem_after_error(name: str, folder: Path, expected: dict, *overrides: str) -> str | None:
+def problem_after_error(folder: Path, name: str, expected: dict) -> str | None:
     """Trains with an injected error, continues without it, and compares with the expected state."""
     place, call, step = ERRORS[name]
-    done = run(folder, "train", *TINY, *overrides, faults=[Replacement(place, partial(fail, call))])
+    done = run(folder, "train", *TINY, faults=[Replacement(place, fail, call=call)])
     if done.status != (0 if step is None else 1):
         return f"exit status {done.status}\n{done.output[-500:]}"
     if step is not None:
@@ -240,7 +284,7 @@ def problem_after_error(name: str, folder: Path, expected: dict, *overrides: str
             return f"not continued: {done.output[-500:]}"
     elif "training continues" not in done.output or "failed " not in done.output:
         return "not reported"
-    wrong = differences(expected, training_state(run_folder(folder), 12))
+    wrong = differences(expected, training_state(run_folder(folder), STEPS))
     return f"{len(wrong)} leaves differ" if wrong else None
 
 
@@ -248,7 +292,7 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 REFUSED_PRECISIONS = ("16-true", "16-mixed", "transformer-engine", "transformer-engine-float16")
 
 
-def problem_of_precision(precision: str, folder: Path) -> str | None:
+def problem_of_precision(folder: Path, precision: str) -> str | None:
     """Trains with previews and scores, stops by a signal, continues bit-exactly, samples and evaluates."""
     overrides = (*TINY, f"trainer.precision={precision}")
     if precision in REFUSED_PRECISIONS:
@@ -260,7 +304,7 @@ def problem_of_precision(precision: str, folder: Path) -> str | None:
     if (whole.status, stopped.status) != (0, 143):
         return f"exit status {whole.status}, {stopped.status}: {whole.output[-300:]} {stopped.output[-300:]}"
     done = run(folder / "parts", "train", "ckpt=last")
-    one, other = (training_state(run_folder(folder / each), 12) for each in ("whole", "parts"))
+    one, other = (training_state(run_folder(folder / each), STEPS) for each in ("whole", "parts"))
     if done.status or differences(one, other):
         return f"not as uninterrupted: {done.output[-300:]}"
     averages = [value for leaf, value in one.items() if leaf.startswith("/ema/weights")]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,45 @@ TINY = (
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """Replaces a function by replacement(original, number of the call, *arguments).
+
+    Attributes:
+        place: the function, "module:attribute.path", in src or a library.
+        replacement: a module-level function, which can be pickled.
+        rank: the only rank with the replacement; None for all ranks.
+        call: number of the only call that is replaced, from 1; None for all calls.
+    """
+
+    place: str
+    replacement: Callable
+    rank: int | None = None
+    call: int | None = None
+
+    def install(self, pending: Path) -> None:
+        """Replaces the function in this process; the file `pending` is removed when the replacement is called."""
+        if self.rank is not None and int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+            return
+        owner, name, original = resolve(self.place)
+        calls = 0
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if self.call not in (None, calls):
+                return original(*arguments, **named)
+            pending.unlink(missing_ok=True)
+            return self.replacement(original, calls, *arguments, **named)
+
+        setattr(owner, name, called)
+
+
+@dataclass(frozen=True)
 class Fault:
     """Sends a signal to its own process when a function is called for the n-th time.
 
     Attributes:
-        place: the function, "module:attribute.path", in src or a library. It is called after the signal.
+        place: as for `Replacement`. The function is called after the signal.
         call: number n of the call, from 1.
         signum: the signal.
         again: how many times the signal is sent.
@@ -78,49 +113,29 @@ class Fault:
     rank: int | None = None
     group: bool = False
 
-    def install(self) -> None:
-        if self.rank is not None and int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
-            return
-        owner, name, original = resolve(self.place)
-        calls = 0
-
-        def hit(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == self.call:
-                for _ in range(self.again):
-                    os.kill(0 if self.group else os.getpid(), self.signum)
-            return original(*arguments, **named)
-
-        setattr(owner, name, hit)
+    def install(self, pending: Path) -> None:
+        """As for `Replacement`."""
+        Replacement(self.place, partial(_strike, self), self.rank, self.call).install(pending)
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """Replaces a function by replacement(original, number of the call, *arguments).
+def _strike(fault: Fault, original: Callable, call: int, *arguments: Any, **named: Any) -> Any:
+    for _ in range(fault.again):
+        os.kill(0 if fault.group else os.getpid(), fault.signum)
+    return original(*arguments, **named)
 
-    Attributes:
-        place: as for `Fault`.
-        replacement: a module-level function, which can be pickled.
-        rank: the only rank with the replacement; None for all ranks.
-    """
 
-    place: str
-    replacement: Callable
-    rank: int | None = None
+def announce(folder: Path, faults: Sequence[Fault | Replacement]) -> list[Path]:
+    """A file for each fault of a command, which the fault removes when its place is reached."""
+    pending = [folder / f"{number}_{time.monotonic_ns()}.pending" for number in range(len(faults))]
+    for path, fault in zip(pending, faults, strict=True):
+        path.write_text(f"{fault.place}, call {fault.call}")
+    return pending
 
-    def install(self) -> None:
-        if self.rank is not None and int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
-            return
-        owner, name, original = resolve(self.place)
-        calls = 0
 
-        def called(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return self.replacement(original, calls, *arguments, **named)
-
-        setattr(owner, name, called)
+def check_reached(folder: Path) -> None:
+    """Raises AssertionError if a fault of the commands of this folder did not strike: it would show nothing."""
+    missed = [path.read_text() for path in folder.glob("*.pending")]
+    assert not missed, f"the fault did not strike: {missed}"
 
 
 def resolve(place: str) -> tuple[Any, str, Any]:
@@ -152,18 +167,25 @@ class Command:
     def start(self) -> "Command":
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / f"output_{time.monotonic_ns()}.txt"
+        faults = list(zip(self.faults, announce(self.folder, self.faults), strict=True))
         self.process = SERVER.Process(
-            target=_main, args=(self.folder, self.log, tuple(self.arguments), self.faults, self.environment)
+            target=_main, args=(self.folder, self.log, tuple(self.arguments), faults, self.environment)
         )
         self.process.start()
         return self
 
     def wait(self, seconds: float = 300) -> int:
-        """Returns the exit status as a shell does. If the process hangs, kills it and raises TimeoutError."""
+        """The exit status as a shell gives it.
+
+        Raises:
+            TimeoutError: the process hangs; it is killed.
+            AssertionError: a fault did not strike.
+        """
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.kill()
             raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        check_reached(self.folder)
         return self.process.exitcode if self.process.exitcode >= 0 else 128 - self.process.exitcode
 
     def signal(self, signum: int) -> None:
@@ -184,7 +206,7 @@ def _main(
     folder: Path,
     log: Path,
     arguments: tuple[str, ...],
-    faults: Sequence[Fault | Replacement],
+    faults: Sequence[tuple[Fault | Replacement, Path]],
     environment: dict[str, str],
 ) -> None:
     os.setsid()
@@ -194,8 +216,8 @@ def _main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    for fault in faults:
-        fault.install()
+    for fault, pending in faults:
+        fault.install(pending)
     name, *overrides = arguments
     sys.argv = [f"src.{name}", *overrides]
     importlib.import_module(f"src.{name}").main()
@@ -237,7 +259,7 @@ def start_command(
 ) -> subprocess.Popen:
     """Starts a command, e.g. on two gloo processes, in a new session; output goes to folder/output.txt.
 
-    The command is src.train, unless the first argument is the name of another.
+    The command is src.train, unless the first argument is the name of another. After it, call `check_reached`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = "train"
@@ -245,7 +267,8 @@ def start_command(
         name, *arguments = arguments
     module = ["tests.faults.command", name] if faults else [f"src.{name}"]
     command = [sys.executable, "-m", *module, f"runs={folder / 'runs'}", *arguments]
-    environment["FAULTS"] = base64.b64encode(pickle.dumps(tuple(faults))).decode()
+    pending = announce(folder, faults)
+    environment["FAULTS"] = base64.b64encode(pickle.dumps(list(zip(faults, pending, strict=True)))).decode()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     cache = {"DIFFUSION_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     with (folder / "output.txt").open("ab") as log:

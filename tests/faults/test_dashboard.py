@@ -80,6 +80,7 @@ def seconds_of_training(tmp_path, uninterrupted, logger, faults=(), **environmen
         status = process.wait(240)
     finally:
         processes.leave_nothing(process)
+    processes.check_reached(tmp_path)
     output = (tmp_path / "output.txt").read_text()
     assert status == 0, output
     assert "Traceback" not in output

@@ -92,6 +92,7 @@ def test_failure_on_one_rank_skips_the_step_on_both(tmp_path):
         assert leader.wait(200) == 0, (tmp_path / "output.txt").read_text()
     finally:
         processes.leave_nothing(leader)
+    processes.check_reached(tmp_path)
     folder = run_folder(tmp_path)
     changed = differences(training_state(folder, 4), training_state(folder, 5))
     assert not [leaf for leaf in changed if leaf.startswith(("/state_dict", "/ema/w"))]

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     ids=lambda case: case.name,
 )
 def test_signals_outside_the_steps(tmp_path, trained, case):
-    assert phases.problem_of(case, tmp_path, trained) is None
+    assert phases.problem_of(tmp_path, case, trained) is None
 
 
 @pytest.mark.slow  # part of `make faults`
@@ -44,7 +44,7 @@ def test_signals_outside_the_steps(tmp_path, trained, case):
     ids=lambda case: case.name,
 )
 def test_signals_to_two_processes_that_start(tmp_path, trained, case):
-    assert phases.problem_of(case, tmp_path, trained) is None
+    assert phases.problem_of(tmp_path, case, trained) is None
 
 
 LOST = dict(lost_outputs())
@@ -58,17 +58,17 @@ LOST = dict(lost_outputs())
     ],
 )
 def test_lost_output(tmp_path, uninterrupted, name):
-    assert phases.problem_without_output(LOST[name], tmp_path, uninterrupted) is None
+    assert phases.problem_without_output(tmp_path, LOST[name], uninterrupted) is None
 
 
 @pytest.mark.parametrize("name", ["the backward pass", "the optimiser", "a score", "a logger"])
 def test_errors_in_a_training(tmp_path, uninterrupted, name):
-    assert phases.problem_after_error(name, tmp_path, uninterrupted) is None
+    assert phases.problem_after_error(tmp_path, name, uninterrupted) is None
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow)])
 def test_precisions(tmp_path, precision):
-    assert phases.problem_of_precision(precision, tmp_path) is None
+    assert phases.problem_of_precision(tmp_path, precision) is None
 
 
 LIGHTNING = (
