@@ -8,6 +8,7 @@ samples/           previews and sampled images
 lock               locked while a process trains in this folder
 csv/               the curves; also wandb/ and tensorboard/
 scores.json        the last scores and their protocol
+error.json         why the last start failed, if it did
 train.log          what was printed
 scores/            scores of src.evaluate, one folder per recipe
 """
@@ -35,10 +36,20 @@ STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 SCORES_FILE = "scores.json"
+ERROR_FILE = "error.json"
 LOCK_FILE = "lock"
 LAYOUT = (
     *(CHECKPOINTS, "ema", "samples", "scores", "csv", "wandb", "tensorboard", ".hydra"),
-    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, LOCK_FILE, "train.log", "outcome.json", "wandb_run_id"),
+    *(
+        CONFIG_FILE,
+        ENVIRONMENT_FILE,
+        SCORES_FILE,
+        ERROR_FILE,
+        LOCK_FILE,
+        "train.log",
+        "outcome.json",
+        "wandb_run_id",
+    ),
 )
 """What this package and its loggers read and write in a run folder."""
 
