@@ -54,7 +54,7 @@ from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, not_finite
-from src.training.dashboard import CurveFiles, forgiving, needs_package, wandb_settings
+from src.training.dashboard import CurveFiles, Dashboard, forgiving, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
@@ -99,6 +99,13 @@ class Experiment:
         losses = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         latest = self.tracker.latest if self.tracker else None
         return {**(latest.scores if latest else {}), **losses}
+
+    def publish(self, folder: Path) -> None:
+        """Adds the protocol, the table of scores and, online, the report of the run to the dashboard."""
+        latest = self.tracker.latest if self.tracker else None
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Dashboard) and latest is not None:
+                logger.publish(latest, folder)
 
 
 def assemble(config: DictConfig, folder: Path) -> Experiment:

@@ -19,7 +19,7 @@ from src.diffusion.parameterization import EDM, V, Velocity
 from src.diffusion.sampler import FlowMap as FlowMapSampler
 from src.diffusion.schedule import EDM as EDMSchedule
 from src.diffusion.schedule import Cosine, RectifiedFlow
-from src.diffusion.spacing import Leading, Quadratic, Trailing
+from src.diffusion.spacing import Leading, Trailing
 from src.diffusion.time_sampling import Importance, Uniform
 from src.diffusion.weighting import Simple
 from src.model import UNet

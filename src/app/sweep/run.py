@@ -27,6 +27,7 @@ from src.app.sweep.jobs import (
     composed,
     option_of,
 )
+from src.app.sweep.report import report_sweep
 from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
@@ -91,6 +92,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
         sweep.write()
         _run(sweep, launcher, config)
     outcomes = sweep.outcomes()
+    report_sweep(sweep)
     return sum("error" in outcome for outcome in outcomes.values())
 
 

@@ -21,7 +21,7 @@ from ..time_sampling import TimeSampling
 from ..weighting import Weighting
 from .base import Loss
 from .denoising import DenoisingLoss
-from .few_step import check_denoiser, check_fixed, per_image
+from .few_step import check_denoiser, check_fixed
 
 # A network of a consistency model has to give x_t back at this time, up to this error.
 CLEAN_TIME, CLEAN_ERROR = 1e-6, 1e-3
