@@ -81,6 +81,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     )
     folder = _folder(entry_point, config, own, finished)
     launcher = _launcher(config)
+    launcher.check()
     if search is None:
         sweep = Sweep(entry_point, folder, own)
     else:
