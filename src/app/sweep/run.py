@@ -256,6 +256,8 @@ def _harmless(override: Any) -> bool:
     words = set(re.split(r"\W+", f"{key}.{override.package}"))
     if words & {"hydra", "trust"} or "_target_" in f"{key}{value}{override.value()}" or "$" in value:
         return False
+    if key.startswith(f"{SEARCH}.space"):  # it holds options itself
+        return False
     if "." in key or key in {option.name for options in OPTIONS.values() for option in options}:
         # each job has a folder of its own, so that nothing is written to `runs`
         return key == "runs" or (effect_of(key) != "once" and key not in ("run", "out"))
