@@ -29,6 +29,7 @@ from src.app.lightning import (
     NoProfiler,
     check_callback,
     check_monitors,
+    check_sharded,
     check_trainer,
     check_trainer_options,
     joined_arguments,
@@ -163,6 +164,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
+    check_sharded(trainer, module, config.compile)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
     # validate_every counts optimiser steps, Lightning counts batches

@@ -251,6 +251,13 @@ class _StopWatch(Callback):
         self._last = now
 
 
+def span(hours: float) -> str:
+    """A length of time in a fitting unit, e.g. "43 s", "12.5 min" or "3.21 h"."""
+    if hours < 1.5 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours < 1.5 else f"{hours:.2f} h"
+
+
 def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -259,7 +266,7 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     parts = ("steps", "validation", "previews", "scores", "sum")
     table = Table(
         *("job", "parameters", "GFLOP an image", "s a step", "memory"),
-        *(f"{part}, h" for part in parts),
+        *parts,
         "disk",
         title="cost of training on this machine",
     )
@@ -273,16 +280,13 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
                 f"{cost.flops / 1e9:.3g}",
                 f"{cost.step:.3g}",
                 f"{cost.memory / 2**30:.2f} GB",
-                *(
-                    f"{hours:.2f}"
-                    for hours in (cost.steps, cost.validations, cost.previews, cost.scores, cost.hours)
-                ),
+                *map(span, (cost.steps, cost.validations, cost.previews, cost.scores, cost.hours)),
                 f"{cost.disk / 2**20:,.0f} MB",
             )
     possible = [cost for _, cost in rows if isinstance(cost, Cost)]
     if len(rows) > 1:
         disk = sum(cost.disk for cost in possible) / 2**20
         table.add_row(
-            "all, one after the other", *[""] * 8, f"{sum(c.hours for c in possible):.2f}", f"{disk:,.0f} MB"
+            "all, one after the other", *[""] * 8, span(sum(c.hours for c in possible)), f"{disk:,.0f} MB"
         )
     console.print(table)
