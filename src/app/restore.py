@@ -136,6 +136,8 @@ def _averages(
         made = post_hoc.synthesise(found.folder / post_hoc.FOLDER, weights, content["global_step"])
         return made, f"ema std={weights:g}, made from snapshots", None
     stored = next((s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None)
+    if stored is None and "imported" in content:
+        return {}, "imported", None
     if stored is None:
         log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
         return {}, "raw", None

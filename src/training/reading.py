@@ -62,6 +62,9 @@ Content = with_config(Anything)(
             "optimizer_states": NotRequired[list[dict[str, Any]]],
             "lr_schedulers": NotRequired[list[dict[str, Any]]],
             "origin": NotRequired[Origin],
+            "imported": NotRequired[
+                dict[str, str]
+            ],  # where the weights come from, in a run of src.import_weights
             ImageDataModule.__qualname__: NotRequired[Samples],
         },
     )

@@ -248,6 +248,11 @@ class ResumeCheck(Callback):
             return
         # memory-mapped, since the weights are not needed here
         stored = read_checkpoint(self.checkpoint)
+        if "imported" in stored:
+            raise UserError(
+                f"ckpt={self.checkpoint}: imported weights have no optimiser to continue with; start with"
+                f" init={self.checkpoint} instead"
+            )
         if "origin" not in stored:
             raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project")
         then = {**stored["origin"], "config": flat(self.upgrade(stored["config"]))}
