@@ -1,7 +1,6 @@
 """Joins the parts of a training: configuration -> objects."""
 
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.automatic import settle
 from src.app.bands import bands_of
@@ -33,6 +29,7 @@ from src.app.lightning import (
     check_trainer_options,
     joined_arguments,
 )
+from src.app.optimizers import optimizer_of
 from src.app.options import effect_of
 from src.app.parts import (
     codec_of,
@@ -152,7 +149,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         upgrade=upgrade,
         packages=("src", *config.trust),
         assembly=tuple(
-            f"src.app.{name}" for name in ("assemble", "parts", "conditions", "recipes", "guides")
+            f"src.app.{name}"
+            for name in ("assemble", "parts", "conditions", "recipes", "guides", "optimizers", "initial")
         ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
@@ -218,24 +216,6 @@ def checkpoint_of(config: DictConfig) -> Path | None:
     if broken := not_finite(content):
         raise UserError(f"ckpt={checkpoint}: {broken} is not finite; choose another checkpoint")
     return checkpoint
-
-
-def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
-    """What makes the optimiser and its learning-rate schedule, both tried on one parameter."""
-    for name, value in (config.optimizer or {}).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"optimizer.{name}={value}: give a finite number")
-    optimizer = build(config.optimizer, Optimizer, "optimizer")
-    lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
-    option = "optimizer"
-    try:
-        tried = optimizer([nn.Parameter(torch.zeros(1))])
-        option = "lr_schedule"
-        if lr_schedule is not None:
-            lr_schedule(tried)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
-    return optimizer, lr_schedule
 
 
 def callbacks_of(

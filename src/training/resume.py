@@ -188,8 +188,9 @@ def retune(trainer: Trainer, configured: Any) -> None:
         with warnings.catch_warnings(action="ignore"):  # warns that there are no optimiser steps in between
             for _ in range(trainer.global_step):
                 schedule.step()
+    kept = ("params", *getattr(fresh, "counters", ()))
     for group, options in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
-        group.update({name: value for name, value in options.items() if name != "params"})
+        group.update({name: value for name, value in options.items() if name not in kept})
     if schedule is not None:
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(schedule.state_dict())
 
