@@ -47,7 +47,7 @@ ONLY_IN = {
     "wandb": {"training"},
     "optuna": {"training", "app"},
     "torch_fidelity": {"metrics", "tools"},
-    "diffusers": {"interop"},
+    "diffusers": {"interop", "data"},
     "transformers": {"data"},
 }
 

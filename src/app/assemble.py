@@ -114,6 +114,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     source = source_of(config)
     source.check()
     codec = codec_of(config, source)
+    for name, value in codec.pinned().items():
+        config.codec[name] = value  # stored with the run
     conditioning = conditioning_of(config, source, codec)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
@@ -158,7 +160,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     trainer.accumulate_grad_batches = accumulation
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
-    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation)
+    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if config.compile:

@@ -253,6 +253,7 @@ LOAD = (
         str,
         optional=True,
     ),
+    Option("codec.folder", None, "where the run's autoencoder lies now, if it has moved", str, optional=True),
     Option(
         "conditioning.encoder.name",
         None,
@@ -318,6 +319,9 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
+    "codec.batch": "order",
+    "codec.cache": "once",
+    "codec.folder": "none",  # its hash shows whether the autoencoder is another
     "conditioning.encoder.cache": "once",
     "data.cache": "once",
     "guidance": "none",
