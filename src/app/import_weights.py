@@ -23,7 +23,8 @@ from src.app.restore import NETWORK
 from src.app.sweep.jobs import composed
 from src.errors import UserError
 from src.interop.diffusers_folder import Folder, folder_at, network_of, process_of
-from src.interop.published import Network, recognised
+from src.interop.network import Network
+from src.interop.published import recognised
 from src.runs.files import file_sha256, write_json
 from src.runs.folder import CHECKPOINTS, ENVIRONMENT_FILE, checkpoints_by_step, locked
 from src.runs.machine import environment

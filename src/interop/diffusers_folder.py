@@ -15,7 +15,8 @@ from torch import Tensor
 
 from src.interop.diffusers import unet_from_diffusers
 from src.interop.links import Link, layers
-from src.interop.published import DDPM_PROCESS, Network, Weights, dit_model, dit_process
+from src.interop.network import DDPM_PROCESS, Network, Weights
+from src.interop.published import dit_model, dit_process
 from src.runs.files import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from src.data.source import InMemoryImages
 from src.data.stream import TrainingStream
@@ -138,3 +139,30 @@ def test_run_in_latents_is_sampled_with_its_own_autoencoder_only(command, only_r
     config.write_text(config.read_text().replace("0.7", "0.5"))
     refused("is not that of the run's latents", *sample, "out=third", "codec.folder=moved")
     assert not (tmp_path / "third").exists()
+
+
+def test_experiment_trains_in_latents_of_pictures(command, only_run, tmp_path):
+    """experiment=dit_imagenet256 with a small network and three classes of pictures."""
+    for number in range(12):
+        folder = tmp_path / "pictures" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = (20 * number, 255 - 20 * number, 99)
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+    write_autoencoder(tmp_path / "vae", in_channels=3, out_channels=3)
+    options = [
+        "experiment=dit_imagenet256",
+        "data.root=pictures",
+        "data.image_size=16",
+        "data.num_classes=3",
+        f"data.cache={tmp_path / 'index'}",
+        "codec.folder=vae",
+        f"codec.cache={tmp_path / 'latents'}",
+        *("model.width=16", "model.depth=1", "model.heads=2"),
+        *("batch_size=4", "trainer.max_steps=1", "trainer.accelerator=cpu", "sampler.steps=2"),
+        *("logger=csv", "metrics=none", "callbacks.sample_images.n=2"),
+    ]
+    assert command("train", *options) == 0
+    assert checkpoint(only_run(), 1)["state_dict"]["loss.denoiser.network.linear_out.weight"].shape == (
+        16,
+        16,
+    )
