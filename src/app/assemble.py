@@ -1,7 +1,6 @@
 """Joins the parts of a training: configuration -> objects."""
 
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.automatic import settle
 from src.app.bands import bands_of
@@ -34,6 +30,7 @@ from src.app.lightning import (
     check_trainer_options,
     joined_arguments,
 )
+from src.app.optimizers import optimizer_of
 from src.app.options import effect_of
 from src.app.parts import (
     codec_of,
@@ -125,6 +122,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     source = source_of(config)
     source.check()
     codec = codec_of(config, source)
+    for name, value in codec.pinned().items():
+        config.codec[name] = value  # stored with the run
     conditioning = conditioning_of(config, source, codec)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
@@ -160,7 +159,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         upgrade=upgrade,
         packages=("src", *config.trust),
         assembly=tuple(
-            f"src.app.{name}" for name in ("assemble", "parts", "conditions", "recipes", "guides")
+            f"src.app.{name}"
+            for name in ("assemble", "parts", "conditions", "recipes", "guides", "optimizers", "initial")
         ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
@@ -169,7 +169,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     trainer.accumulate_grad_batches = accumulation
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
-    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation)
+    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if config.compile:
@@ -227,24 +227,6 @@ def checkpoint_of(config: DictConfig) -> Path | None:
     if broken := not_finite(content):
         raise UserError(f"ckpt={checkpoint}: {broken} is not finite; choose another checkpoint")
     return checkpoint
-
-
-def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
-    """What makes the optimiser and its learning-rate schedule, both tried on one parameter."""
-    for name, value in (config.optimizer or {}).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"optimizer.{name}={value}: give a finite number")
-    optimizer = build(config.optimizer, Optimizer, "optimizer")
-    lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
-    option = "optimizer"
-    try:
-        tried = optimizer([nn.Parameter(torch.zeros(1))])
-        option = "lr_schedule"
-        if lr_schedule is not None:
-            lr_schedule(tried)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
-    return optimizer, lr_schedule
 
 
 def callbacks_of(

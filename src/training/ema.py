@@ -17,6 +17,7 @@ from src.runs.output import tolerated
 from src.training import post_hoc
 from src.training.divided import divided, parts, whole
 from src.training.nonfinite import is_free_to_read
+from src.training.optimizers import ScheduleFreeAdamW
 
 Weights = dict[str, Tensor]
 
@@ -212,3 +213,46 @@ class PowerEMA(EMA):
                 with tolerated("snapshot of the averages"):
                     folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
                     post_hoc.save(folder, self.updates, self.stds, averages)
+
+
+class ScheduleFreeAverage(EMA):
+    """The average x of optimizer=schedule_free (Defazio et al. 2024, arXiv:2405.15682).
+
+    It is computed from the weights and the optimiser's state when it is needed: for validation, previews, scores and
+    checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: ScheduleFreeAdamW | None = None
+        self._names: dict[nn.Parameter, str] = {}
+        super().__init__(decay=0.0, warmup=False)
+        self.decay = None
+
+    @property
+    def name(self):
+        return "schedule-free average"
+
+    @property
+    def averages(self) -> list[Weights]:
+        """The average by parameter name, in a list of one."""
+        if self._optimizer is not None and self._stale:
+            found = self._optimizer.averages()
+            self._averages = [
+                {name: found[p].to(_at_least_float32(p.dtype)) for p, name in self._names.items()}
+            ]
+            self._stale = False
+        return self._averages
+
+    @averages.setter
+    def averages(self, averages: list[Weights]) -> None:
+        self._averages, self._stale = averages, False
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._names = {p: name for name, p in pl_module.denoiser.network.named_parameters()}
+        self._optimizer = trainer.optimizers[0]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step != self.updates:
+            self._stale = True
+            self.updates = trainer.global_step
