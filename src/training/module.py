@@ -6,6 +6,7 @@ global batch and sliced by position, so resuming, sharding and callbacks do not 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -78,6 +79,14 @@ class DiffusionModule(LightningModule):
             {name: MeanMetric(nan_strategy="disable") for name in names}
             | {f"val/{name}": MeanMetric(nan_strategy="ignore") for name in loss.measures}
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            name == "_current_fx_name"
+        ):  # set by Lightning 50 times a step; nn.Module's way costs a tenth of a ms there
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def denoiser(self) -> Denoiser:
