@@ -1,5 +1,6 @@
 """Environment variables in a configuration: their values reach objects, never what is written down."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,12 @@ class Environment:
 
 environment = Environment()
 redacted = environment.redacted
+
+
+def redact(record: logging.LogRecord) -> bool:
+    """A filter of log handlers: no line shows the value of a variable; train.log is part of the run folder."""
+    record.msg, record.args = redacted(record.getMessage()), None
+    return True
 
 
 def register() -> None:

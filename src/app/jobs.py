@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from src.app.environment import redacted
+from src.app.environment import redact
 from src.app.messages import explain
 from src.app.options import CONF, ENTRY_POINTS, check_options, nested
 from src.app.options import OPTIONS as SINGLE_OPTIONS
@@ -123,7 +123,7 @@ def job(config: Any) -> dict[str, float]:
     folder = Path(settings.runtime.output_dir)
     # what a further process of this very job is started with
     arguments = [*settings.overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
-    with _arguments(arguments), _redacted_log():
+    with _arguments(arguments), _own_log():
         check_options(entry_point, config)
         with trusting(config.trust):
             return getattr(import_module(f"src.app.{entry_point}"), entry_point)(config)
@@ -141,13 +141,13 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _redacted_log() -> Iterator[None]:
+def _own_log() -> Iterator[None]:
     """Within it, no log line shows a value from the environment, only the first process logs more than warnings, and a
     log that cannot be written is reported once."""
     root = logging.getLogger()
-    level, formatters = root.level, {handler: handler.formatter for handler in root.handlers}
-    for handler, formatter in formatters.items():
-        handler.setFormatter(Redacting(formatter))
+    level = root.level
+    for handler in root.handlers:
+        handler.addFilter(redact)
         handler.handleError = lost_log
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         root.setLevel(logging.WARNING)
@@ -155,16 +155,3 @@ def _redacted_log() -> Iterator[None]:
         yield
     finally:
         root.setLevel(level)
-        for handler, formatter in formatters.items():
-            handler.setFormatter(formatter)
-
-
-class Redacting(logging.Formatter):
-    """Another formatter's lines, without the values that came from the environment."""
-
-    def __init__(self, plain: logging.Formatter | None):
-        super().__init__()
-        self.plain = plain or logging.Formatter()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(self.plain.format(record))

@@ -15,7 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 from omegaconf import DictConfig, OmegaConf
 
-from src.app.environment import redacted
+from src.app.environment import redact, redacted
 from src.errors import UserError
 from src.runs.output import forgiving_output
 from src.runs.stopping import LOST_CONNECTION, describe_status, die_with, stop_signal
@@ -96,13 +96,15 @@ def _process(
     exchange: str,
 ) -> None:
     from src.app.build import trusting
-    from src.app.jobs import Redacting, register
+    from src.app.jobs import register
 
     die_with(parent)
     register()
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(Redacting(logging.Formatter("%(message)s")))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, handlers=[handler])
+    handler.addFilter(redact)
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", handlers=[handler]
+    )
     warnings.filterwarnings("ignore", ".*compute.* method of metric .* was called before .*update.*")
     torch.set_num_threads(threads)
     if on_gpus:

@@ -3,7 +3,6 @@
 import errno
 import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from src.data.datamodule import ImageDataModule
 from src.errors import UserError
-from src.runs.files import Damaged, Sidecar, read_json, sidecar_path, write_json
+from src.runs.files import Damaged, Sidecar, read_json, replacing, sidecar_path, write_json
 from src.runs.folder import BEST_FILE, checkpoints_by_step
 from src.training import post_hoc
 from src.training.dashboard import cut_curves
@@ -128,31 +127,24 @@ class _Hashing(RawIOBase):
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            stream = _Hashing(file)
-            try:
-                torch.save(checkpoint, stream)
-            except Exception as error:
-                raise stream.error or error from None
-            file.flush()
-            os.fsync(file.fileno())
-        origin = checkpoint.get("origin", {})  # stored by ResumeCheck
-        record = Sidecar(
-            stream.size,
-            stream.digest.hexdigest(),
-            checkpoint["global_step"],
-            checkpoint.get(ImageDataModule.__qualname__, {}).get("samples"),
-            origin.get("world_size", 1),
-            origin.get("data"),
-        )
-        # A kill between these lines leaves an intact checkpoint without a sidecar, never one with a wrong sidecar.
+    with replacing(path) as file:
+        stream = _Hashing(file)
+        try:
+            torch.save(checkpoint, stream)
+        except Exception as error:
+            raise stream.error or error from None
+        # From here on, a kill leaves an intact checkpoint without a sidecar, never one with a wrong sidecar.
         sidecar_path(path).unlink(missing_ok=True)
-        temporary.replace(path)
-        write_json(sidecar_path(path), asdict(record))
-    finally:
-        temporary.unlink(missing_ok=True)
+    origin = checkpoint.get("origin", {})  # stored by ResumeCheck
+    record = Sidecar(
+        stream.size,
+        stream.digest.hexdigest(),
+        checkpoint["global_step"],
+        checkpoint.get(ImageDataModule.__qualname__, {}).get("samples"),
+        origin.get("world_size", 1),
+        origin.get("data"),
+    )
+    write_json(sidecar_path(path), asdict(record))
 
 
 def set_aside(path: Path) -> None:

@@ -31,6 +31,9 @@ RUN = "runs/untrusted"
 TRAIN = ("train", f"ckpt={RUN}", "trainer.max_steps=3")
 SAMPLE = ("sample", f"run={RUN}", "n=2", "sampler.steps=3", "device=cpu")
 EVALUATE = ("evaluate", f"run={RUN}", "n=4", "metrics=fd_digits", "sampler.steps=3", "device=cpu")
+INIT = ("train", f"init={RUN}", *TINY, "trainer.max_steps=1", "metrics=none")
+REPORT = ("report", RUN, "out=report.html")
+COMMANDS = (TRAIN, SAMPLE, EVALUATE, INIT, REPORT)
 
 UNCHANGED = "nothing changed"
 """A kind of case that must succeed: otherwise each of the others might be refused because of something else."""
@@ -111,7 +114,7 @@ def unix_socket(run_folder: Path, outside: Path) -> None:
 
 def text(name: str, content: str | bytes) -> Change:
     def change(run_folder: Path, outside: Path) -> None:
-        (run_folder / name).parent.mkdir(exist_ok=True)
+        (run_folder / name).parent.mkdir(exist_ok=True, parents=True)
         (run_folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     return change
@@ -364,6 +367,7 @@ JSONS: dict[str, str | bytes] = {
     "30 MB": " " * (30 << 20),
     "text": "hello",
 }
+READ_BY_REPORTS = ("environment.json", "scores.json", "outcome.json", "bands.json", "checkpoints/best.json")
 ODD = (
     None,
     "x",
@@ -409,16 +413,16 @@ SIZES = (
 
 
 def cases(seed: int = 0) -> Iterator[Case]:
-    """About 200 cases, the same for the same seed."""
+    """About 280 cases, the same for the same seed."""
     chance = random.Random(seed)
     both = (TRAIN, SAMPLE)
-    for command in (*both, EVALUATE):
+    for command in COMMANDS:
         yield Case(UNCHANGED, command[0], lambda *_: None, command)
     for number, name in enumerate(LINKED_FILES):
-        yield Case("links", f"{name} -> a file", link(name, "{outside}/file"), (*both, EVALUATE)[number % 3])
+        yield Case("links", f"{name} -> a file", link(name, "{outside}/file"), COMMANDS[number % 5])
         yield Case("links", f"{name} -> a file that does not exist", link(name, "{outside}/new"))
     for number, name in enumerate(LINKED_FOLDERS):
-        yield Case("links", f"{name} -> a folder", link(name, "{outside}/folder"), both[number % 2])
+        yield Case("links", f"{name} -> a folder", link(name, "{outside}/folder"), COMMANDS[number % 5])
     for name, target in (
         ("samples", "/"),
         ("csv", ".."),
@@ -430,6 +434,7 @@ def cases(seed: int = 0) -> Iterator[Case]:
         (STEP, f"{STEP}.json", "environment.json", "lock", "train.log", "wandb_run_id")
     ):
         yield Case("pipes and sockets", f"pipe {name}", pipe(name), both[number % 2])
+        yield Case("pipes and sockets", f"pipe {name}", pipe(name), (INIT, REPORT)[number % 2])
     yield Case("pipes and sockets", "a socket", unix_socket)
     for number, (target, arguments) in enumerate(TARGETS.items()):
         for slot in chance.sample(SLOTS, 3):
@@ -451,6 +456,16 @@ def cases(seed: int = 0) -> Iterator[Case]:
     for file in ("environment.json", "scores.json", "wandb_run_id", "csv/version_x", "samples/untitled"):
         name = chance.choice(sorted(JSONS))
         yield Case("JSON", f"{file}: {name}", text(file, JSONS[name]))
+    for file in (
+        *READ_BY_REPORTS,
+        "config.yaml",
+        "csv/version_0/metrics.csv",
+        "csv/version_\u00b2/metrics.csv",
+    ):
+        for name in chance.sample(sorted(JSONS), 2):
+            yield Case("JSON", f"{file}: {name}", text(file, JSONS[name]), REPORT)
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))
+    yield Case("bombs", "config.yaml: aliases", text("config.yaml", bomb), REPORT)
     for number, path in enumerate(ENTRIES):
         for index in chance.sample(range(len(ODD)), 2):
             name = f"{'.'.join(map(str, path))}: odd value {index}, {type(ODD[index]).__name__}"
@@ -471,9 +486,9 @@ def cases(seed: int = 0) -> Iterator[Case]:
     for part in ("state_dict", "config", "callbacks", "origin"):
         yield Case("pickles", part, entry((part,), Evil()), chance.choice(both))
     yield Case("pickles", "alone", text(STEP, pickle.dumps(Evil())), SAMPLE)
-    for number in range(30):
+    for number in range(45):
         change = damaged(number, truncate=number % 2 == 0, checksum=number % 3 == 0)
-        yield Case("damaged at random", str(number), change, (*both, EVALUATE)[number % 3])
+        yield Case("damaged at random", str(number), change, COMMANDS[number % 5])
 
 
 # --- what must not follow -------------------------------------------------------------------------------------------
@@ -494,7 +509,7 @@ def problem(case: Case, good: Path, folder: Path) -> str | None:
             command.kill()
             return f"hangs: {command.output[-200:]}"
     status = command.wait(1)
-    extra = {path.name for path in set(work.iterdir()) - others} - {command.log.name, "cache"}
+    extra = {path.name for path in set(work.iterdir()) - others} - {command.log.name, "cache", "report.html"}
     if "Traceback" in command.output or status not in ((0,) if case.kind == UNCHANGED else (0, 2)):
         return f"status {status}: {command.output.strip()[-300:]}"
     if _content(outside) != before or extra:

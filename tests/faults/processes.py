@@ -210,6 +210,7 @@ def _main(
     environment: dict[str, str],
 ) -> None:
     os.setsid()
+    heed_hangups()
     os.chdir(folder)
     os.environ.update(DIFFUSION_LAB_CACHE=str(folder / "cache"), HYDRA_FULL_ERROR="1", **environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -220,7 +221,12 @@ def _main(
         fault.install(pending)
     name, *overrides = arguments
     sys.argv = [f"src.{name}", *overrides]
-    importlib.import_module(f"src.{name}").main()
+    importlib.import_module("src.app.cli").run(name)
+
+
+def heed_hangups() -> None:
+    """Undoes nohup, under which the harness itself may run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run(
@@ -279,6 +285,7 @@ def start_command(
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=heed_hangups,
         )
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 
@@ -33,15 +34,18 @@ def test_a_run_in_an_oddly_named_folder_is_continued(tmp_path):
     assert len(list(run_folder(place).glob("checkpoints/*.ckpt"))) == 2
 
 
-def full(original, call, *arguments):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def refuse(code, *_, **named):
+    raise OSError(code, os.strerror(code))
 
 
-def test_a_full_disk_at_the_start_is_one_line(tmp_path):
-    command = train(tmp_path, "metrics=none", faults=[Replacement("src.app.train:write_config", full)])
+@pytest.mark.parametrize(
+    ("place", "code"), [("src.app.train:write_config", errno.ENOSPC), ("src.app.train:locked", errno.EROFS)]
+)
+def test_a_full_or_read_only_disk_at_the_start_is_one_line(tmp_path, place, code):
+    command = train(tmp_path, "metrics=none", faults=[Replacement(place, partial(refuse, code))])
     assert command.status == 2
     assert "Traceback" not in command.output
-    assert "error: No space left on device; choose another disk" in command.output
+    assert f"error: {os.strerror(code)}; choose another disk" in command.output
 
 
 def weights_that_are_not_finite(content, outside):
