@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from src.app.assemble import assemble
 from src.app.sweep.jobs import composed
@@ -73,6 +74,8 @@ def test_two_processes_with_half_of_the_weights_train_like_one(tmp_path):
 def test_what_needs_the_whole_network_is_refused_in_one_line(tmp_path, options, message):
     plain = ["logger=csv", "callbacks=none", "metrics=none", "batch_size=16", "trainer=fsdp"]
     config = composed("train", [*plain, "trainer.accelerator=cpu", "trainer.devices=1", *options])
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
     with pytest.raises(UserError, match=message) as error:
         assemble(config, tmp_path)
     assert "\n" not in str(error.value)
