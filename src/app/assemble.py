@@ -42,6 +42,7 @@ from src.app.stored import upgrade
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.loss import MeanFlowLoss
 from src.errors import UserError
 from src.generation.recipe import Recipe, describe, warn_of_amplified_errors, warn_of_missing_signal
 from src.randomness import key
@@ -153,6 +154,11 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if config.compile:
+        if isinstance(loss, MeanFlowLoss):
+            raise UserError(
+                "compile=true: a compiled network has no forward-mode derivative, which loss=mean_flow takes; choose"
+                " compile=false, or loss=shortcut"
+            )
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = summary_of(config, denoiser, trainer, accumulation)
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)

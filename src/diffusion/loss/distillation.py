@@ -21,7 +21,7 @@ from ..time_sampling import TimeSampling
 from ..weighting import Weighting
 from .base import Loss
 from .denoising import DenoisingLoss
-from .few_step import check_denoiser, check_fixed, per_image
+from .few_step import check_denoiser, check_fixed
 
 # A network of a consistency model has to give x_t back at this time, up to this error.
 CLEAN_TIME, CLEAN_ERROR = 1e-6, 1e-3
@@ -68,8 +68,8 @@ class Distilling(Loss):
         own = self.get_extra_state()["teacher"]
         if state["teacher"] != own:
             raise ValueError(
-                f"loss.run: this training began with the teacher {state['teacher']}, and loss.run now is {own}; give the"
-                " same checkpoint"
+                f"loss.run: this training began with the teacher {state['teacher']}, and loss.run now is {own}; give"
+                " the same checkpoint"
             )
 
 
@@ -78,7 +78,7 @@ class ConsistencyLoss(Distilling):
 
         sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
 
-    Without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
+    without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
     as in easy consistency tuning (ECT, Geng et al. 2024, arXiv:2406.14548); distance and weight are those of improved
     consistency training (Song & Dhariwal 2023, arXiv:2310.14189). x_r has the image and noise of x_t; a teacher makes
     a step of DDIM from x_t (consistency distillation, Song et al. 2023, arXiv:2303.01469, alg. 2).
@@ -189,8 +189,8 @@ class ProgressiveLoss(Distilling, DenoisingLoss):
         own = spacing(denoiser.schedule, steps)
         if self.grid.shape != (2 * steps + 1,) or not torch.allclose(self.grid[::2], own):
             raise ValueError(
-                f"spacing: the times of {steps} steps of {type(spacing).__name__} are not among those of {2 * steps}; choose"
-                " spacing=trailing"
+                f"spacing: the times of {steps} steps of {type(spacing).__name__} are not among those of {2 * steps};"
+                " choose spacing=trailing"
             )
         self.grid = self.grid.flip(0)
 
@@ -237,13 +237,13 @@ def implied_x0(x_t: Tensor, x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor
 
 
 def _check_boundary(denoiser: BaseDenoiser) -> None:
-    """Raises ValueError unless x0 is x_t at t = 0 whatever the network's output, without which all x0 could be equal."""
+    """Raises ValueError unless x0 is x_t at t = 0 for every output; otherwise one x0 for all would be a minimum."""
     parameterization = getattr(denoiser, "parameterization", None)
     if parameterization is None:
         return
     _, c_skip, c_out = parameterization.coefficients(denoiser.schedule([CLEAN_TIME]).scalars()[0])
     if not (math.isclose(c_skip, 1, abs_tol=CLEAN_ERROR) and math.isclose(c_out, 0, abs_tol=CLEAN_ERROR)):
         raise ValueError(
-            f"parameterization: loss=consistency needs x0 = x_t at t = 0, which {type(parameterization).__name__} does not"
-            " give; choose parameterization=velocity, v or edm"
+            f"parameterization: loss=consistency needs x0 = x_t at t = 0, which {type(parameterization).__name__} does"
+            " not give; choose parameterization=velocity, v or edm"
         )
