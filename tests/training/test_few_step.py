@@ -171,7 +171,7 @@ def test_distillation_from_a_run(command, tmp_path, capfd):
             "guidance: sampler=flow_map makes steps of the average velocity",
         ),
         (
-            ["model=dit_tiny", "model.second_time=true", "model.checkpointing=true"],
+            ["model=dit_tiny", "model.second_time=true", "+model.checkpointing=true"],
             "model.checkpointing=true: recomputed activations have no forward-mode derivative",
         ),
         (["compile=true"], "compile=true: a compiled network has no forward-mode derivative"),

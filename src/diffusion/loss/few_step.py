@@ -69,8 +69,9 @@ class AverageVelocityLoss(Loss):
             of_part = None if condition is None else condition.index(on)
             output, target = part(x_t[on], t[rows], s[rows], v[on], of_part)
             errors.append((output - target).square().flatten(1).mean(dim=1))
-            order.append(on)
-        error = torch.cat(errors)[torch.cat(order).argsort()]
+            order.append(rows)
+        order = torch.cat(order).argsort().to(x_t.device, non_blocking=True)
+        error = torch.cat(errors)[order]
         weight = 1 / (error.detach() * x0[0].numel() + self.constant) ** self.power
         # the value stays the error: weighted by its own inverse it would be nearly constant
         return error.detach() + weight * (error - error.detach())
