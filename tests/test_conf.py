@@ -55,6 +55,7 @@ NEEDS = {
         ]
         for choice in ("loss=mean_flow", "loss=shortcut", "loss=consistency", "sampler=flow_map")
     },
+    "coupling=optimal_transport_per_class": ["conditioning=class"],
     "loss=classification": ["conditioning=class", "model=encoder_tiny"],
     "model=encoder_tiny": ["conditioning=class", "loss=classification"],
     "variance=learned": ["loss=hybrid"],

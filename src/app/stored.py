@@ -37,7 +37,11 @@ NEW_GROUPS: dict[str, Any] = {
     "guidance": None,
     "wrappers": {},
 }
-NEW_OPTIONS: dict[str, Any] = {"labels": None, "per_class": False}
+NEW_OPTIONS: dict[str, Any] = {
+    "labels": None,
+    "per_class": False,
+    "coupling": {"_target_": "src.diffusion.coupling.Independent"},
+}
 
 # Options that sources have got since.
 NEW_DATA_OPTIONS: dict[str, dict[str, Any]] = {

@@ -22,6 +22,7 @@ from src.diffusion.schedule import Cosine, RectifiedFlow
 from src.diffusion.spacing import Leading, Trailing
 from src.diffusion.time_sampling import Importance, Uniform
 from src.diffusion.weighting import Simple
+from src.errors import UserError
 from src.model import UNet
 from tests.diffusion.flows import ExactFlowMap, marginal_velocity, solve
 from tests.diffusion.mixture import Mixture, Posterior, three_modes
@@ -420,5 +421,5 @@ def test_a_teacher_is_neither_trained_nor_saved_and_must_be_the_same():
     assert all(name.startswith("denoiser.") or name == "_extra_state" for name in state)
     loss.load_state_dict(state)
     teacher.identity = "run(b)"
-    with pytest.raises(ValueError, match=r"^loss.run: this training began with the teacher run\(a\)"):
+    with pytest.raises(UserError, match=r"^loss.run: this training began with the teacher run\(a\)"):
         loss.load_state_dict(state)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.conditioning import Condition
+from src.errors import UserError
 
 from ..denoiser import BaseDenoiser, Denoiser
 from ..distance import Distance
@@ -61,22 +62,24 @@ class Distilling(Loss):
         self.denoiser = denoiser
         self.teacher = None if teacher is None else Teacher(teacher)
 
-    def get_extra_state(self) -> dict[str, str | None]:
-        return {"teacher": self.teacher and self.teacher.denoiser.identity}
+    def get_extra_state(self) -> dict[str, Tensor]:
+        # checkpoints hold tensors only
+        identity = "" if self.teacher is None else self.teacher.denoiser.identity or ""
+        return {"teacher": torch.tensor(list(identity.encode()), dtype=torch.uint8)}
 
-    def set_extra_state(self, state: dict[str, str | None]) -> None:
-        own = self.get_extra_state()["teacher"]
-        if state["teacher"] != own:
-            raise ValueError(
-                f"loss.run: this training began with the teacher {state['teacher']}, and loss.run now is {own}; give"
-                " the same checkpoint"
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        before, now = (_text(each["teacher"]) for each in (state, self.get_extra_state()))
+        if before != now:
+            raise UserError(
+                f"loss.run: this training began with the teacher {before}, and loss.run now is {now}; give the same"
+                " checkpoint"
             )
 
 
 class ConsistencyLoss(Distilling):
     """Consistency training or, with a teacher, distillation: the estimates of x0 at x_t and x_r agree, r < t.
 
-        sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
+        (sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
 
     without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
     as in easy consistency tuning (ECT, Geng et al. 2024, arXiv:2406.14548); distance and weight are those of improved
@@ -195,12 +198,12 @@ class ProgressiveLoss(Distilling, DenoisingLoss):
         self.grid = self.grid.flip(0)
 
     def get_extra_state(self):
-        return super().get_extra_state() | {"times": self.grid.tolist()}
+        return super().get_extra_state() | {"times": self.grid}
 
     def set_extra_state(self, state):
         super().set_extra_state(state)
-        if state["times"] != self.grid.tolist():
-            raise ValueError("spacing: this training began with other times; give the same spacing")
+        if not torch.equal(state["times"].cpu(), self.grid):
+            raise UserError("spacing: this training began with other times; give the same spacing")
 
     def draw(self, n, generator):
         start = 2 * (1 + torch.randint(self.steps, (n,), generator=generator))
@@ -227,6 +230,11 @@ class _FromGrid(TimeSampling):
 
     def __call__(self, n, schedule, generator):
         raise NotImplementedError
+
+
+def _text(letters: Tensor) -> str:
+    """A stored identity, or "none"."""
+    return bytes(letters.tolist()).decode(errors="replace") or "none"
 
 
 def implied_x0(x_t: Tensor, x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
