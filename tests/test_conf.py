@@ -47,6 +47,17 @@ NEEDS = {
     "ema=schedule_free": ["optimizer=schedule_free"],
     "loss=hybrid": ["variance=learned_range"],
     "loss=vlb": ["variance=learned"],
+    **{
+        choice: [
+            "schedule=rectified_flow",
+            "parameterization=velocity",
+            "model.second_time=true",
+            "clipping=none",
+            *(["loss=mean_flow"] if choice.startswith("sampler") else []),
+        ]
+        for choice in ("loss=mean_flow", "loss=shortcut", "loss=consistency", "sampler=flow_map")
+    },
+    "coupling=optimal_transport_per_class": ["conditioning=class"],
     "loss=classification": ["conditioning=class", "model=encoder_tiny"],
     "model=encoder_tiny": ["conditioning=class", "loss=classification"],
     "variance=learned": ["loss=hybrid"],
@@ -393,6 +404,8 @@ def test_choice_builds_its_object(group, choice, assembled):
 )
 def test_diffusion_choice_trains(group, choice, assembled):
     """Takes two steps as the command line does, each followed by a validation."""
+    if OmegaConf.is_missing(OmegaConf.load(CONF / group / f"{choice}.yaml"), "run"):
+        pytest.skip("needs a second run: tests/training/test_few_step.py")
     overrides = [
         "batch_size=8",
         "trainer.max_steps=2",

@@ -41,9 +41,12 @@ from src.app.parts import (
 )
 from src.app.recipes import recipe_of
 from src.app.stored import upgrade
+from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.coupling import Coupling, OptimalTransport
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.loss import MeanFlowLoss
 from src.errors import UserError
 from src.generation.recipe import Recipe, describe, warn_of_amplified_errors, warn_of_missing_signal
 from src.randomness import key
@@ -140,6 +143,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         batch_size=config.batch_size,
         codec=codec,
         conditioning=conditioning,
+        coupling=coupling_of(config, conditioning),
     )
     recipe = None
     if not isinstance(denoiser, NoiseClassifier):
@@ -173,6 +177,11 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if config.compile:
+        if isinstance(loss, MeanFlowLoss):
+            raise UserError(
+                "compile=true: a compiled network has no forward-mode derivative, which loss=mean_flow takes; choose"
+                " compile=false, or loss=shortcut"
+            )
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = "\n".join([summary_of(config, denoiser, trainer, accumulation), *automatic])
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
@@ -185,6 +194,28 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if bands is not None:
         summary += f"\nband        {bands.summary}"
     return Experiment(module, data, trainer, recipe, checkpoint, summary, init)
+
+
+def coupling_of(config: DictConfig, conditioning: Conditioning | None) -> Coupling | None:
+    """What reorders the noise of a batch.
+
+    Raises:
+        UserError: it would make the noise depend on the condition, or needs classes that there are not.
+    """
+    coupling = build(config.coupling, Coupling, "coupling")
+    if isinstance(coupling, OptimalTransport):
+        kinds = conditioning.kinds if conditioning else frozenset()
+        if coupling.per_class and kinds != {"labels"}:
+            raise UserError(
+                "coupling.per_class=true needs a network that is conditioned on classes alone; choose"
+                " conditioning=class, or coupling=optimal_transport"
+            )
+        if kinds and not coupling.per_class:
+            raise UserError(
+                "coupling=optimal_transport makes the noise depend on the condition, which it does not in sampling;"
+                " choose coupling=optimal_transport_per_class with conditioning=class, or coupling=independent"
+            )
+    return coupling
 
 
 def check_names_and_folders(config: DictConfig) -> None:

@@ -139,8 +139,8 @@ def check_flow_map(config: DictConfig, sampler: FlowMap, steps: int, denoiser: D
         return
     if config.guidance:
         raise UserError(
-            "guidance: sampler=flow_map makes steps of the average velocity, along which a guided velocity changes; choose"
-            " guidance=none, or sampler=euler, which uses the velocity at one time"
+            "guidance: sampler=flow_map makes steps of the average velocity, along which a guided velocity changes;"
+            " choose guidance=none, or sampler=euler, which uses the velocity at one time"
         )
     if config.clipping and steps > 1:
         raise UserError(
