@@ -1,5 +1,6 @@
 """The job of `src.import_weights`: a run folder from the weights of other code."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,11 +155,7 @@ def in_yaml(value: Any) -> str:
     """A value as Hydra reads it."""
     if isinstance(value, str):
         return value if value.isidentifier() else "'" + value.replace("'", "\\'") + "'"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    return json.dumps(value)
 
 
 def check_fit(config: DictConfig, network: Network, ours: dict[str, Tensor]) -> None:
