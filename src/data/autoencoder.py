@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from src.data.codec import Codec, Pixels
 from src.data.source import CACHE, ImageSet, ImageSource, Split, user_path
@@ -21,6 +23,16 @@ log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CACHE_VERSION = 1
+
+
+class Sizes(TypedDict):
+    """What is read of an autoencoder's config.json."""
+
+    in_channels: int
+    latent_channels: int
+    block_out_channels: list[int]
+    scaling_factor: NotRequired[float]
+    shift_factor: NotRequired[float | None]
 
 
 class LatentImages(ImageSet):
@@ -119,7 +131,7 @@ class AutoencoderKL(Codec):
         self.device = torch.device("cpu")
         self.pixels = Pixels(self.image_shape)
 
-    def _read(self, folder: str) -> dict[str, Any]:
+    def _read(self, folder: str) -> "Sizes":
         for name in (CONFIG, WEIGHTS):
             if not (self.folder / name).is_file():
                 raise UserError(
@@ -128,14 +140,23 @@ class AutoencoderKL(Codec):
         config = read_json(self.folder / CONFIG, dict[str, Any])
         if config.get("_class_name") != "AutoencoderKL":
             raise UserError(f"codec.folder={folder}: it holds {config.get('_class_name')}, not AutoencoderKL")
-        return config
+        try:
+            return TypeAdapter(Sizes).validate_python(config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            raise UserError(f"codec.folder={folder}: config.json: {wrong}") from None
 
     @cached_property
     def network(self) -> Any:
         """diffusers' autoencoder, on the CPU until `to`."""
         from diffusers import AutoencoderKL as Network
 
-        found = Network.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        try:
+            found = Network.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # of several packages
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+            raise UserError(f"codec.folder={self.folder}: diffusers cannot load it ({reason})") from None
         return found.eval().requires_grad_(False).to(self.device)
 
     def to(self, device):
