@@ -73,6 +73,8 @@ def _run(entry_point: str, arguments: list[str]) -> int:
         with explained("train", arguments):
             import_weights(arguments)
         return 0
+    if entry_point == "export" and len(sweep) < len(arguments):
+        raise UserError("src.export writes one run: leave -m out")
     if len(sweep) < len(arguments):
         from src.app.sweep.run import run_sweep
 

@@ -1,5 +1,6 @@
 """The job of `src.import_weights`: a run folder from the weights of other code."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def import_weights(arguments: Sequence[str]) -> None:
     source = Path(options["source"]).expanduser()
     file, folder = file_of(source)
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+        # DataParallel, in which some published networks were saved, adds "module."
+        weights = {name.removeprefix("module."): tensor.float() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"source={file}: it cannot be read as safetensors ({str(error).splitlines()[0]})"
@@ -77,7 +79,7 @@ def import_weights(arguments: Sequence[str]) -> None:
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"source={source}: {error}") from None
-    config = composed("train", [*choices(network, process, folder), *overrides])
+    config = composed("train", [*choices(network, process, folder, overrides), *overrides])
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     check_options("train", config)
@@ -130,8 +132,10 @@ def refuse_pickles(source: Path, files: Sequence[Path]) -> None:
         )
 
 
-def choices(network: Network, process: dict[str, Any], folder: Folder | None) -> list[str]:
-    """The command line of a training of this network."""
+def choices(
+    network: Network, process: dict[str, Any], folder: Folder | None, overrides: Sequence[str]
+) -> list[str]:
+    """The command line of a training of this network, without options of groups that the overrides choose anew."""
     model = dict(network.model)
     found = {"model": CHOICES[model.pop("_target_")], **network.process, **process}
     if network.outputs == 2 and "learned" not in str(found.get("variance")):
@@ -145,6 +149,8 @@ def choices(network: Network, process: dict[str, Any], folder: Folder | None) ->
     if folder is not None and folder.decoder is not None:
         found |= {"codec": "autoencoder_kl", "codec.folder": str(folder.decoder)}
     found |= {"ema": "none"}
+    chosen = {argument.partition("=")[0] for argument in overrides}
+    found = {name: value for name, value in found.items() if name.partition(".")[0] not in chosen}
     words = [f"{name}={in_yaml(value)}" for name, value in found.items() if "." not in name]
     words += [f"++{name}={in_yaml(value)}" for name, value in found.items() if "." in name]
     return words + [f"++model.{name}={in_yaml(value)}" for name, value in model.items()]
@@ -154,11 +160,7 @@ def in_yaml(value: Any) -> str:
     """A value as Hydra reads it."""
     if isinstance(value, str):
         return value if value.isidentifier() else "'" + value.replace("'", "\\'") + "'"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    return json.dumps(value)
 
 
 def check_fit(config: DictConfig, network: Network, ours: dict[str, Tensor]) -> None:

@@ -1,26 +1,39 @@
 """Latents of an autoencoder of diffusers, cached on disk."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from src.data.codec import Codec, Pixels
 from src.data.source import CACHE, ImageSet, ImageSource, Split, user_path
 from src.data.tensor_cache import cached
 from src.errors import UserError
-from src.runs.files import digest_of, file_sha256, read_json
 
 log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CACHE_VERSION = 1
+
+
+class Sizes(TypedDict):
+    """What is read of an autoencoder's config.json."""
+
+    in_channels: int
+    latent_channels: int
+    block_out_channels: list[int]
+    scaling_factor: NotRequired[float]
+    shift_factor: NotRequired[float | None]
 
 
 class LatentImages(ImageSet):
@@ -93,7 +106,7 @@ class AutoencoderKL(Codec):
             raise UserError("codec=autoencoder_kl needs the package diffusers: pip install -e '.[latent]'")
         self.folder = user_path(folder, "codec.folder")
         config = self._read(folder)
-        self.sha256 = digest_of([file_sha256(self.folder / name) for name in (CONFIG, WEIGHTS)], 64)
+        self.sha256 = _digest([_file_digest(self.folder / name) for name in (CONFIG, WEIGHTS)])
         self.scale = float(config.get("scaling_factor", 1.0) if scale is None else scale)
         self.shift = float((config.get("shift_factor") or 0.0) if shift is None else shift)
         if sha256 not in (None, self.sha256):
@@ -119,23 +132,36 @@ class AutoencoderKL(Codec):
         self.device = torch.device("cpu")
         self.pixels = Pixels(self.image_shape)
 
-    def _read(self, folder: str) -> dict[str, Any]:
+    def _read(self, folder: str) -> "Sizes":
         for name in (CONFIG, WEIGHTS):
             if not (self.folder / name).is_file():
                 raise UserError(
                     f"codec.folder={folder}: no {name} in it; name the folder of an AutoencoderKL"
                 )
-        config = read_json(self.folder / CONFIG, dict[str, Any])
-        if config.get("_class_name") != "AutoencoderKL":
-            raise UserError(f"codec.folder={folder}: it holds {config.get('_class_name')}, not AutoencoderKL")
-        return config
+        try:
+            config = json.loads((self.folder / CONFIG).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"codec.folder={folder}: {CONFIG} cannot be read as JSON ({error})") from None
+        kind = config.get("_class_name") if isinstance(config, dict) else None
+        if kind != "AutoencoderKL":
+            raise UserError(f"codec.folder={folder}: it holds {kind}, not AutoencoderKL")
+        try:
+            return TypeAdapter(Sizes).validate_python(config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            raise UserError(f"codec.folder={folder}: config.json: {wrong}") from None
 
     @cached_property
     def network(self) -> Any:
         """diffusers' autoencoder, on the CPU until `to`."""
         from diffusers import AutoencoderKL as Network
 
-        found = Network.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        try:
+            found = Network.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # of several packages
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+            raise UserError(f"codec.folder={self.folder}: diffusers cannot load it ({reason})") from None
         return found.eval().requires_grad_(False).to(self.device)
 
     def to(self, device):
@@ -179,7 +205,7 @@ class AutoencoderKL(Codec):
             source.fingerprint(split),
             flips,
         ]
-        path = user_path(self.cache, "codec.cache") / f"latents_{digest_of(key, 32)}.safetensors"
+        path = user_path(self.cache, "codec.cache") / f"latents_{_digest(key)[:32]}.safetensors"
         found = cached(path, lambda: self._all(images, flips, f"encoding {split}"))
         stored = json.loads(bytes(found["origin"].tolist()))
         if stored != self._origin():  # of a file that was renamed
@@ -212,6 +238,15 @@ class AutoencoderKL(Codec):
         values = made["latents"].double().movedim(1, 0).flatten(1)
         origin = torch.tensor(list(json.dumps(self.pinned()).encode()), dtype=torch.uint8)
         return made | {"mean": values.mean(1), "std": values.std(1, correction=0), "origin": origin}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(values: Tensor) -> str:

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from src.app.load import load_with
 from src.diffusion.sampler import ReplayedNoise
 from tests.cli.test_training import checkpoint
 from tests.conftest import QUICK, commands_in
+from tests.interop.test_published import edm_skeleton
 from tests.test_conf import composed
 
 PREFIX = "loss.denoiser.network."
@@ -212,3 +213,20 @@ def test_import_of_a_folder_in_the_first_layout_and_refusals(run, command, capsy
     assert not (tmp_path / "new").exists()
     assert command("train", "ckpt=flat_run", "trainer.max_steps=3") == 2
     assert "start with init=" in capsys.readouterr().err
+
+
+def test_import_of_a_file_is_a_run_with_the_process_of_its_authors(command, tmp_path):
+    save_file(edm_skeleton(adm=False, channels=1), tmp_path / "edm.safetensors")
+    assert command("import_weights", "source=edm.safetensors", "out=run", "data=digits", "step=9") == 0
+    assert (
+        command(
+            "sample", "run=run", "n=4", "sampler=heun", "spacing=karras", "sampler.steps=2", "out=pictures"
+        )
+        == 0
+    )
+    recipe = json.loads((tmp_path / "pictures/recipe.json").read_text())
+    assert (recipe["training_steps"], recipe["weights"]) == (9, "imported")
+    config = checkpoint(tmp_path / "run", 9)["config"]
+    assert config["schedule"]["_target_"].endswith("EDM")
+    assert config["parameterization"]["_target_"].endswith("EDM")
+    assert (config["sampler"]["steps"], config["model"]["skip_scale"]) == (18, 0.5**0.5)

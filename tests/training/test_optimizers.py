@@ -1,5 +1,7 @@
 """Muon with AdamW, and schedule-free AdamW: what each parameter gets, the average, resuming, refusals."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def test_state_is_restored_and_a_step_without_gradients_changes_nothing(kind):
     again = layers()
     again.load_state_dict(network.state_dict())
     other = kind(again.parameters(), lr=0.3)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()
     for a, b in zip(stepped(network, optimizer), stepped(again, other), strict=True):
