@@ -58,7 +58,7 @@ def test_a_sweep_writes_its_report(sweep):
     assert f"report      {folder / 'report.html'}" in done.stdout
     text = (folder / "report.html").read_text()
     assert "sampler.steps: 4 runs" in text
-    assert "700 quadratic steps are not distinct" in text or "distinct" in text, "why the others failed"
+    assert "distinct" in text, "why the others failed"
     assert "quantisation" in json.dumps(inspect(jobs[0])), "the protocol is in the summary of the offline run"
 
 
