@@ -20,6 +20,7 @@ def report_sweep(sweep: Sweep) -> None:
         return
     page = sweep.folder / REPORT_FILE
     try:
+        sweep.write()  # a search has made its jobs in the meantime
         report_of([sweep.folder], page)
         print(f"report      {page}")
         publish_sweep(page, sweep.folder)
