@@ -115,6 +115,7 @@ def page(
         costs=_costs(comparison.subjects, curves),
         cards=cards,
         card_of={card["path"]: number for number, card in enumerate(cards)},
+        failed=[(s.name, s.run.error) for s in comparison.subjects if s.run and s.run.error],
         problems=[(s.name, line) for s in comparison.subjects if s.run for line in s.run.problems],
         absent=ABSENT,
         nonce=secrets.token_urlsafe(12),

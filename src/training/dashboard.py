@@ -154,7 +154,7 @@ class Dashboard(WandbLogger):
             for name, value in record.scores.items()
         ]
         columns = ["score", "value", "low", "high", "training_steps", "network_evaluations"]
-        run.log({"scores": wandb.Table(columns=columns, data=rows)})
+        self._log({"scores": wandb.Table(columns=columns, data=rows)}, recipe.get("training_steps"))
         if self._wandb_init.get("mode") == "online":
             artifact = wandb.Artifact(f"report-{run.id}", type="report")
             artifact.add_file(str(report_of_run(folder, record)), name="report.html")
