@@ -6,19 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.report.comparison import (
-    ABSENT,
-    SEEDS,
-    Column,
-    Comparison,
-    Row,
-    Subject,
-    column_of,
-    higher_is_better,
-    in_words,
-)
+from src.report.comparison import SEEDS, Comparison, Row
 from src.report.curves import Curve, last_mean, thinned
 from src.report.effects import mean
+from src.report.protocol import Column, column_of, higher_is_better
+from src.report.subjects import Subject
+from src.report.texts import ABSENT, in_words
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black and yellow are left out, since one of them
 # is invisible on either background.

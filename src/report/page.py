@@ -12,22 +12,14 @@ from typing import Any
 
 from src.evaluation.record import Record
 from src.report import figures as fig
-from src.report.comparison import (
-    ABSENT,
-    SEEDS,
-    Cell,
-    Column,
-    Comparison,
-    Row,
-    Scored,
-    Subject,
-    interval_of,
-    natural,
-)
+from src.report.comparison import SEEDS, Cell, Comparison, Row
 from src.report.curves import Curve, curves_of, seconds_of
 from src.report.effects import Marginal, Mean, Result, digits, marginal_means, mean
 from src.report.pictures import picture_groups
+from src.report.protocol import Column, interval_of
 from src.report.run import STATUSES, flat, read_run
+from src.report.subjects import Scored, Subject
+from src.report.texts import ABSENT, natural
 from src.runs.files import write_atomically
 from src.runs.folder import SCORES_FILE
 
@@ -306,7 +298,7 @@ def report_of(
     Raises:
         UserError: there is nothing to compare, or no such score.
     """
-    from src.report.comparison import subjects_of
+    from src.report.subjects import subjects_of
 
     words = [str(place) for place in places] + ([f"score={score}"] if score else []) + [f"out={out}"]
     return write_report(subjects_of(places, advance), out, score, words, advance)

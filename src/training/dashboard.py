@@ -19,8 +19,8 @@ from typing_extensions import TypedDict
 
 from src.errors import UserError
 from src.evaluation.record import Record
-from src.report.comparison import interval_of
 from src.report.page import report_of_run
+from src.report.protocol import interval_of
 from src.report.run import flat, read_yaml
 from src.runs.files import Damaged, read_json, replacing
 from src.runs.folder import CONFIG_FILE
