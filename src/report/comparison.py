@@ -2,7 +2,7 @@
 
 Two scores share a column if they are computed in the same way (images, reference, features, settings, rounding) from
 images that are made in the same way (weights, sampler, spacing, steps, guidance, clipping, labels, noise). What a sweep
-varies on purpose, or all of the latter where only one checkpoint is compared, are options: a difference between rows.
+varies, or what differs between several samplings of one checkpoint, are options: a difference between rows.
 """
 
 import re
@@ -36,8 +36,9 @@ DECIDES = {
 }
 # Options of which results do not depend, or that only say where things are.
 INCIDENTAL = re.compile(
-    r"(ckpt|runs|name|cache|sweep|rerun_failed|launcher|logger|allow_changes|trust|workers|callbacks\.progress"
-    r"|labels|prompts|hydra)(\..*)?"
+    r"(ckpt|runs|name|cache|sweep|rerun_failed|launcher|logger|allow_changes|trust|workers|labels|prompts|hydra"
+    r"|metrics|per_class|validate_every|trainer\.accelerator"
+    r"|callbacks\.(progress|curves|checkpoints|sample_images|track_fidelity|skip_nonfinite))(\..*)?"
 )
 OWN_NAMES = {"seed": "sampling seed"}  # of a recipe; the option `seed` of a training is another one
 SEEDS = ("seed", "generation.seed", "sampling seed")
@@ -184,16 +185,22 @@ class Comparison:
         }
 
 
+def are_of_one_sweep(subjects: Sequence[Subject]) -> bool:
+    """Whether all subjects are jobs of the same sweep."""
+    parents = {
+        subject.run.folder.parent if subject.run and subject.run.varied else None for subject in subjects
+    }
+    return len(parents) == 1 and None not in parents
+
+
 def differing_options(subjects: Sequence[Subject]) -> list[dict[str, str]]:
     """The options that differ between subjects, by name.
 
     Those of a sweep as they were typed. Otherwise those in which the configurations differ: a group whose class
     differs is one option, named by the class.
     """
-    if all(subject.run is not None and subject.run.varied for subject in subjects):
-        sweeps = {subject.run.folder.parent for subject in subjects}
-        if len(sweeps) == 1:
-            return [dict(split_option(option) for option in subject.run.varied) for subject in subjects]
+    if are_of_one_sweep(subjects):
+        return [dict(split_option(option) for option in subject.run.varied) for subject in subjects]
     found: list[dict[str, str]] = [{} for _ in subjects]
     known = [
         (place, subject.run.options)

@@ -12,7 +12,7 @@ from typing import Any
 
 from src.evaluation.record import Record
 from src.report import figures as fig
-from src.report.comparison import SEEDS, Cell, Comparison, Row
+from src.report.comparison import SEEDS, Cell, Comparison, Row, are_of_one_sweep
 from src.report.curves import Curve, curves_of, seconds_of
 from src.report.effects import Marginal, Mean, Result, digits, marginal_means, mean
 from src.report.pictures import picture_groups
@@ -100,6 +100,7 @@ def page(
         question=_question(comparison),
         seeds=_seeds(comparison),
         lead=lead,
+        one_sweep=are_of_one_sweep(comparison.subjects),
         settings=_settings(comparison, lead),
         marginals=_marginals(comparison, lead),
         tables=_tables(comparison, lead),
@@ -149,7 +150,9 @@ def _title(comparison: Comparison) -> str:
         return comparison.subjects[0].name
     if not names:
         return what
-    return f"{' × '.join(names[:4])}{' …' if len(names) > 4 else ''}: {what}"
+    if len(names) > 4:
+        return f"{what}, {len(names)} options differ"
+    return f"{' × '.join(names)}: {what}"
 
 
 def _statuses(comparison: Comparison) -> list[tuple[str, int]]:

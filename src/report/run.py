@@ -194,7 +194,8 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     while todo:
         name, value = todo.pop()
         if isinstance(value, Mapping) and value:
-            todo += [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+            parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+            todo += reversed(parts)  # the first one comes next
         elif name:
             found[name] = value
         if len(todo) + len(found) > MOST_OPTIONS:
