@@ -131,10 +131,7 @@ def _runs(places: Sequence[Path]) -> Iterator[Run]:
         for folder, varied in find_runs(place):
             if (real := folder.resolve()) not in seen:
                 seen.add(real)
-                try:
-                    yield read_run(folder, varied)
-                except UserError as error:  # it leads out of itself
-                    yield Run(folder, "failed", str(error))
+                yield read_run(folder, varied)
 
 
 def _line(run: Run, columns: dict[Column, int]) -> Line:

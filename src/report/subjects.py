@@ -11,7 +11,7 @@ from src.evaluation.record import Record
 from src.report.run import Run, find_runs, inside, is_run, jobs_of, read_run
 from src.report.texts import in_words
 from src.runs.files import Damaged, read_json
-from src.runs.folder import SCORES_FILE
+from src.runs.folder import SCORES_FILE, check_contained
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ def _at(place: Path, advance: Any) -> Iterator[Subject]:
 
 def _further_records(run: Run) -> list[Scored]:
     """The records of `src.evaluate` in a run folder."""
-    found = []
+    found: list[Scored] = []
+    try:
+        check_contained(run.folder, ["scores"])
+    except UserError as error:
+        run.problems.append(str(error))
+        return found
     for path in sorted((run.folder / "scores").glob(f"*/{SCORES_FILE}")):
         try:
             found.append(Scored(Record.read(path), path))
