@@ -6,19 +6,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.report.comparison import (
-    ABSENT,
-    SEEDS,
-    Column,
-    Comparison,
-    Row,
-    Subject,
-    column_of,
-    higher_is_better,
-    in_words,
-)
+from src.report.comparison import SEEDS, Comparison, Row
 from src.report.curves import Curve, last_mean, thinned
 from src.report.effects import mean
+from src.report.protocol import Column, column_of, higher_is_better
+from src.report.subjects import Subject
+from src.report.texts import ABSENT, LONGEST, in_words
+from src.runs.files import digest_of
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black and yellow are left out, since one of them
 # is invisible on either background.
@@ -86,7 +80,8 @@ class Palette:
 
 def setting_of(options: Mapping[str, str], name: str) -> str:
     """The options of a run without its seed, as one text; the run's name without options."""
-    return in_words({key: value for key, value in options.items() if key not in SEEDS}) or name
+    text = in_words({key: value for key, value in options.items() if key not in SEEDS}) or name
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 6]}… {digest_of(text, 4)}"
 
 
 def palette_of(comparison: Comparison) -> Palette:

@@ -233,3 +233,18 @@ def test_a_browser_draws_the_page_and_opens_a_card(browser, page, tmp_path, widt
     assert errors == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
     context.close()
+
+
+def test_nothing_outside_a_run_folder_is_shown(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", picture=True)
+    write_run(tmp_path / "runs" / "b")
+    outside = tmp_path / "outside"
+    Record({"fd_secret": 1.0}, protocol()).write(outside / "scores.json")
+    (run / "scores").mkdir()
+    (run / "scores" / "linked").symlink_to(outside)
+    (run / "samples" / "step_00000400.png").symlink_to(tmp_path / "secret.png")
+    shutil.copy(run / "samples" / "step_00000300.png", tmp_path / "secret.png")
+    text = report_of([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "fd_secret" not in text
+    assert "data:image" not in text.replace("img-src data:", "")
+    assert "2 files could not be read" in text
