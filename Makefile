@@ -20,8 +20,8 @@ install: .venv/.installed ## create .venv with the pinned versions
 	touch $@
 
 # The default network is small, so a second thread mostly waits: on a busy machine one thread was 2.8 times as fast.
-train: .venv/.installed ## train on scikit-learn's digits; ARGS="schedule=linear seed=1" sets options
-	$(if $(ARGS),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(BIN)/python -m src.train $(ARGS)
+train: .venv/.installed ## train on scikit-learn's digits; ARGS="schedule=linear seed=1" sets options of the default training
+	$(if $(ARGS),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(BIN)/python -m src.train $(or $(ARGS),experiment=fast_digits)
 
 test: .venv/.installed ## run the tests without the slow ones (minutes); ARGS="-k ddim" selects
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)

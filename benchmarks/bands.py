@@ -4,9 +4,10 @@
     python -m benchmarks.bands fashion_mnist --build 8 --clean 4 --mistaken 1
 
 Trains the experiment <name>_short in this process: `build` seeds that make the band, `clean` further seeds that must
-not leave it, and every known mistake with two seeds, for a third of the steps. The first seed of a mistake becomes the
+not leave it, and every known mistake with two seeds, for half of the steps. The first seed of a mistake becomes the
 pattern by which likely causes are named, the second tests this. Writes src/training/bands/<name>.json and prints two
-tables. The values of a run are kept, and a run that exists is not repeated; --minutes limits what one call trains.
+tables. The values of a run are kept, and a run that exists is not repeated. After --minutes, no further training
+starts, and the band is made of those that exist.
 """
 
 import argparse
@@ -52,7 +53,9 @@ from src.training.reference_bands import (
 
 BUILD, CLEAN, MISTAKEN = 0, 100, (200, 201)
 """First seeds of the band and of the clean runs, and the seeds of each mistake."""
-MISTAKEN_SHARE = 1 / 3
+FEWEST = 5
+"""Smallest number of seeds of a band."""
+MISTAKEN_SHARE = 0.5
 """Mistaken runs train for this share of the steps."""
 WINDOW = {"digits": 20, "fashion_mnist": 10}
 
@@ -328,7 +331,10 @@ def main() -> None:
     parser.add_argument("--mistaken", type=int, default=2, choices=(1, 2), help="seeds of each mistake")
     parser.add_argument("--runs", type=Path, default=Path("runs/bands"))
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="no training starts after so many"
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="no training starts after so many; the band is made of those that exist",
     )
     arguments = parser.parse_args()
     name = arguments.name
@@ -344,12 +350,17 @@ def main() -> None:
         found = {
             each: runs(*each) for each in progress.track([*build, *wrong, *clean], description="training")
         }
-    if None in found.values():
-        raise SystemExit("not all trainings exist; call again")
-    mistaken = {m: [found[each] for each in wrong if each[2] == m] for m in injections(name)}
+    found = {each: values for each, values in found.items() if values is not None}
+    correct = [found[each] for each in build if each in found]
+    others = [found[each] for each in clean if each in found]
+    if len(correct) < FEWEST:
+        raise SystemExit(f"{len(correct)} trainings of the band exist, it needs {FEWEST}: call again")
+    mistaken = {
+        m: [found[each] for each in wrong if each[2] == m and each in found] for m in injections(name)
+    }
+    mistaken = {mistake: values for mistake, values in mistaken.items() if values}
     command = f"python -m benchmarks.bands {name} --build {arguments.build} --clean {arguments.clean}"
-    others = [found[each] for each in clean]
-    band = band_of(name, [found[each] for each in build], others, mistaken, command)
+    band = band_of(name, correct, others, mistaken, command)
     band.write(FOLDER / f"{name}.json")
     outside, total = band.alarms
     interval = binomtest(outside, max(total, 1)).proportion_ci(method="exact")

@@ -45,9 +45,10 @@ class Clock(Callback):
 
 def main() -> None:
     jobs.register()
+    cached = tempfile.TemporaryDirectory()
     table = Table("recipe", "predicted, s", "measured, s", "ratio")
     for name, options in RECIPES.items():
-        config = composed("train", [*options, *COMMON, *SCORED])
+        config = composed("train", [*options, *COMMON, *SCORED, f"cache={cached.name}/{name}"])
         OmegaConf.set_struct(config, False)
         config.pop("hydra")
         cost = measured(config)

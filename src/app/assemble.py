@@ -1,7 +1,6 @@
 """Joins the parts of a training: configuration -> objects."""
 
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from src.app.automatic import settle
 from src.app.bands import bands_of
@@ -29,10 +25,12 @@ from src.app.lightning import (
     NoProfiler,
     check_callback,
     check_monitors,
+    check_sharded,
     check_trainer,
     check_trainer_options,
     joined_arguments,
 )
+from src.app.optimizers import optimizer_of
 from src.app.options import effect_of
 from src.app.parts import (
     codec_of,
@@ -43,9 +41,12 @@ from src.app.parts import (
 )
 from src.app.recipes import recipe_of
 from src.app.stored import upgrade
+from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.coupling import Coupling, OptimalTransport
 from src.diffusion.denoiser import Denoiser
+from src.diffusion.loss import MeanFlowLoss
 from src.errors import UserError
 from src.generation.recipe import Recipe, describe, warn_of_amplified_errors, warn_of_missing_signal
 from src.randomness import key
@@ -54,7 +55,7 @@ from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, not_finite
-from src.training.dashboard import CurveFiles, forgiving, needs_package, wandb_settings
+from src.training.dashboard import CurveFiles, Dashboard, forgiving, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA
 from src.training.module import DiffusionModule
@@ -100,6 +101,13 @@ class Experiment:
         latest = self.tracker.latest if self.tracker else None
         return {**(latest.scores if latest else {}), **losses}
 
+    def publish(self, folder: Path) -> None:
+        """Adds the protocol, the table of scores and, online, the report of the run to the dashboard."""
+        latest = self.tracker.latest if self.tracker else None
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Dashboard) and latest is not None:
+                logger.publish(latest, folder)
+
 
 def assemble(config: DictConfig, folder: Path) -> Experiment:
     """The objects of a training. Everything is checked here, before any image is read.
@@ -117,6 +125,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     source = source_of(config)
     source.check()
     codec = codec_of(config, source)
+    for name, value in codec.pinned().items():
+        config.codec[name] = value  # stored with the run
     conditioning = conditioning_of(config, source, codec)
     torch.manual_seed(key(config.seed, "initial weights", 0))
     denoiser = denoiser_of(config, codec, conditioning)
@@ -133,6 +143,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         batch_size=config.batch_size,
         codec=codec,
         conditioning=conditioning,
+        coupling=coupling_of(config, conditioning),
     )
     recipe = None
     if not isinstance(denoiser, NoiseClassifier):
@@ -152,18 +163,25 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         upgrade=upgrade,
         packages=("src", *config.trust),
         assembly=tuple(
-            f"src.app.{name}" for name in ("assemble", "parts", "conditions", "recipes", "guides")
+            f"src.app.{name}"
+            for name in ("assemble", "parts", "conditions", "recipes", "guides", "optimizers", "initial")
         ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
+    check_sharded(trainer, module, config.compile)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
-    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation)
+    data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if config.compile:
+        if isinstance(loss, MeanFlowLoss):
+            raise UserError(
+                "compile=true: a compiled network has no forward-mode derivative, which loss=mean_flow takes; choose"
+                " compile=false, or loss=shortcut"
+            )
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are
     summary = "\n".join([summary_of(config, denoiser, trainer, accumulation), *automatic])
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
@@ -176,6 +194,28 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if bands is not None:
         summary += f"\nband        {bands.summary}"
     return Experiment(module, data, trainer, recipe, checkpoint, summary, init)
+
+
+def coupling_of(config: DictConfig, conditioning: Conditioning | None) -> Coupling | None:
+    """What reorders the noise of a batch.
+
+    Raises:
+        UserError: it would make the noise depend on the condition, or needs classes that there are not.
+    """
+    coupling = build(config.coupling, Coupling, "coupling")
+    if isinstance(coupling, OptimalTransport):
+        kinds = conditioning.kinds if conditioning else frozenset()
+        if coupling.per_class and kinds != {"labels"}:
+            raise UserError(
+                "coupling.per_class=true needs a network that is conditioned on classes alone; choose"
+                " conditioning=class, or coupling=optimal_transport"
+            )
+        if kinds and not coupling.per_class:
+            raise UserError(
+                "coupling=optimal_transport makes the noise depend on the condition, which it does not in sampling;"
+                " choose coupling=optimal_transport_per_class with conditioning=class, or coupling=independent"
+            )
+    return coupling
 
 
 def check_names_and_folders(config: DictConfig) -> None:
@@ -218,24 +258,6 @@ def checkpoint_of(config: DictConfig) -> Path | None:
     if broken := not_finite(content):
         raise UserError(f"ckpt={checkpoint}: {broken} is not finite; choose another checkpoint")
     return checkpoint
-
-
-def optimizer_of(config: DictConfig) -> tuple[Any, Any]:
-    """What makes the optimiser and its learning-rate schedule, both tried on one parameter."""
-    for name, value in (config.optimizer or {}).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"optimizer.{name}={value}: give a finite number")
-    optimizer = build(config.optimizer, Optimizer, "optimizer")
-    lr_schedule = build(config.lr_schedule, LRScheduler, "lr_schedule")
-    option = "optimizer"
-    try:
-        tried = optimizer([nn.Parameter(torch.zeros(1))])
-        option = "lr_schedule"
-        if lr_schedule is not None:
-            lr_schedule(tried)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{option}: {str(error).splitlines()[0]}") from None
-    return optimizer, lr_schedule
 
 
 def callbacks_of(

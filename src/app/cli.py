@@ -4,10 +4,11 @@ Nothing heavy is imported here: `--help` and a mistyped option answer at once.
 """
 
 import json
+import logging
 import os
 import sys
 
-from src.app.options import CONF, OPTIONS, groups_of
+from src.app.options import CONF, IMPORT, OPTIONS, groups_of
 from src.errors import UserError
 from src.runs.output import forgiving_output
 from src.runs.stopping import LAUNCHER, ExitOnSignal, die_with
@@ -26,7 +27,7 @@ def run(entry_point: str) -> None:
     output is no error.
 
     Args:
-        entry_point: "train", "sample" or "evaluate".
+        entry_point: "train", "sample", "evaluate", "export", "plan" or "import_weights".
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
@@ -64,6 +65,16 @@ def _run(entry_point: str, arguments: list[str]) -> int:
         register()
         with explained("train", ["-m", *sweep]):
             return plan(sweep)
+    if entry_point == "import_weights":
+        from src.app.import_weights import import_weights
+
+        register()
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        with explained("train", arguments):
+            import_weights(arguments)
+        return 0
+    if entry_point == "export" and len(sweep) < len(arguments):
+        raise UserError("src.export writes one run: leave -m out")
     if len(sweep) < len(arguments):
         from src.app.sweep.run import run_sweep
 
@@ -94,6 +105,15 @@ def help_text(entry_point: str) -> str:
         from src.report.command import HELP
 
         return HELP[entry_point]
+    if entry_point == "import_weights":
+        return "\n".join(
+            [
+                "A run from weights of diffusers, DDIM, improved and guided diffusion, EDM or DiT (docs/interop.md).",
+                "    python -m src.import_weights source=ddpm-cifar10-32 out=runs/ddpm data=cifar10",
+                *(f"    {f'{option.name}={option.default}':<28}  {option.help}" for option in IMPORT),
+                "Further options are those of src.train, see python -m src.train --help; data=... must be given.",
+            ]
+        )
     lines = (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines()
     head = []
     for line in lines:

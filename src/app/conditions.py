@@ -41,6 +41,8 @@ def conditioning_of(config: DictConfig, source: ImageSource, codec: Codec) -> Co
             conditioning.check(codec.shape)
         except ValueError as error:
             raise UserError(f"conditioning.{error}") from None
+    if conditioning is not None and "image" in conditioning.kinds and not codec.bounded:
+        raise UserError("conditioning: low-resolution images are made of pixels; choose codec=pixels")
     source.text_encoder = getattr(conditioning, "encoder", None)
     if conditioning is None and issubclass(class_of(config.guidance) or object, ClassifierGuidance):
         return None  # the classes are those of the classifier

@@ -52,6 +52,8 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
     if likelihoods:
         if len(nodes) > 1 or config.devices > 1:
             raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
+        if not loaded.recipe.codec.bounded:
+            raise UserError(f"{likelihoods[0]}: bits per dimension are of pixels, and this run has latents")
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n, config.batch_size, config.seed)
         return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")

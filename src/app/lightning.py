@@ -14,6 +14,10 @@ from pydantic import PositiveFloat, PositiveInt
 
 from src.app.build import check_value
 from src.errors import UserError
+from src.model import Network
+from src.training.callbacks import SampleImages, TrackFidelity
+from src.training.module import DiffusionModule
+from src.training.sharded import ShardedStrategy
 
 # Trainer options that are refused, and what to do instead.
 REFUSED = {
@@ -115,13 +119,45 @@ def check_trainer(trainer: Trainer, config: DictConfig) -> None:
         )
     strategy = trainer.strategy
     started = getattr(strategy, "_start_method", "popen")
-    if not isinstance(strategy, SingleDeviceStrategy) and (type(strategy), started) != (DDPStrategy, "popen"):
+    known = isinstance(strategy, SingleDeviceStrategy | ShardedStrategy) or type(strategy) is DDPStrategy
+    if not known or started != "popen":
         raise UserError(
             f"trainer.strategy={config.trainer.strategy}: weights are averaged and saved whole, by processes that are"
-            " started as commands; choose auto or ddp"
+            " started as commands; choose auto or ddp, or trainer=fsdp"
         )
     if trainer.profiler is not None:  # they report at a level that is silenced otherwise
         logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+
+
+def check_sharded(trainer: Trainer, module: DiffusionModule, compiled: bool) -> None:
+    """Checks that nothing needs the whole network on one device, if it is divided among them.
+
+    Raises:
+        UserError: something does.
+    """
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return
+    network = module.denoiser.network
+    whole = [type(c).__name__ for c in trainer.callbacks if isinstance(c, SampleImages | TrackFidelity)]
+    if whole:
+        raise UserError(
+            f"trainer=fsdp: {' and '.join(whole)} need the whole network on one device; choose callbacks=none, and"
+            " score checkpoints with src.evaluate"
+        )
+    if trainer.limit_val_batches != 0:
+        raise UserError(
+            "trainer=fsdp: validation needs the whole network on one device; choose trainer.limit_val_batches=0"
+        )
+    if compiled:
+        raise UserError("trainer=fsdp: compile=true is not supported with it; leave it out")
+    if len(list(module.loss.parameters())) > len(list(network.parameters())):
+        raise UserError(
+            "trainer=fsdp: this loss has weights of its own, e.g. a learned weighting; choose another"
+        )
+    if type(network).after_optimizer_step is not Network.after_optimizer_step:
+        raise UserError(
+            f"trainer=fsdp: {type(network).__name__} changes its weights after each step; choose trainer=ddp"
+        )
 
 
 def check_callback(callback: Callback, option: str) -> None:

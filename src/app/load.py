@@ -39,11 +39,11 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
     # groups that replace those of the run; null keeps the run's choice
     chosen = {name: config[name] for name in groups_of("train") if config.get(name) is not None}
     chosen |= {"wrappers": config.wrappers} if config.wrappers else {}
-    chosen = {name: node for name, node in chosen.items() if name not in ("data", "conditioning")}
+    chosen = {name: node for name, node in chosen.items() if name not in ("data", "conditioning", "codec")}
     found, content = shared(
         "checkpoint", (config.run, config.checkpoint), lambda: _checkpoint(config.run, config.checkpoint)
     )
-    own = config_of(content, found, config.conditioning.encoder.name)
+    own = config_of(content, found, config.conditioning.encoder.name, config.codec.folder)
     own_variance = build(own.variance, Variance, "variance")
     merged = with_choices(own, chosen, config.data)
     for name in ("prompts", "labels"):

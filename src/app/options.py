@@ -22,7 +22,7 @@ experiment  another experiment: refused unless allow_changes=true
 once        belongs to one start and is never taken from a run folder; loggers are, by name
 """
 
-ENTRY_POINTS = ("train", "sample", "evaluate")
+ENTRY_POINTS = ("train", "sample", "evaluate", "export")
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ LOAD = (
         str,
         optional=True,
     ),
+    Option("codec.folder", None, "where the run's autoencoder lies now, if it has moved", str, optional=True),
     Option(
         "conditioning.encoder.name",
         None,
@@ -287,12 +288,40 @@ EVALUATE = (
 # Options of a guidance or a loss that name its second run.
 RUN_OPTIONS = {option.name: option for option in LOAD if option.name in ("run", "checkpoint", "weights")}
 
-OPTIONS: dict[str, tuple[Option, ...]] = {"train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
+EXPORT = (
+    *(option for option in LOAD if option.name not in ("batch_size", "devices", "sweep", "rerun_failed")),
+    Option("format", "diffusers", "what is written", choices=("diffusers", "torch", "onnx")),
+    Option("out", "???", "the folder that is written", str),
+)
+
+# Of src.import_weights, besides those of src.train.
+IMPORT = (
+    Option("source", "???", "a file *.safetensors, or a folder of diffusers", str),
+    Option("out", "???", "the run folder that is written", str),
+    Option("step", 0, "optimiser steps that the weights were trained for, for records", int, least=0),
+    Option(
+        "attention_order",
+        "legacy",
+        "of guided diffusion: new for networks with use_new_attention_order",
+        choices=("legacy", "new"),
+    ),
+    Option("head_channels", 64, "channels of an attention head in OpenAI's networks", int, least=1),
+)
+
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "train": TRAIN,
+    "sample": SAMPLE,
+    "evaluate": EVALUATE,
+    "export": EXPORT,
+}
 
 # Groups, and options of groups, whose change is not another experiment when a training is resumed.
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
     "clipping": "none",
+    "codec.batch": "order",
+    "codec.cache": "once",
+    "codec.folder": "none",  # its hash shows whether the autoencoder is another
     "conditioning.encoder.cache": "once",
     "data.cache": "once",
     "guidance": "none",
@@ -376,3 +405,30 @@ def check_options(entry_point: str, config: Any) -> None:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value)
         check_value(option.annotation(), value, option.name)
+
+
+def check_values(options: tuple[Option, ...], given: dict[str, str]) -> dict[str, Any]:
+    """The values of options that are not composed by Hydra, read as YAML and checked.
+
+    Args:
+        options: the options.
+        given: texts of the command line by name.
+
+    Raises:
+        UserError: one is missing, of another type or out of range.
+    """
+    import yaml
+
+    from src.app.build import check_value
+    from src.errors import UserError
+
+    values = {}
+    for option in options:
+        if option.default == "???" and option.name not in given:
+            raise UserError(f"{option.name} is missing: give {option.name}=...")
+        value = given.get(option.name, option.default)
+        if option.kind is not str and option.name in given:
+            value = yaml.safe_load(value)
+        check_value(option.annotation(), value, option.name)
+        values[option.name] = value
+    return values

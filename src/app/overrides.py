@@ -40,7 +40,8 @@ def prepare(entry_point: str, arguments: list[str]) -> tuple[str, list[str]]:
 
         own = [a for a in arguments if not a.startswith("ckpt=")]
         with trusting(trusted_packages(arguments)):
-            continue_with(run.checkpoint, own, _given(arguments, "conditioning.encoder.name"))
+            moved = (_given(arguments, name) for name in ("conditioning.encoder.name", "codec.folder"))
+            continue_with(run.checkpoint, own, *moved)
         entry_point = CONTINUED
         arguments = [*own, f"ckpt={quoted(run.checkpoint)}", f"hydra.run.dir={quoted(run.folder)}"]
     if folders:

@@ -174,9 +174,9 @@ def loss_of(config: DictConfig, denoiser: Denoiser, teacher: BaseDenoiser | None
     node = config.loss
     if takes(node, "teacher"):
         parts["teacher"] = teacher
-        node = node.copy()
-        for name in RUN_OPTIONS:
-            node.pop(name, None)
+        content = OmegaConf.to_container(node, resolve=False)
+        content = {name: value for name, value in content.items() if name not in RUN_OPTIONS}
+        node = OmegaConf.create(content, parent=node._get_parent())
     for option, (kind, plain) in OPTIONAL_PARTS.items():
         part = build(config[option], kind, option)
         if takes(config.loss, option):

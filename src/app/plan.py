@@ -27,9 +27,10 @@ from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.generation.recipe import Generated
 from src.training.callbacks import SampleImages, TrackFidelity
+from src.training.checkpoint import Checkpoints
 
-# Steps that are timed, after those that are not.
-PROBED, WARM_UP = 12, 4
+# Steps that are timed, after those that are not: at least so many, and so many seconds, but not more than LONGEST.
+PROBED, WARM_UP, SECONDS, LONGEST = 12, 4, 4.0, 300
 # Evaluations of the network that are timed for previews and scores.
 EVALUATIONS = 3
 # Copies of the weights in a checkpoint besides the weights: two moments of Adam.
@@ -46,7 +47,7 @@ class Cost:
         flops: floating-point operations of one forward pass of the network for one image.
         step: seconds of one optimiser step.
         steps: hours of all optimiser steps.
-        validations, previews, scores: hours of these.
+        validations, previews, scores, checkpoints: hours of these.
         memory: peak, in bytes: of the GPU, or of the process on the CPU.
         disk: of the run folder's checkpoints, in bytes.
     """
@@ -58,13 +59,14 @@ class Cost:
     validations: float
     previews: float
     scores: float
+    checkpoints: float
     memory: int
     disk: int
 
     @property
     def hours(self) -> float:
         """From the first step to the end."""
-        return self.steps + self.validations + self.previews + self.scores
+        return self.steps + self.validations + self.previews + self.scores + self.checkpoints
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -112,7 +114,7 @@ def measured(config: DictConfig) -> Cost:
         config = with_fitting_batch(config, Path(folder))
         full = assemble(config, Path(folder))  # with its callbacks, of which the intervals are read
         short = config.copy()
-        short.trainer.max_steps = WARM_UP + PROBED
+        short.trainer.max_steps = WARM_UP + LONGEST
         short.logger = {}
         short.validate_every = 10**9
         for name in QUIET:
@@ -124,9 +126,11 @@ def measured(config: DictConfig) -> Cost:
         watch = _StopWatch(device)
         experiment.trainer.callbacks.append(watch)
         experiment.trainer.fit(experiment.module, experiment.data)
-        step = statistics.median(watch.seconds[WARM_UP:])
+        step = statistics.fmean(watch.seconds[WARM_UP:])  # slow steps, e.g. those that log, count too
+        saving = watch.time(partial(experiment.trainer.save_checkpoint, Path(folder, "probe.ckpt")))
         experiment.module.to(device)
         times = _callbacks(full, experiment, config, watch)
+        times["checkpoints"] = saving * _saves(full, config.trainer.max_steps) / 3600
     max_steps = config.trainer.max_steps
     network = experiment.module.denoiser.network
     parameters = sum(p.numel() for p in network.parameters())
@@ -175,9 +179,25 @@ def _callbacks(
                 callback.scores.to(module.device)
                 seconds, images = _drawing(callback, denoiser, watch)
                 scoring = watch.time(partial(callback.scores.update, images)) / len(images) * callback.n
-                times = steps // callback.every + (callback.at_end and steps % callback.every > 0)
-                hours["scores"] += (seconds + scoring) * times / 3600
+                once = scoring / callback.n * callback.scores.reference_images(source, callback.cache)
+                hours["scores"] += ((seconds + scoring) * _scorings(callback, steps) + once) / 3600
     return hours
+
+
+def _scorings(callback: TrackFidelity, steps: int) -> int:
+    """How often a training of so many steps is scored."""
+    return steps // callback.every + (callback.at_end and steps % callback.every > 0)
+
+
+def _saves(full: Experiment, steps: int) -> int:
+    """How often a training of so many steps saves at most: at intervals, at the end, and after a score."""
+    saves = 0
+    for callback in full.trainer.callbacks:
+        if isinstance(callback, Checkpoints):
+            saves += -(-steps // callback.every)
+        if isinstance(callback, TrackFidelity):
+            saves += _scorings(callback, steps)
+    return saves
 
 
 def _drawing(
@@ -249,6 +269,15 @@ class _StopWatch(Callback):
         now = self.now()
         self.seconds.append(now - self._last)
         self._last = now
+        timed = self.seconds[WARM_UP:]
+        trainer.should_stop = len(timed) >= PROBED and sum(timed) >= SECONDS
+
+
+def span(hours: float) -> str:
+    """A length of time in a fitting unit, e.g. "43 s", "12.5 min" or "3.21 h"."""
+    if hours < 1.5 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours < 1.5 else f"{hours:.2f} h"
 
 
 def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
@@ -256,10 +285,10 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 160)
-    parts = ("steps", "validation", "previews", "scores", "sum")
+    parts = ("steps", "validation", "previews", "scores", "checkpoints", "sum")
     table = Table(
         *("job", "parameters", "GFLOP an image", "s a step", "memory"),
-        *(f"{part}, h" for part in parts),
+        *parts,
         "disk",
         title="cost of training on this machine",
     )
@@ -273,9 +302,12 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
                 f"{cost.flops / 1e9:.3g}",
                 f"{cost.step:.3g}",
                 f"{cost.memory / 2**30:.2f} GB",
-                *(
-                    f"{hours:.2f}"
-                    for hours in (cost.steps, cost.validations, cost.previews, cost.scores, cost.hours)
+                *map(
+                    span,
+                    (
+                        *(cost.steps, cost.validations, cost.previews, cost.scores),
+                        *(cost.checkpoints, cost.hours),
+                    ),
                 ),
                 f"{cost.disk / 2**20:,.0f} MB",
             )
@@ -283,6 +315,6 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     if len(rows) > 1:
         disk = sum(cost.disk for cost in possible) / 2**20
         table.add_row(
-            "all, one after the other", *[""] * 8, f"{sum(c.hours for c in possible):.2f}", f"{disk:,.0f} MB"
+            "all, one after the other", *[""] * 9, span(sum(c.hours for c in possible)), f"{disk:,.0f} MB"
         )
     console.print(table)

@@ -16,7 +16,7 @@ from src.diffusion.restoration import RePaint, Replacement, Restoration
 from src.diffusion.sampler import DDPM, Dopri5, FlowMap, Restart, Sampler
 from src.diffusion.spacing import Spacing
 from src.errors import UserError
-from src.generation.recipe import Recipe
+from src.generation.recipe import CLIPPING, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,13 @@ def recipe_of(
     if needs_run(config.guidance):
         guide = guide_of(config, denoiser, codec, conditioning)
         arguments, conditioning = guide.arguments, guide.conditioning
+    if (
+        not codec.bounded
+        and class_of(config.clipping) in CLIPPING
+        and config.clipping.get("bound", 1.0) == 1.0
+    ):
+        log.info("clipping    none: the limit of 1 is that of pixels, and this run has latents")
+        config = OmegaConf.merge(config, {"clipping": None})
     wrappers = wrappers_of(config, arguments, sampler, restoration)
     recipe = Recipe(
         sampler=sampler,
@@ -132,8 +139,8 @@ def check_flow_map(config: DictConfig, sampler: FlowMap, steps: int, denoiser: D
         return
     if config.guidance:
         raise UserError(
-            "guidance: sampler=flow_map makes steps of the average velocity, along which a guided velocity changes; choose"
-            " guidance=none, or sampler=euler, which uses the velocity at one time"
+            "guidance: sampler=flow_map makes steps of the average velocity, along which a guided velocity changes;"
+            " choose guidance=none, or sampler=euler, which uses the velocity at one time"
         )
     if config.clipping and steps > 1:
         raise UserError(

@@ -44,18 +44,20 @@ class Restored:
     denoiser: Denoiser
 
 
-def config_of(content: Mapping[str, Any], found: FoundRun, encoder: str | None = None) -> DictConfig:
+def config_of(
+    content: Mapping[str, Any], found: FoundRun, encoder: str | None = None, decoder: str | None = None
+) -> DictConfig:
     """The configuration that is stored in a checkpoint, with the options of this release, checked.
 
     Args:
         content: of the checkpoint.
         found: the run.
-        encoder: where its text encoder lies now; None for the stored place.
+        encoder, decoder: where its text encoder and its autoencoder lie now; None for the stored place.
 
     Raises:
         UserError: see `read_config`.
     """
-    return OmegaConf.create(read_config(content, found.checkpoint, encoder))
+    return OmegaConf.create(read_config(content, found.checkpoint, encoder, decoder))
 
 
 def parts_of(config: DictConfig, outputs: int | None = None, network: nn.Module | None = None) -> Restored:
@@ -136,6 +138,8 @@ def _averages(
         made = post_hoc.synthesise(found.folder / post_hoc.FOLDER, weights, content["global_step"])
         return made, f"ema std={weights:g}, made from snapshots", None
     stored = next((s["weights"] for name, s in content["callbacks"].items() if name.startswith("EMA")), None)
+    if stored is None and "imported" in content:
+        return {}, "imported", None
     if stored is None:
         log.warning("%s has no averaged weights: the raw ones are used", found.checkpoint)
         return {}, "raw", None

@@ -43,6 +43,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "init": None,
     "init_weights": "ema",
     "init_partial": False,
+    "coupling": {"_target_": "src.diffusion.coupling.Independent"},
 }
 
 # Options that sources have got since.
@@ -97,13 +98,15 @@ def _renamed(node: Any) -> Any:
     return [_renamed(value) for value in node] if isinstance(node, list) else node
 
 
-def read_config(content: Mapping[str, Any], origin: Path, encoder: str | None = None) -> dict[str, Any]:
+def read_config(
+    content: Mapping[str, Any], origin: Path, encoder: str | None = None, decoder: str | None = None
+) -> dict[str, Any]:
     """The stored configuration of a checkpoint in the words of this release, checked, for OmegaConf.
 
     Args:
         content: of the checkpoint.
         origin: its file, for messages.
-        encoder: where the text encoder lies now; None for the stored place.
+        encoder, decoder: where the text encoder and the autoencoder lie now; None for the stored place.
 
     Returns:
         Groups and single options. Texts are escaped; options of one start have this release's defaults. The groups in
@@ -130,6 +133,10 @@ def read_config(content: Mapping[str, Any], origin: Path, encoder: str | None = 
         for group in ("launcher", "hparams_search"):
             config.pop(group, None)
         _own_cache(config["data"], "data")
+        _own_cache(config["codec"], "codec")
+        if decoder and "folder" not in config["codec"]:
+            raise UserError("codec.folder: this run has no autoencoder; leave it out")
+        config["codec"] |= {"folder": decoder} if decoder else {}
         if "encoder" in (config["conditioning"] or {}):
             _own_cache(config["conditioning"]["encoder"], "conditioning.encoder")
             config["conditioning"]["encoder"]["name"] = encoder or config["conditioning"]["encoder"]["name"]
@@ -236,7 +243,9 @@ def _at_most(parameters: int) -> Iterator[None]:
         hook.remove()
 
 
-def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = None) -> None:
+def continue_with(
+    checkpoint: Path, arguments: list[str], encoder: str | None = None, decoder: str | None = None
+) -> None:
     """Registers the configuration of a training that is continued, as `CONTINUED`.
 
     It is conf/train.yaml with the stored choice of each group, `STORED`, and the stored single options. The command
@@ -245,12 +254,12 @@ def continue_with(checkpoint: Path, arguments: list[str], encoder: str | None = 
     Args:
         checkpoint: the file.
         arguments: the command line without `ckpt`.
-        encoder: where the text encoder lies now; None for the stored place.
+        encoder, decoder: where the text encoder and the autoencoder lie now; None for the stored place.
 
     Raises:
         UserError: see `read_config`; or a callback or logger is of a class that is not taken from a run folder.
     """
-    config = read_config(read_checkpoint(checkpoint), checkpoint, encoder)
+    config = read_config(read_checkpoint(checkpoint), checkpoint, encoder, decoder)
     for option, followed in FOLLOWING.items():
         node, name = _place(config, option)
         other, followed_name = _place(config, followed)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
 from src.app.build import resolve
 from src.app.device_batch import with_fitting_batch
+from src.app.environment import redacted
 from src.app.options import effect_of
 from src.app.overrides import given_again, in_override, own_arguments
 from src.errors import UserError
@@ -21,13 +22,14 @@ from src.runs.folder import (
     BANDS_FILE,
     CHECKPOINTS,
     ENVIRONMENT_FILE,
+    ERROR_FILE,
     INIT_FILE,
     SCORES_FILE,
     find_run,
     locked,
 )
 from src.runs.machine import environment, is_first_process
-from src.runs.output import failures, forget_failures
+from src.runs.output import failures, forget_failures, tolerated
 from src.training.dashboard import finish_dashboards
 from src.training.distributed import explain_lost_process, leave
 from src.training.resume import flat
@@ -64,19 +66,26 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         if source.num_classes:  # which label is which class
             source.prepare()
             record["classes"] = list(source.class_names)
+        record["parameters"] = sum(p.numel() for p in experiment.module.denoiser.network.parameters())
         record["arguments"] = own_arguments(list(HydraConfig.get().overrides.task))  # for `requeued_run`
         write_config(config, folder)
         write_json(folder / ENVIRONMENT_FILE, record)
         if experiment.init is not None:
             write_json(folder / INIT_FILE, experiment.init)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
     forget_failures()
     for logger in trainer.loggers:
         logger.log_hyperparams({**resolve(config, "config"), "environment": record})
     try:
         trainer.fit(experiment.module, experiment.data, ckpt_path=experiment.checkpoint, weights_only=True)
-    except UserError:
+        experiment.publish(folder)
+    except UserError as error:
+        keep_error(folder, str(error), trainer.is_global_zero)
         raise
     except Exception as error:
+        keep_error(
+            folder, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", trainer.is_global_zero
+        )
         explain_lost_process(error)
         raise
     finally:
@@ -93,6 +102,13 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         if latest is not None:
             return {**scores, "evaluations": latest.protocol["recipe"]["network_evaluations"]}
     return scores
+
+
+def keep_error(folder: Path, line: str, is_global_zero: bool) -> None:
+    """Writes why a training failed, for the list of runs."""
+    if is_global_zero:
+        with tolerated(ERROR_FILE):
+            write_json(folder / ERROR_FILE, {"error": redacted(line)})
 
 
 def closing_summary(

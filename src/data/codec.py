@@ -1,9 +1,12 @@
 """Between images as bytes and what the network sees: the only place that rescales pixels."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from src.data.source import ImageSet, ImageSource, Split
 
 
 class Codec(ABC):
@@ -12,8 +15,10 @@ class Codec(ABC):
     Attributes:
         image_shape: (C, H, W) of the images.
         shape: (C, H, W) of what the network sees.
+        bounded: whether encoded images are in [-1, 1], to which clipping limits estimates of them.
     """
 
+    bounded = True
     image_shape: tuple[int, int, int]
     shape: tuple[int, int, int]
 
@@ -28,6 +33,14 @@ class Codec(ABC):
     @abstractmethod
     def describe(self) -> str:
         """A description of how generated values become bytes, for records."""
+
+    def pinned(self) -> dict[str, Any]:
+        """Options that identify the codec, which a training stores with its choice."""
+        return {}
+
+    def encoded(self, source: ImageSource, split: Split) -> ImageSet:
+        """A split for training: its images, or what `encode` makes of them if that is kept."""
+        return source.split(split)
 
     def to(self, device: torch.device | str) -> "Codec":
         """Moves a codec that has weights to a device; returns itself."""

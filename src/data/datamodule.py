@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.data.source import ImageSource, Split
+from src.data.codec import Codec
+from src.data.source import ImageSet, ImageSource, Split
 from src.data.stream import Batch, FixedOrder, PositionSampler, ShardSampler, TrainingStream
 from src.errors import UserError
 
@@ -53,10 +54,17 @@ class ImageDataModule(LightningDataModule):
         seed: the run's seed; decides order and flips.
         workers: processes that prepare batches; 0 is fastest for sets in memory.
         accumulation: micro-batches of one optimiser step; the Trainer's `accumulate_grad_batches`.
+        codec: keeps encoded images, if it is one that does.
     """
 
     def __init__(
-        self, source: ImageSource, batch_size: int, seed: int, workers: int = 0, accumulation: int = 1
+        self,
+        source: ImageSource,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        accumulation: int = 1,
+        codec: Codec | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -71,6 +79,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.workers = workers
         self.accumulation = accumulation
+        self.codec = codec
         self._resumed: int | None = None
         self._start = 0
         self._start_step = 0
@@ -91,11 +100,13 @@ class ImageDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         self.source.check()
         self.source.prepare()
-        if (
-            self.source.text_encoder is not None
-        ):  # encodes the captions once, before other processes read them
+        # captions and latents are made once, before other processes read them
+        if self.source.text_encoder is not None or (self.codec is not None and not self.codec.bounded):
             for split in ("train", "validation"):
-                self.source.split(split)
+                self._split(split)
+
+    def _split(self, split: Split) -> ImageSet:
+        return self.source.split(split) if self.codec is None else self.codec.encoded(self.source, split)
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches, from the sample after those that the loaded checkpoint has consumed.
@@ -115,9 +126,7 @@ class ImageDataModule(LightningDataModule):
             self._start = self._start_step * self.batch_size if self._resumed is None else self._resumed
             self._resumed = None
         micro = per_device_batch(self.batch_size, world_size, self.accumulation)
-        stream = TrainingStream(
-            self.source.split("train"), self.seed, self.batch_size, self.source.horizontal_flip
-        )
+        stream = TrainingStream(self._split("train"), self.seed, self.batch_size, self.source.horizontal_flip)
         sampler = PositionSampler(
             self._start, self.batch_size, micro, rank, world_size, accumulation=self.accumulation
         )
@@ -134,7 +143,7 @@ class ImageDataModule(LightningDataModule):
 
     def _fixed_loader(self, split: Split) -> DataLoader | list:
         rank, world_size = self._place()
-        images = self.source.split(split)
+        images = self._split(split)
         if len(images) == 0:
             return []
         micro = per_device_batch(self.batch_size, world_size, self.accumulation)

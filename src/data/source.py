@@ -41,6 +41,10 @@ class ImageSet(ABC):
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """The images at `indices`, in that order: a fresh uint8 tensor (b, C, H, W)."""
 
+    def mirrored(self, indices: Tensor | Sequence[int], images: Tensor) -> Tensor:
+        """The mirrored images at `indices`, given `images(indices)`."""
+        return images.flip(-1)
+
     def condition(self, indices: Tensor | Sequence[int]) -> Condition:
         """What the images at `indices` are conditioned on: their labels and encoded captions, where there are any."""
         condition = Condition() if self.text is None else self.text.condition(indices)

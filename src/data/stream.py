@@ -24,7 +24,7 @@ class Batch:
     """What a step gets.
 
     Attributes:
-        images: uint8, shape (b, C, H, W).
+        images: uint8, shape (b, C, H, W); or floats, already encoded.
         condition: what the data know about each image, e.g. its label.
         positions: places in the training stream, int64, shape (b,), always on the CPU, where they key the draws; in
             validation and test the images' indices.
@@ -98,7 +98,7 @@ class TrainingStream(Dataset):
         images = self.image_set.images(indices)
         if self.horizontal_flip:
             # On bytes, and by picking whole rows: several times faster than torch.where or index_copy.
-            either = torch.cat([images, images.flip(-1)])
+            either = torch.cat([images, self.image_set.mirrored(indices, images)])
             images = either.index_select(0, torch.arange(len(places)) + len(places) * self.flips(places))
         return Batch(images, self.image_set.condition(indices), places)
 

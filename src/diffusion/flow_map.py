@@ -77,6 +77,24 @@ class FlowMap:
                 raise ValueError(no_forward_mode(self.denoiser, error)) from error
             raise
 
+    def check_derivative(self) -> None:
+        """Takes the derivative once, for networks of other packages.
+
+        Raises:
+            ValueError: a part of the network has no forward-mode derivative; names the option to change.
+        """
+        network = getattr(self.denoiser, "network", None)
+        shape = getattr(network, "image_shape", None)
+        if getattr(network, "checkpointing", False):
+            raise ValueError(no_forward_mode(self.denoiser, ""))
+        if shape is None or type(network).__module__.startswith("src.model."):
+            return
+        weight = next(network.parameters(), torch.zeros(()))
+        x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+        t = torch.full((1,), self.denoiser.schedule.t_max, dtype=torch.float64)
+        with torch.no_grad():
+            self.derivative(x, t, t / 2, x)
+
 
 def slopes(schedule: Schedule, option: str) -> tuple[float, float]:
     """alpha' and sigma' of a straight schedule.
@@ -112,24 +130,26 @@ def check_second_time(denoiser: BaseDenoiser, option: str) -> None:
         )
 
 
-def no_forward_mode(denoiser: BaseDenoiser, error: Exception) -> str:
+def no_forward_mode(denoiser: BaseDenoiser, error: object) -> str:
     """What to change in a network without a forward-mode derivative, in one line."""
     network = getattr(denoiser, "network", denoiser)
     if getattr(network, "checkpointing", False):
         return (
-            "model.checkpointing=true: recomputed activations have no forward-mode derivative; choose false"
+            "model.checkpointing=true: recomputed activations have no forward-mode derivative; choose"
+            " model.checkpointing=false"
         )
     name = type(getattr(network, "module", network)).__name__
+    reason = str(error).partition("\n")[0][:120]
     return (
         f"model: an operator of {name} has no forward-mode derivative, e.g. PyTorch's fused attention"
-        f" ({str(error).splitlines()[0][:120]}); call src.model.attention.attend in it, choose another model, or"
+        f" ({reason}); call src.model.attention.attend in it, choose another model, or"
         " loss=shortcut, which needs none"
     )
 
 
 def step(
     denoiser: BaseDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, condition: Condition | None = None
-):
+) -> Tensor:
     """x_s from x_t in one evaluation; a denoiser without a second time makes DDIM's step."""
     to = s if denoiser.second_time else None
     return denoiser(x_t, t, condition, to).mix(s.alpha, s.sigma)

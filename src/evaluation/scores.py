@@ -161,6 +161,17 @@ class ScoreSet:
             self._compute_references(scores, source.split(split), rank, world_size, store)
         self.reset()
 
+    def reference_images(self, source: ImageSource, cache: str | Path | None = None) -> int:
+        """The number of images that `set_references` would read, since their statistics are not cached."""
+        store = ReferenceCache(cache) if cache is not None else None
+        splits = set()
+        for score in self.scores:
+            if score.needs_reference:
+                reference = _reference_of(score, source)
+                if store is None or store.read(score, reference) is None:
+                    splits.add(reference.split)
+        return sum(len(source.split(split)) for split in splits)
+
     def _compute_references(
         self,
         scores: Sequence[tuple[FidelityScore, Reference]],

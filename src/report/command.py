@@ -1,8 +1,7 @@
 """The command lines `python -m src.runs` and `python -m src.report`."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from src.errors import UserError
@@ -80,6 +79,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _report(places: list[Path], options: dict[str, str]) -> None:
     from src.report.page import report_of
+    from src.report.progress import count_runs, progress
 
     out = Path(options.get("out", "report.html")).expanduser()
     if out.suffix.lower() not in (".html", ".htm"):
@@ -89,22 +89,3 @@ def _report(places: list[Path], options: dict[str, str]) -> None:
     with progress("reading", lambda: 2 * count_runs(places)) as advance:
         page = report_of(places, out, options.get("score"), advance)
     print(f"report      {page} ({page.stat().st_size / 1e6:.1f} MB)")
-
-
-def count_runs(places: Sequence[Path]) -> int:
-    """The number of runs at these places."""
-    from src.report.run import find_runs
-
-    return sum(1 for place in places if place.is_dir() for _ in find_runs(place))
-
-
-@contextmanager
-def progress(description: str, total: Callable[[], int]) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal's standard error, which disappears; the block gets a function that advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total() if console.is_terminal else None)
-        yield lambda: bar.advance(task)

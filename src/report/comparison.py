@@ -241,10 +241,17 @@ def _evaluated(sweep: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Subje
             continue
         scores = outcome.get("scores")
         # the job's folder has no protocol; the record in the run folder has the very same numbers
-        made = next((each for each in further[folder] if each.record.scores == scores), None)
+        made = next((each for each in further[folder] if _same(each.record.scores, scores)), None)
         if made is not None:
             subjects[folder].records.append(Scored(made.record, made.path, tuple(job["varied"])))
     yield from subjects.values()
+
+
+def _same(scores: Mapping[str, float], found: Any) -> bool:
+    """Whether an outcome has the scores of a record; it may have further numbers, and NaN equals NaN."""
+    return isinstance(found, dict) and all(
+        repr(found.get(name)) == repr(value) for name, value in scores.items()
+    )
 
 
 def _name_apart(subjects: list[Subject]) -> None:
@@ -405,7 +412,7 @@ def shortened(value: Any, longest: int | None = LONGEST) -> str:
 
 def interval_of(record: Record, score: str) -> tuple[float | None, float | None]:
     """The interval of a score in its record, if it has one."""
-    intervals = getattr(record, "intervals", None) or getattr(record, "interval", None) or {}
+    intervals = getattr(record, "intervals", None) or {}
     found = intervals.get(score)
     if isinstance(found, Mapping):
         found = (found.get("low"), found.get("high"))

@@ -111,6 +111,6 @@ def digits(value: float | None, half: float | None = None) -> str:
         return "–" if value is None else str(value)
     if half is None or not math.isfinite(half):
         return f"{value:.4g}"
-    if half == 0:
+    if half <= 1e-6 * abs(value):
         return f"{value:.6g}"
     return f"{value:.{max(0, 1 - math.floor(math.log10(half)))}f}"

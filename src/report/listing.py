@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from src.errors import UserError
-from src.report.command import count_runs, progress
 from src.report.comparison import Column, column_of, higher_is_better, shortened
 from src.report.effects import digits
 from src.report.page import duration
+from src.report.progress import count_runs, progress
 from src.report.run import STATUSES, Cost, Run, find_runs, flat, read_run, read_yaml
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -45,8 +45,28 @@ const watch = new IntersectionObserver((entries) => {
 }, { rootMargin: "300px" });
 for (const canvas of canvases) watch.observe(canvas);
 
-// all charts are drawn before printing, at the width of the paper
-window.addEventListener("beforeprint", () => { for (const canvas of canvases) draw(canvas); });
+// the others follow while the page is idle, since printing does not wait for them
+const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 200));
+async function drawRest() {
+  for (const canvas of canvases) {
+    if (canvas.checkVisibility && !canvas.checkVisibility()) continue;
+    await draw(canvas);
+    await new Promise((done) => idle(done));
+  }
+}
+window.addEventListener("load", () => idle(drawRest));
+
+// on paper, charts are scaled as pictures
+window.addEventListener("beforeprint", () => {
+  for (const canvas of canvases) {
+    const { width, height } = canvas.getBoundingClientRect();
+    canvas.style.setProperty("--ratio", width / height);
+    for (const svg of canvas.querySelectorAll(".main-svg")) svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const svg of document.querySelectorAll(".main-svg")) svg.removeAttribute("viewBox");
+});
 
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("thead th").forEach((head, place) => {

@@ -10,18 +10,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from src.evaluation.record import Record
 from src.report import figures as fig
-from src.report.comparison import ABSENT, SEEDS, Cell, Column, Comparison, Row, Subject, natural
+from src.report.comparison import (
+    ABSENT,
+    SEEDS,
+    Cell,
+    Column,
+    Comparison,
+    Row,
+    Scored,
+    Subject,
+    interval_of,
+    natural,
+)
 from src.report.curves import Curve, curves_of, seconds_of
 from src.report.effects import Marginal, Mean, Result, digits, marginal_means, mean
 from src.report.pictures import picture_groups
-from src.report.run import STATUSES, flat
+from src.report.run import STATUSES, flat, read_run
 from src.runs.files import write_atomically
+from src.runs.folder import SCORES_FILE
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 PLOTLY = HERE / "plotly" / "plotly-basic.min.js.gz"
+REPORT_FILE = "report.html"
 MOST_DIFFERENCES = 4
 """Entries of a protocol in the head of a column; the cards have all."""
 
@@ -258,12 +272,15 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
     cards = []
     for row in comparison.rows:
         for scored in row.records:
-            run = row.subject.run
+            run, found = row.subject.run, scored.record.scores
             cards.append(
                 {
                     "row": row,
                     "path": scored.path,
-                    "scores": scored.record.scores,
+                    "scores": [
+                        (name, value, interval_of(scored.record, name)) for name, value in found.items()
+                    ],
+                    "warnings": getattr(scored.record, "warnings", None) or [],
                     "protocol": sorted(
                         flat(scored.record.protocol).items(), key=lambda item: natural(item[0])
                     ),
@@ -292,3 +309,11 @@ def report_of(
 
     words = [str(place) for place in places] + ([f"score={score}"] if score else []) + [f"out={out}"]
     return write_report(subjects_of(places, advance), out, score, words, advance)
+
+
+def report_of_run(folder: Path, record: Record) -> Path:
+    """Writes <run folder>/report.html for a training that ends with these scores."""
+    run = read_run(folder)
+    run.last, run.status = record, "finished"
+    subject = Subject(folder.name, run, [Scored(record, folder / SCORES_FILE)])
+    return write_report([subject], folder / REPORT_FILE, command=[str(folder)])

@@ -27,6 +27,7 @@ from src.runs.folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    ERROR_FILE,
     LOCK_FILE,
     SCORES_FILE,
     check_contained,
@@ -37,7 +38,7 @@ STATUSES = ("finished", "running", "stopped", "failed")
 JOBS_FILE = "jobs.json"
 OUTCOME_FILE = "outcome.json"
 BEST_RECORD = f"{CHECKPOINTS}/{Path(BEST_FILE).with_suffix('.json')}"
-READ = (CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, OUTCOME_FILE, LOCK_FILE, "csv")
+READ = (CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, ERROR_FILE, OUTCOME_FILE, LOCK_FILE, CHECKPOINTS, "csv")
 """What the list of runs reads in a run folder."""
 TAIL = 1 << 16  # bytes of a CSV file from which the present speed is taken
 MOST_OPTIONS = 10_000  # of a configuration; YAML can repeat one part exponentially often
@@ -57,14 +58,6 @@ class Jobs(TypedDict):
 
     entry_point: str
     jobs: list[Job]
-
-
-class Outcome(TypedDict, total=False):
-    """What is read of a job's outcome.json."""
-
-    overrides: list[str]
-    scores: dict[str, float]
-    error: str
 
 
 @dataclass(frozen=True)
@@ -264,9 +257,9 @@ def _record(run: Run, name: str) -> Record | None:
 def _status(run: Run) -> tuple[str, str | None]:
     if is_locked(run.folder / LOCK_FILE):
         return "running", None
-    outcome: Outcome = _json(run, OUTCOME_FILE) or {}
-    if error := outcome.get("error"):
-        return "failed", str(error)
+    for name in (OUTCOME_FILE, ERROR_FILE):
+        if error := (_json(run, name) or {}).get("error"):
+            return "failed", str(error)
     if run.last is None:
         return "stopped", None
     if run.max_steps is not None and run.step >= run.max_steps:

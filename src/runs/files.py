@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -123,7 +124,7 @@ def read_json(path: Path, schema: type[T]) -> T:
         FileNotFoundError: the file does not exist.
         Damaged: it cannot be read, is larger than `LARGEST_JSON`, is no JSON of this schema, or was altered.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         with open_regular(path) as file:
@@ -135,7 +136,7 @@ def read_json(path: Path, schema: type[T]) -> T:
             checksum = content.pop(CHECKSUM)
             if checksum != digest_of(content, 16):
                 raise Damaged(f"{path} is damaged: its content has changed since it was written")
-        return TypeAdapter(schema).validate_python(content, strict=not is_dataclass(schema))
+        return _adapter(schema).validate_python(content, strict=not is_dataclass(schema))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -146,6 +147,14 @@ def read_json(path: Path, schema: type[T]) -> T:
         raise Damaged(f"{path} is damaged: {where}: {first['msg'].lower()}") from None
     except (ValueError, RecursionError):
         raise Damaged(f"{path} is damaged: it is not JSON") from None
+
+
+@cache
+def _adapter(schema: Any) -> Any:
+    """Checks values against a type; making it takes longer than reading a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ lock               locked while a process trains in this folder
 csv/               the curves; also wandb/ and tensorboard/
 scores.json        the last scores and their protocol
 bands.json         where the training left the reference band of its recipe
+error.json         why the last start failed, if it did
 train.log          what was printed
 scores/            scores of src.evaluate, one folder per recipe
 """
@@ -39,10 +40,11 @@ ENVIRONMENT_FILE = "environment.json"
 SCORES_FILE = "scores.json"
 INIT_FILE = "init.json"
 BANDS_FILE = "bands.json"
+ERROR_FILE = "error.json"
 LOCK_FILE = "lock"
 LAYOUT = (
     *(CHECKPOINTS, "ema", "samples", "scores", "csv", "wandb", "tensorboard", ".hydra"),
-    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, INIT_FILE, BANDS_FILE, LOCK_FILE),
+    *(CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, INIT_FILE, BANDS_FILE, ERROR_FILE, LOCK_FILE),
     *("train.log", "outcome.json", "wandb_run_id"),
 )
 """What this package and its loggers read and write in a run folder."""

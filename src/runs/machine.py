@@ -29,10 +29,20 @@ def environment() -> dict[str, Any]:
         "slurm_job": slurm_job(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "versions": {name: installed(name) for name in PACKAGES},
     }
+
+
+def cpu_name() -> str | None:
+    """The processor's model, e.g. "AMD EPYC 9654 96-Core Processor"; None if the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
 
 
 def installed(package: str) -> str | None:

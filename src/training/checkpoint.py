@@ -24,6 +24,7 @@ from src.training import post_hoc
 from src.training.dashboard import cut_curves
 from src.training.ema import EMA
 from src.training.reading import read_checkpoint
+from src.training.sharded import ShardedStrategy
 from src.training.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -249,6 +250,8 @@ class Checkpoints(Checkpoint):
         step, ema = trainer.global_step, module.ema
         if module.is_updating or (ema is not None and ema.updates != step):
             log.error("step %d is not saved, since the error came in the middle of an update", step)
+        elif isinstance(trainer.strategy, ShardedStrategy):
+            log.error("step %d is not saved, since its weights are divided among the processes", step)
         elif step not in (self._saved, self._tried):
             try:
                 content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

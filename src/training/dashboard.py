@@ -18,7 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import TypedDict
 
 from src.errors import UserError
+from src.evaluation.record import Record
+from src.report.comparison import interval_of
+from src.report.page import report_of_run
+from src.report.run import flat, read_yaml
 from src.runs.files import Damaged, read_json, replacing
+from src.runs.folder import CONFIG_FILE
 from src.runs.output import tolerated
 
 log = logging.getLogger(__name__)
@@ -121,6 +126,39 @@ class Dashboard(WandbLogger):
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self._try(super().log_image, key, images, step, **kwargs)
+
+    @rank_zero_only
+    def publish(self, record: Record, folder: Path) -> None:
+        """Adds what stays of a training: the record's protocol to the run's summary, the table of its scores, and
+        online the report of the run as an artifact.
+
+        Args:
+            record: the last scores.
+            folder: the run folder.
+        """
+        self._try(self._publish, record, folder)
+
+    def _publish(self, record: Record, folder: Path) -> None:
+        import wandb
+
+        run, recipe = self.experiment, record.protocol.get("recipe", {})
+        run.summary.update({"protocol": record.protocol})
+        rows = [
+            [
+                name,
+                value,
+                *interval_of(record, name),
+                recipe.get("training_steps"),
+                recipe.get("network_evaluations"),
+            ]
+            for name, value in record.scores.items()
+        ]
+        columns = ["score", "value", "low", "high", "training_steps", "network_evaluations"]
+        run.log({"scores": wandb.Table(columns=columns, data=rows)})
+        if self._wandb_init.get("mode") == "online":
+            artifact = wandb.Artifact(f"report-{run.id}", type="report")
+            artifact.add_file(str(report_of_run(folder, record)), name="report.html")
+            run.log_artifact(artifact)
 
     def _log(self, metrics: dict[str, Any], step: int | None) -> None:
         run, row = self.experiment, _add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)
@@ -240,6 +278,39 @@ def varied_options(folder: Path) -> list[str]:
         jobs = read_json(folder.parent / "jobs.json", Members)["jobs"]
         return next((job["varied"] for job in jobs if job["folder"] == folder.name), [])
     return []
+
+
+def publish_sweep(page: Path, sweep: Path) -> bool:
+    """Uploads the report of a sweep as an artifact of a run in the sweep's group, if its jobs were logged online.
+
+    Args:
+        page: the report.
+        sweep: the folder of the sweep.
+
+    Returns:
+        Whether it was uploaded.
+    """
+    online = sorted(sweep.glob("*/wandb/run-*"))
+    if not online:
+        return False
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE)
+    options = flat(read_yaml(online[0].parents[1] / CONFIG_FILE))
+    project = options.get("logger.wandb.project")
+    run = wandb.init(
+        project=project,
+        group=sweep.name,
+        job_type="report",
+        name=f"report {sweep.name}",
+        dir=sweep,
+        settings=settings,
+    )
+    artifact = wandb.Artifact(f"report-{sweep.name}", type="report")
+    artifact.add_file(str(page), name="report.html")
+    run.log_artifact(artifact)
+    run.finish()
+    return True
 
 
 def _has_key() -> bool:

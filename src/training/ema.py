@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from src.runs.output import tolerated
 from src.training import post_hoc
+from src.training.divided import divided, parts, whole
 from src.training.nonfinite import is_free_to_read
+from src.training.optimizers import ScheduleFreeAdamW
 
 Weights = dict[str, Tensor]
 
@@ -74,7 +76,10 @@ class EMA(Callback):
         if len(averages) != len(self.decays_at(0)) or self.weights.keys() != weights.keys():
             averages = [{n: w.clone() for n, w in weights.items()} for _ in self.decays_at(0)]
         self.averages = [
-            {n: a.to(weights[n].device, _at_least_float32(weights[n].dtype)) for n, a in average.items()}
+            {
+                n: divided(a, weights[n]).to(weights[n].device, _at_least_float32(weights[n].dtype))
+                for n, a in average.items()
+            }
             for average in averages
         ]
 
@@ -90,8 +95,8 @@ class EMA(Callback):
         if on_host and not finite:
             return
         for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
-            averages = list(average.values())
-            weights = [w.to(a.dtype) for w, a in zip(network.parameters(), averages, strict=True)]
+            averages, weights = parts(average.values()), parts(network.parameters())
+            weights = [w.to(a.dtype) for w, a in zip(weights, averages, strict=True)]
             if on_host:
                 torch._foreach_lerp_(averages, weights, 1 - decay)
             else:  # with a factor that is 0 for a skipped step, to avoid a synchronisation
@@ -116,16 +121,17 @@ class EMA(Callback):
         if not self.weights:
             yield
             return
-        parameters = list(network.parameters())
+        parameters = parts(network.parameters())
         own = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, list(self.weights.values()))
+        torch._foreach_copy_(parameters, parts(self.weights.values()))
         try:
             yield
         finally:
             torch._foreach_copy_(parameters, own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "others": self.averages[1:], "updates": self.updates}
+        averages = whole(self.averages)
+        return {"weights": averages[0], "others": averages[1:], "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.averages = [state_dict["weights"], *state_dict["others"]]
@@ -201,7 +207,52 @@ class PowerEMA(EMA):
         due = self.snapshot_every and (
             self.updates % self.snapshot_every == 0 or self.updates == trainer.max_steps
         )
-        if due and self.updates != before and trainer.is_global_zero:
-            with tolerated("snapshot of the averages"):
-                folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
-                post_hoc.save(folder, self.updates, self.stds, self.averages)
+        if due and self.updates != before:
+            averages = whole(self.averages)
+            if trainer.is_global_zero:
+                with tolerated("snapshot of the averages"):
+                    folder = Path(trainer.default_root_dir) / post_hoc.FOLDER
+                    post_hoc.save(folder, self.updates, self.stds, averages)
+
+
+class ScheduleFreeAverage(EMA):
+    """The average x of optimizer=schedule_free (Defazio et al. 2024, arXiv:2405.15682).
+
+    It is computed from the weights and the optimiser's state when it is needed: for validation, previews, scores and
+    checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: ScheduleFreeAdamW | None = None
+        self._names: dict[nn.Parameter, str] = {}
+        super().__init__(decay=0.0, warmup=False)
+        self.decay = None
+
+    @property
+    def name(self):
+        return "schedule-free average"
+
+    @property
+    def averages(self) -> list[Weights]:
+        """The average by parameter name, in a list of one."""
+        if self._optimizer is not None and self._stale:
+            found = self._optimizer.averages()
+            self._averages = [
+                {name: found[p].to(_at_least_float32(p.dtype)) for p, name in self._names.items()}
+            ]
+            self._stale = False
+        return self._averages
+
+    @averages.setter
+    def averages(self, averages: list[Weights]) -> None:
+        self._averages, self._stale = averages, False
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._names = {p: name for name, p in pl_module.denoiser.network.named_parameters()}
+        self._optimizer = trainer.optimizers[0]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step != self.updates:
+            self._stale = True
+            self.updates = trainer.global_step

@@ -6,6 +6,7 @@ global batch and sliced by position, so resuming, sharding and callbacks do not 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.stream import Batch
+from src.diffusion.coupling import Coupling
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import Loss
 from src.randomness import draws_at, generator, key, seed_defaults
@@ -42,6 +44,7 @@ class DiffusionModule(LightningModule):
         batch_size: the global batch size.
         codec: encodes the images for the network.
         conditioning: selects the condition passed to the network; None for unconditional training.
+        coupling: reorders the noise of a training batch; None for its own order.
 
     Attributes:
         gradient_norm: gradient norm of the latest optimiser step before clipping, shape (), on the device; not finite
@@ -59,6 +62,7 @@ class DiffusionModule(LightningModule):
         batch_size: int,
         codec: Codec,
         conditioning: Conditioning | None = None,
+        coupling: Coupling | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -69,6 +73,7 @@ class DiffusionModule(LightningModule):
         self.batch_size = batch_size
         self.codec = codec
         self.conditioning = conditioning
+        self.coupling = coupling
         self.gradient_norm = torch.zeros(())
         self.is_updating = False
         self._remembered: list[Tensor] = []
@@ -78,6 +83,14 @@ class DiffusionModule(LightningModule):
             {name: MeanMetric(nan_strategy="disable") for name in names}
             | {f"val/{name}": MeanMetric(nan_strategy="ignore") for name in loss.measures}
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            name == "_current_fx_name"
+        ):  # set by Lightning 50 times a step; nn.Module's way costs a tenth of a ms there
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -101,6 +114,8 @@ class DiffusionModule(LightningModule):
             condition = self.conditioning.of_training(
                 batch.condition, x0, positions, self.seed, self.batch_size
             )
+        if self.coupling is not None:
+            eps = self.coupling(x0, eps, condition)
         # Dropout uses the default generator, which is therefore seeded by the position in the training stream.
         seed_defaults(key(self.seed, "dropout", int(positions[0])), x0.device)
         losses = self.loss(x0, draws, eps, condition)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from src.errors import UserError
+from src.training.divided import norm_of
 
 
 def is_free_to_read(number: Tensor) -> bool:
@@ -30,7 +31,8 @@ def clip_or_skip(
 
     A fused optimiser on an accelerator reads the flag `found_inf` on the device, the protocol of
     `torch.amp.GradScaler`. Otherwise the host reads the norm and synchronises with the device: for optimisers that are
-    not fused, and with a scaler (precision=16-mixed), which sets the flag itself.
+    not fused, for weights that are divided among processes, and with a scaler (precision=16-mixed), which sets the flag
+    itself.
 
     Args:
         optimizer: the optimiser.
@@ -46,8 +48,9 @@ def clip_or_skip(
         scaler.unscale_(
             optimizer
         )  # Lightning leaves this to fused optimisers, which unscale only after the clipping
-    norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-    if fused and scaler is None and not is_free_to_read(norm):
+    found = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    norm = norm_of(found)
+    if fused and norm is found and scaler is None and not is_free_to_read(norm):
         optimizer.found_inf = (~norm.isfinite()).float()
     elif not bool(norm.isfinite()):
         # without gradients, an optimiser changes neither weights nor state

@@ -62,6 +62,9 @@ Content = with_config(Anything)(
             "optimizer_states": NotRequired[list[dict[str, Any]]],
             "lr_schedulers": NotRequired[list[dict[str, Any]]],
             "origin": NotRequired[Origin],
+            "imported": NotRequired[
+                dict[str, str]
+            ],  # where the weights come from, in a run of src.import_weights
             ImageDataModule.__qualname__: NotRequired[Samples],
         },
     )
@@ -136,14 +139,11 @@ def _restore_for_trial(content: Mapping[str, Any], module: Any) -> None:
     (stored,) = content["optimizer_states"]
     optimizer.load_state_dict({**stored, "state": {}})
     _compare(optimizer.state_dict(), fresh, "optimizer_states")
-    probe = nn.Parameter(torch.zeros(1))
-    tried = module.make_optimizer([probe])
-    probe.grad = torch.zeros(1)
-    tried.step()
-    moments = tried.state_dict()["state"].get(0, {})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {dim: _moments(module, dim) for dim in {p.dim() for p in parameters}}
     for number, state in stored["state"].items():
-        alike = {n: parameters[number] if m.shape == probe.shape else m for n, m in moments.items()}
+        parameter = parameters[number]
+        alike = {n: parameter if m.dim() else m for n, m in moments[parameter.dim()].items()}
         _compare_shapes(state, alike, f"optimizer_states.{number}")
     stored_schedules = content["lr_schedulers"][:1]  # none, if the schedule is new
     for stored in stored_schedules if isinstance(configured, dict) else ():
@@ -152,6 +152,15 @@ def _restore_for_trial(content: Mapping[str, Any], module: Any) -> None:
         if foreign := [name for name in stored if name not in fresh and hasattr(schedule, name)]:
             raise ValueError(f"lr_schedulers: unknown entry {foreign[0]}")
         _compare(stored, fresh, "lr_schedulers")
+
+
+def _moments(module: Any, dim: int) -> dict[str, Any]:
+    """The optimiser's state of a parameter with so many dimensions; tensors without dimensions count steps."""
+    probe = nn.Parameter(torch.zeros([1] * max(dim, 1)))
+    tried = module.make_optimizer([probe])
+    probe.grad = torch.zeros_like(probe)
+    tried.step()
+    return tried.state_dict()["state"].get(0, {})
 
 
 def _compare(stored: Any, fresh: Any, name: str) -> None:

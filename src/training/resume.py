@@ -188,8 +188,9 @@ def retune(trainer: Trainer, configured: Any) -> None:
         with warnings.catch_warnings(action="ignore"):  # warns that there are no optimiser steps in between
             for _ in range(trainer.global_step):
                 schedule.step()
+    kept = ("params", *getattr(fresh, "counters", ()))
     for group, options in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
-        group.update({name: value for name, value in options.items() if name != "params"})
+        group.update({name: value for name, value in options.items() if name not in kept})
     if schedule is not None:
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(schedule.state_dict())
 
@@ -248,6 +249,11 @@ class ResumeCheck(Callback):
             return
         # memory-mapped, since the weights are not needed here
         stored = read_checkpoint(self.checkpoint)
+        if "imported" in stored:
+            raise UserError(
+                f"ckpt={self.checkpoint}: imported weights have no optimiser to continue with; start with"
+                f" init={self.checkpoint} instead"
+            )
         if "origin" not in stored:
             raise UserError(f"ckpt={self.checkpoint}: not a checkpoint of this project")
         then = {**stored["origin"], "config": flat(self.upgrade(stored["config"]))}

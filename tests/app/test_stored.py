@@ -184,6 +184,7 @@ def test_the_second_run_of_a_stored_guidance_is_checked_like_the_first(stored, t
         "+callbacks.mine={_target_: lightning.pytorch.callbacks.ModelCheckpoint}",
         "name=${oc.env:HOME}",
         "sampler._target_=os.system",
+        "hparams_search.space={data.cache: /elsewhere}",
     ],
 )
 def test_stored_options_of_a_sweep_that_are_refused(option):

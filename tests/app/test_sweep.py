@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,10 @@ from src.app.build import build
 from src.app.options import CONF
 from src.app.shared import shared, sharing
 from src.app.sweep import launcher as launchers
+from src.app.sweep import local
 from src.app.sweep.cluster import Ray, Slurm
 from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
-from src.app.sweep.launcher import Local
+from src.app.sweep.local import Local
 from src.app.sweep.table import interactions, marginal_means
 from src.errors import UserError
 from tests.conftest import ROOT
@@ -77,7 +79,7 @@ def test_folders_are_named_by_what_differs_and_stay_apart_when_long(tmp_path):
 @pytest.mark.usefixtures("noting")
 def test_two_gpus_never_have_two_jobs(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     sweep = Sweep("train", tmp_path / "sweep", ["seconds=0.7,0.1,0.4,0.1,0.3"])
     Local().run(sweep.jobs, 5)
     for device in ("0", "1"):
@@ -91,7 +93,7 @@ def test_two_gpus_never_have_two_jobs(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("noting")
 def test_a_second_sweep_waits_for_the_devices_of_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     # the first sweep's launcher has been killed, its job still runs
     first = Sweep("train", tmp_path / "first", ["seconds=1"])
     (job,) = first.jobs
@@ -164,7 +166,7 @@ sys.path.insert(0, {str(ROOT)!r})
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from pathlib import Path
 from src.app.sweep.jobs import Job, Sweep
-from src.app.sweep.launcher import Local
+from src.app.sweep.local import Local
 Job.command = lambda job: [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
 Local(jobs=1).run(Sweep("train", Path({str(tmp_path)!r}), ["seed=0,1"]).jobs, 2)
 """
@@ -198,6 +200,16 @@ def test_clusters_that_are_not_there_are_refused_in_one_line(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"the package ray is missing.*\[ray\]"):
         Ray().run(jobs, 1)
+
+
+def test_a_ray_cluster_that_does_not_answer_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
+        with pytest.raises(
+            UserError, match=rf"launcher.address={address}: no Ray cluster answers there \(.*\)"
+        ) as error:
+            Ray(address=address).check()
+        assert "\n" not in str(error.value)
 
 
 def test_marginal_means_and_their_intervals_over_seeds(tmp_path):
@@ -250,7 +262,7 @@ def test_a_job_with_more_devices_than_there_are_is_refused(tmp_path, monkeypatch
 
 def test_a_job_of_several_processes_takes_as_many_places(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     launcher = Local()
     places = launcher._free_places(2)
     assert launcher._settings(places)["CUDA_VISIBLE_DEVICES"] == "0,1"
@@ -275,13 +287,13 @@ worker.main(sys.argv[1])
 def test_jobs_of_evaluation_share_a_process(tmp_path, monkeypatch):
     """A job that ends its process is not repeated, and does not take the others along."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT)))
     popen = subprocess.Popen
     monkeypatch.setattr(
-        launchers.subprocess,
+        local.subprocess,
         "Popen",
         lambda arguments, **options: popen([sys.executable, str(script), arguments[-1]], **options),
     )
@@ -306,7 +318,7 @@ def test_objects_are_shared_only_where_it_is_wanted():
 
 def test_a_full_disk_ends_the_running_jobs_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", "import time; time.sleep(60)"])
     started = []
     start = launchers.start
@@ -318,11 +330,11 @@ def test_a_full_disk_ends_the_running_jobs_and_is_reported(tmp_path, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(launchers, "start", keep)
-    monkeypatch.setattr(launchers, "POLL", 0.01)
+    monkeypatch.setattr(local, "start", keep)
+    monkeypatch.setattr(local, "POLL", 0.01)
     monkeypatch.setattr(Local, "_free_places", lambda self, n: [("cpu-0", open(os.devnull))])  # noqa: SIM115
     sweep = Sweep("train", tmp_path / "sweep", ["seed=0,1"])
-    monkeypatch.setattr(launchers.Local, "_settings", lambda self, places: full() if started else {})
+    monkeypatch.setattr(Local, "_settings", lambda self, places: full() if started else {})
     begin = time.monotonic()
     with pytest.raises(OSError, match="No space left"):
         Local(jobs=2).run(sweep.jobs, 2)

@@ -15,6 +15,9 @@ NEEDS = {
     "loss=hybrid": ["variance=learned_range"],
     "loss=classification": ["conditioning=class", "model=encoder_tiny"],
     "model=encoder_tiny": ["conditioning=class", "loss=classification"],
+    "loss=mean_flow": ["schedule=rectified_flow", "model.second_time=true"],
+    "loss=shortcut": ["schedule=rectified_flow", "model.second_time=true"],
+    "loss=consistency": ["schedule=rectified_flow"],
     "variance=learned": ["loss=vlb"],
     "variance=learned_range": ["loss=vlb"],
 }
@@ -29,7 +32,8 @@ GROUPS = (
 )
 # Defined on every schedule, those that end in pure noise too.
 EVERYWHERE = "parameterization=v"
-CASES = [f"{group}={choice}" for group in GROUPS for choice in choices(group)]
+# Progressive distillation needs a second run: tests/training/test_few_step.py
+CASES = [f"{group}={choice}" for group in GROUPS for choice in choices(group) if choice != "progressive"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -240,3 +240,19 @@ def test_bound_does_not_synchronise(make):
 def test_invalid_delta_is_refused():
     with pytest.raises(ValueError, match=r"^delta must be positive"):
         Huber(0.0)
+
+
+def test_contrastive_flow_matching():
+    """The error of the target minus a share of the error of the previous image's target, at the same time."""
+    schedule, alphabar = TABLES["linear"]
+    x0, eps = _draws()
+    loss = losses.ContrastiveLoss(Denoiser(Wavy(), schedule, V()), Simple(), Uniform(), share=0.2)
+    x_t, table = _diffused(alphabar, x0, eps)
+
+    def error(x0, eps):
+        target = np.sqrt(table) * eps - np.sqrt(1 - table) * x0
+        return ((_output(x_t, alphabar) - target) ** 2).mean(axis=(1, 2, 3))
+
+    other = error(np.roll(x0, 1, axis=0), np.roll(eps, 1, axis=0))
+    np.testing.assert_allclose(_call(loss, x0, eps), error(x0, eps) - 0.2 * other, rtol=1e-9)
+    np.testing.assert_allclose(_call(loss.eval(), x0, eps), error(x0, eps), rtol=1e-9)

@@ -28,6 +28,11 @@ from typing import Any
 from tests.faults.processes import ROOT, TINY
 
 PYTHON = sys.executable
+# The same training without previews, scores and curves.
+PLAIN = (
+    *(option for option in TINY if not option.startswith("callbacks.")),
+    *("callbacks=none", "metrics=none", "callbacks.checkpoints.every=1000"),
+)
 TWELVE = ("schedule=linear,cosine", "parameterization=eps,v", "seed=0,1,2")
 SLOTS = ("launcher=local", "launcher.devices=[]", "launcher.jobs=2")
 
@@ -114,7 +119,7 @@ def running_jobs(folder: Path) -> list[int]:
     return found
 
 
-def kills(times: int) -> dict[str, Any]:
+def kills(times: int, first: int) -> dict[str, Any]:
     """12 jobs on 2 slots; SIGKILL of the launcher, then of a job; the same command continues."""
     options = (*TINY, *TWELVE, "logger=wandb", *SLOTS)
     record: dict[str, Any] = {"repetitions": 0, "equal": 0, "jobs": 12}
@@ -122,7 +127,7 @@ def kills(times: int) -> dict[str, Any]:
         home = Path(name)
         record["undisturbed_s"] = round(finished(home / "whole", *options), 1)
         scores, weights = scores_of(home / "whole"), weights_of(home / "whole")
-        for repetition in range(times):
+        for repetition in range(first, first + times):
             folder, draw = home / str(repetition), random.Random(repetition)
             folder.mkdir()
             at = draw.uniform(0.25, 0.6) * record["undisturbed_s"]
@@ -179,7 +184,9 @@ def launchers() -> dict[str, Any]:
     return record
 
 
-FIFTY = (*TINY, "trainer.max_steps=50", "callbacks=none", "metrics=none", "model.dropout=0")
+FIFTY = (*PLAIN, "trainer.max_steps=50", "model.dropout=0")
+# In float32, Adam amplifies the rounding of the first steps.
+EXACT = "trainer.precision=64-true"
 TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 
 
@@ -188,25 +195,32 @@ def ddp() -> dict[str, Any]:
     record: dict[str, Any] = {"largest difference": {}}
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        finished(home / "one", *FIFTY, "seed=0")
-        _, one, *_ = weights_of(home / "one")[0]
+        finished(home / "one", *FIFTY, EXACT, "seed=0")
         for launcher, chosen in LAUNCHERS.items():
-            finished(home / launcher, *FIFTY, *TWO, "seed=0", *chosen)
+            finished(home / launcher, *FIFTY, EXACT, *TWO, "seed=0", *chosen)
             (job,) = jobs_of(home / launcher).values()
-            _, two, *_ = weights_of(home / launcher)[0]
-            largest = max(float((two[n] - w).abs().max()) for n, w in one.items() if w.is_floating_point())
-            record["largest difference"][launcher] = largest
+            record["largest difference"][launcher] = largest_difference(home / "one", home / launcher)
             assert len(list((home / launcher / "runs" / "sweeps").iterdir())) == 1
             assert len(list(job.parent.glob("*/checkpoints"))) == 1
+        finished(home / "one-32", *FIFTY, "seed=0")
+        finished(home / "two-32", *FIFTY, *TWO, "seed=0")
+        record["in float32"] = largest_difference(home / "one-32", home / "two-32")
         record["killed rank"] = {name: killed_rank(home, name) for name in ("local", "submitit")}
     return record
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Between the weights of two sweeps of one job."""
+    (_, one, *_), (_, two, *_) = weights_of(a)[0], weights_of(b)[0]
+    return max(float((two[name] - w).abs().max()) for name, w in one.items() if w.is_floating_point())
 
 
 def killed_rank(home: Path, launcher: str) -> dict[str, Any]:
     """Seconds from the kill of the second rank to the end of the sweep, and the line of the job."""
     folder = home / f"killed-{launcher}"
     folder.mkdir()
-    process = started(folder, *FIFTY, *TWO, "trainer.max_steps=100000", "seed=0", *LAUNCHERS[launcher])
+    endless = (*FIFTY, *TWO, "trainer.max_steps=100000", "callbacks.checkpoints.every=20")
+    process = started(folder, *endless, "seed=0", *LAUNCHERS[launcher])
     deadline = time.monotonic() + 120
     rank = None
     while rank is None and time.monotonic() < deadline:
@@ -232,7 +246,7 @@ def _variable(pid: int, name: str) -> str | None:
 
 def throughput(steps: int) -> dict[str, Any]:
     """12 single-thread jobs on two slots against one after the other in one process."""
-    options = (*TINY, *TWELVE, f"trainer.max_steps={steps}", "callbacks=none", "metrics=none")
+    options = (*PLAIN, *TWELVE, f"trainer.max_steps={steps}")
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         two = finished(home / "two", *options, *SLOTS)
@@ -283,7 +297,7 @@ def start() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         for number in range(3):
             folder = Path(name) / str(number)
-            options = (*TINY, "trainer.max_steps=1", "callbacks=none", "metrics=none", f"runs={folder}")
+            options = (*PLAIN, "trainer.max_steps=1", f"runs={folder}")
             made = subprocess.run(
                 [PYTHON, "-c", WATCHED, str(time.time()), *options],
                 cwd=ROOT,
@@ -302,14 +316,13 @@ def start() -> dict[str, Any]:
 
 def thousand(count: int) -> dict[str, Any]:
     """Jobs that only write a score: seconds of the parts of a sweep, and the memory of the launcher."""
-    from src.app.sweep import launcher as launchers_
+    from src.app.sweep import local
     from src.app.sweep.jobs import Job, Sweep
-    from src.app.sweep.launcher import Local
     from src.app.sweep.table import print_tables
 
     script = 'echo "{\\"fd\\": $1, \\"val/loss\\": 1.0}" > "$DIFFUSION_LAB_SCORES_TO"'
     Job.command = lambda job: ["/bin/sh", "-c", script, "job", str(job.number % 7)]
-    launchers_.POLL = 0.005
+    local.POLL = 0.005
     record: dict[str, Any] = {"jobs": count}
     peaks = {}
     with tempfile.TemporaryDirectory() as name:
@@ -326,7 +339,7 @@ def thousand(count: int) -> dict[str, Any]:
             begin = time.monotonic()
             with open(os.devnull, "w") as nowhere:
                 kept, sys.stdout = sys.stdout, nowhere
-                Local(jobs=2).run(quarter, count)
+                local.Local(jobs=2).run(quarter, count)
                 sys.stdout = kept
             peaks[f"{(part + 1) * count // 4} jobs"] = (
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -354,10 +367,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("kills", "launchers", "ddp", "throughput", "start", "thousand"))
     parser.add_argument("--times", type=int, default=10, help="repetitions of `kills`")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one, which seeds the draws")
     parser.add_argument("--steps", type=int, default=3000, help="of each job of `throughput`")
     parser.add_argument("--jobs", type=int, default=1000, help="of `thousand`")
     chosen = parser.parse_args()
-    arguments = {"kills": (chosen.times,), "throughput": (chosen.steps,), "thousand": (chosen.jobs,)}
+    arguments = {
+        "kills": (chosen.times, chosen.first),
+        "throughput": (chosen.steps,),
+        "thousand": (chosen.jobs,),
+    }
     print(json.dumps(globals()[chosen.what](*arguments.get(chosen.what, ())), indent=1))
 
 

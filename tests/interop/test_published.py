@@ -104,9 +104,9 @@ def test_ddim_has_the_names_of_the_authors_code():
         assert torch.equal(again(x, LABELS), ours.eval()(x, LABELS))
 
 
-def edm_skeleton(adm):
+def edm_skeleton(adm, channels=3):
     """Names and sizes of a two-level network of EDM, typed from its checkpoints: 64 channels, 8x8, one block."""
-    shapes = {"enc.8x8_conv": (64, 3, 3, 3), "map_layer0": (256, 64), "map_layer1": (256, 256)}
+    shapes = {"enc.8x8_conv": (64, channels, 3, 3), "map_layer0": (256, 64), "map_layer1": (256, 256)}
     scale = 2 if adm else 1
 
     def block(name, before, after, attention=False, skip=False):
@@ -130,7 +130,7 @@ def edm_skeleton(adm):
     block("dec.8x8_block0", 192, 64, skip=True)
     block("dec.8x8_block1", 128, 64, skip=True)
     shapes["out_norm" if adm else "dec.8x8_aux_norm"] = (64,)
-    shapes["out_conv" if adm else "dec.8x8_aux_conv"] = (3, 64, 3, 3)
+    shapes["out_conv" if adm else "dec.8x8_aux_conv"] = (channels, 64, 3, 3)
     torch.manual_seed(0)
     weights = {}
     for name, shape in shapes.items():

@@ -1,6 +1,8 @@
 """Launchers for clusters: SLURM through submitit, and Ray."""
 
 import os
+import re
+import socket
 import sys
 import time
 from collections import deque
@@ -11,6 +13,8 @@ from src.errors import UserError
 
 # Trials of a search at the same time on a cluster, which decides how many jobs run.
 AT_ONCE = 8
+# Seconds in which a machine with a Ray cluster answers.
+ANSWERS = 5.0
 # For Lightning, an interactive job: a training starts its processes itself, instead of being one task of several.
 ALONE = {"SLURM_JOB_NAME": "bash"}
 
@@ -46,16 +50,20 @@ class Slurm(Launcher):
     def describe(self):
         return f"by submitit, cluster {self.cluster}"
 
-    def run(self, jobs, total):
+    def check(self):
         import shutil
 
-        submitit = _package("submitit", "slurm")
+        _package("submitit", "slurm")
         if self.cluster == "slurm" and shutil.which("sbatch") is None:
             raise UserError(
                 "launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node"
             )
+
+    def run(self, jobs, total):
+        self.check()
         if not jobs:
             return
+        submitit = _package("submitit", "slurm")
         # the signal before the end of the time is the one on which a training saves
         os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
         executor = submitit.AutoExecutor(folder=jobs[0].folder.parent / "submitit", cluster=self.cluster)
@@ -113,7 +121,22 @@ class Ray(Launcher):
     def describe(self):
         return f"by Ray, {self.address or 'on this machine'}, {self.cpus} cores and {self.gpus:g} GPUs a job"
 
+    def check(self):
+        _package("ray", "ray")
+        # Ray itself waits for minutes
+        if match := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", self.address or ""):
+            try:
+                socket.create_connection((match[1], int(match[2])), timeout=ANSWERS).close()
+            except (OSError, OverflowError) as error:
+                raise UserError(
+                    f"launcher.address={self.address}: no Ray cluster answers there ({error}); start one with ray start"
+                    " --head, or leave launcher.address out for this machine"
+                ) from None
+
     def run(self, jobs, total):
+        self.check()
+        if not jobs:
+            return
         ray = _package("ray", "ray")
         try:
             ray.init(

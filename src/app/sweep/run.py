@@ -27,6 +27,7 @@ from src.app.sweep.jobs import (
     composed,
     option_of,
 )
+from src.app.sweep.report import report_sweep
 from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
@@ -81,6 +82,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     )
     folder = _folder(entry_point, config, own, finished)
     launcher = _launcher(config)
+    launcher.check()
     if search is None:
         sweep = Sweep(entry_point, folder, own)
     else:
@@ -91,6 +93,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
         sweep.write()
         _run(sweep, launcher, config)
     outcomes = sweep.outcomes()
+    report_sweep(sweep)
     return sum("error" in outcome for outcome in outcomes.values())
 
 
@@ -254,6 +257,8 @@ def _harmless(override: Any) -> bool:
     key, value = override.key_or_group, override.input_line.partition("=")[2]
     words = set(re.split(r"\W+", f"{key}.{override.package}"))
     if words & {"hydra", "trust"} or "_target_" in f"{key}{value}{override.value()}" or "$" in value:
+        return False
+    if key.startswith(f"{SEARCH}.space"):  # it holds options itself
         return False
     if "." in key or key in {option.name for options in OPTIONS.values() for option in options}:
         # each job has a folder of its own, so that nothing is written to `runs`

@@ -2,6 +2,7 @@
 
 from .base import Loss, TimedLoss
 from .classification import ClassificationLoss
+from .contrastive import ContrastiveLoss
 from .denoising import DenoisingLoss
 from .distillation import ConsistencyLoss, Distilling, ProgressiveLoss
 from .few_step import AverageVelocityLoss, MeanFlowLoss, ShortcutLoss
@@ -12,6 +13,7 @@ __all__ = [
     "AverageVelocityLoss",
     "ClassificationLoss",
     "ConsistencyLoss",
+    "ContrastiveLoss",
     "DenoisingLoss",
     "Distilling",
     "HybridLoss",

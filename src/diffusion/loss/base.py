@@ -39,7 +39,7 @@ class Loss(nn.Module, ABC):
         """
 
     def draw_at(self, number: int, n: int, generator: torch.Generator) -> Tensor:
-        """The draws of batch `number`, counted in optimiser steps, for losses that change with it; by default `draw`."""
+        """The draws of batch `number`, counted in optimiser steps, for losses that change with it."""
         return self.draw(n, generator)
 
     def draw_for_validation(self, n: int, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.conditioning import Condition
+from src.errors import UserError
 
 from ..denoiser import BaseDenoiser, Denoiser
 from ..distance import Distance
@@ -21,7 +22,7 @@ from ..time_sampling import TimeSampling
 from ..weighting import Weighting
 from .base import Loss
 from .denoising import DenoisingLoss
-from .few_step import check_denoiser, check_fixed, per_image
+from .few_step import check_denoiser, check_fixed
 
 # A network of a consistency model has to give x_t back at this time, up to this error.
 CLEAN_TIME, CLEAN_ERROR = 1e-6, 1e-3
@@ -61,24 +62,26 @@ class Distilling(Loss):
         self.denoiser = denoiser
         self.teacher = None if teacher is None else Teacher(teacher)
 
-    def get_extra_state(self) -> dict[str, str | None]:
-        return {"teacher": self.teacher and self.teacher.denoiser.identity}
+    def get_extra_state(self) -> dict[str, Tensor]:
+        # checkpoints hold tensors only
+        identity = "" if self.teacher is None else self.teacher.denoiser.identity or ""
+        return {"teacher": torch.tensor(list(identity.encode()), dtype=torch.uint8)}
 
-    def set_extra_state(self, state: dict[str, str | None]) -> None:
-        own = self.get_extra_state()["teacher"]
-        if state["teacher"] != own:
-            raise ValueError(
-                f"loss.run: this training began with the teacher {state['teacher']}, and loss.run now is {own}; give the"
-                " same checkpoint"
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        before, now = (_text(each["teacher"]) for each in (state, self.get_extra_state()))
+        if before != now:
+            raise UserError(
+                f"loss.run: this training began with the teacher {before}, and loss.run now is {now}; give the same"
+                " checkpoint"
             )
 
 
 class ConsistencyLoss(Distilling):
     """Consistency training or, with a teacher, distillation: the estimates of x0 at x_t and x_r agree, r < t.
 
-        sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
+        (sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
 
-    Without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
+    without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
     as in easy consistency tuning (ECT, Geng et al. 2024, arXiv:2406.14548); distance and weight are those of improved
     consistency training (Song & Dhariwal 2023, arXiv:2310.14189). x_r has the image and noise of x_t; a teacher makes
     a step of DDIM from x_t (consistency distillation, Song et al. 2023, arXiv:2303.01469, alg. 2).
@@ -189,18 +192,18 @@ class ProgressiveLoss(Distilling, DenoisingLoss):
         own = spacing(denoiser.schedule, steps)
         if self.grid.shape != (2 * steps + 1,) or not torch.allclose(self.grid[::2], own):
             raise ValueError(
-                f"spacing: the times of {steps} steps of {type(spacing).__name__} are not among those of {2 * steps}; choose"
-                " spacing=trailing"
+                f"spacing: the times of {steps} steps of {type(spacing).__name__} are not among those of {2 * steps};"
+                " choose spacing=trailing"
             )
         self.grid = self.grid.flip(0)
 
     def get_extra_state(self):
-        return super().get_extra_state() | {"times": self.grid.tolist()}
+        return super().get_extra_state() | {"times": self.grid}
 
     def set_extra_state(self, state):
         super().set_extra_state(state)
-        if state["times"] != self.grid.tolist():
-            raise ValueError("spacing: this training began with other times; give the same spacing")
+        if not torch.equal(state["times"].cpu(), self.grid):
+            raise UserError("spacing: this training began with other times; give the same spacing")
 
     def draw(self, n, generator):
         start = 2 * (1 + torch.randint(self.steps, (n,), generator=generator))
@@ -229,6 +232,11 @@ class _FromGrid(TimeSampling):
         raise NotImplementedError
 
 
+def _text(letters: Tensor) -> str:
+    """A stored identity, or "none"."""
+    return bytes(letters.tolist()).decode(errors="replace") or "none"
+
+
 def implied_x0(x_t: Tensor, x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """The x0 with which DDIM's step from x_t leads to x_s (Salimans & Ho 2022, app. G)."""
     ratio = s.sigma / t.sigma
@@ -237,13 +245,13 @@ def implied_x0(x_t: Tensor, x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor
 
 
 def _check_boundary(denoiser: BaseDenoiser) -> None:
-    """Raises ValueError unless x0 is x_t at t = 0 whatever the network's output, without which all x0 could be equal."""
+    """Raises ValueError unless x0 is x_t at t = 0 for every output; otherwise one x0 for all would be a minimum."""
     parameterization = getattr(denoiser, "parameterization", None)
     if parameterization is None:
         return
     _, c_skip, c_out = parameterization.coefficients(denoiser.schedule([CLEAN_TIME]).scalars()[0])
     if not (math.isclose(c_skip, 1, abs_tol=CLEAN_ERROR) and math.isclose(c_out, 0, abs_tol=CLEAN_ERROR)):
         raise ValueError(
-            f"parameterization: loss=consistency needs x0 = x_t at t = 0, which {type(parameterization).__name__} does not"
-            " give; choose parameterization=velocity, v or edm"
+            f"parameterization: loss=consistency needs x0 = x_t at t = 0, which {type(parameterization).__name__} does"
+            " not give; choose parameterization=velocity, v or edm"
         )

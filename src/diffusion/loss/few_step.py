@@ -25,10 +25,10 @@ from .base import Loss
 class AverageVelocityLoss(Loss):
     """The error of u(x_t, t, s) of its target, for a share of the images; the target of the others is v at s = t.
 
-        loss = d / (D d + constant)^power,    d = mean_pixels (u - target)^2,    D = number of pixels and channels
+        d = mean_pixels (u - target)^2,    gradient of the loss = gradient of d / (D d + constant)^power
 
-    The divisor has no gradient, and is left out in validation, so that the losses of different targets can be compared.
-    With power 0 the loss is the squared error.
+    where D is the number of pixels and channels, and the divisor has no gradient. The value is d, so that curves of
+    different targets can be compared. With power 0 the loss is the squared error.
 
     Args:
         denoiser: the denoiser whose network is trained; with a second time.
@@ -69,11 +69,12 @@ class AverageVelocityLoss(Loss):
             of_part = None if condition is None else condition.index(on)
             output, target = part(x_t[on], t[rows], s[rows], v[on], of_part)
             errors.append((output - target).square().flatten(1).mean(dim=1))
-            order.append(on)
-        error = torch.cat(errors)[torch.cat(order).argsort()]
-        if not self.training or self.power == 0:
-            return error
-        return error / (error.detach() * x0[0].numel() + self.constant) ** self.power
+            order.append(rows)
+        order = torch.cat(order).argsort().to(x_t.device, non_blocking=True)
+        error = torch.cat(errors)[order]
+        weight = 1 / (error.detach() * x0[0].numel() + self.constant) ** self.power
+        # the value stays the error: weighted by its own inverse it would be nearly constant
+        return error.detach() + weight * (error - error.detach())
 
     def _still(self, x_t, t, s, velocity, condition) -> tuple[Tensor, Tensor]:
         return self.flow_map(x_t, t, t, condition), velocity
@@ -122,6 +123,7 @@ class MeanFlowLoss(AverageVelocityLoss):
     ):
         super().__init__(denoiser, time_sampling, share, power, constant)
         self.tangent = tangent
+        self.flow_map.check_derivative()
 
     def draw(self, n, generator):
         schedule = self.denoiser.schedule
@@ -141,12 +143,12 @@ class MeanFlowLoss(AverageVelocityLoss):
 
 
 class ShortcutLoss(AverageVelocityLoss):
-    """Shortcut models: the target of a step is the mean of its two halves (Frans et al. 2024, arXiv:2410.12557, alg. 1).
+    """Shortcut models: the target of a step is the mean of its two halves (Frans et al. 2024, arXiv:2410.12557).
 
         target = ((t - m) u(x_t, t, m) + (m - s) u(x_m, m, s)) / (t - s),    x_m = x_t + (m - t) u(x_t, t, m)
 
     The steps start on a grid of `steps` equal ones and have the length of 2, 4, ... or all of them. The halves of the
-    shortest are single steps of the grid, which are Euler steps, as in the paper: u(x_t, t, t) in place of u(x_t, t, m).
+    shortest are single steps of the grid. These are Euler steps, as in the paper: u(x_t, t, t) replaces u(x_t, t, m).
 
     Args:
         denoiser: the denoiser whose network is trained; with a second time.

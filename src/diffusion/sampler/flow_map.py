@@ -34,7 +34,7 @@ class FlowMap(Sampler):
         """Raises ValueError if a network, with or without a second time, cannot make the steps."""
         if not second_time and steps > 1 and self.gamma < 1:
             raise ValueError(
-                f"gamma={self.gamma:g}: this network was trained without a second time and steps to clean data only; choose"
+                f"gamma={self.gamma:g}: this network has no second time, so that it steps to clean data only; choose"
                 " sampler=consistency, sampler.steps=1, or another sampler, or train with model.second_time=true"
             )
 

@@ -6,7 +6,9 @@ import torch
 class Wavy(torch.nn.Module):
     """A smooth non-linear function of x and label: a wrong time or coefficient changes the output."""
 
-    def forward(self, x, label, condition=None):
+    second_time = True
+
+    def forward(self, x, label, condition=None, to_label=None):
         return torch.tanh(x * (0.5 + label.view(-1, 1, 1, 1) / 1000)) + 0.1 * x.flip(-1)
 
 

@@ -1,0 +1,185 @@
+"""The job of `src.export`: a run's network in formats of other libraries, with a model card."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from src.app.load import load_with
+from src.errors import UserError
+from src.evaluation.record import Record
+from src.generation.loaded import LoadedRun
+from src.generation.recipe import describe
+from src.interop import pipelines, programs
+from src.interop.card import Card
+from src.runs.files import file_sha256, write_atomically
+from src.runs.folder import SCORES_FILE
+
+log = logging.getLogger(__name__)
+
+# Packages of each format, with the extra that installs them.
+NEEDS = {"diffusers": ("diffusers",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
+LARGEST_DIFFERENCE = 1e-4
+"""Between the network and what was written, relative to the largest output."""
+
+
+def export(config: DictConfig) -> dict[str, float]:
+    """Writes a folder with the network and README.md, the model card.
+
+    Args:
+        config: conf/export.yaml, composed.
+
+    Returns:
+        Nothing: there are no scores.
+
+    Raises:
+        UserError: a package is missing, or the run has no counterpart in this format.
+    """
+    for package in NEEDS[config.format]:
+        if find_spec(package) is None:
+            raise UserError(f"format={config.format} needs the package {package}: pip install -e '.[export]'")
+    out = Path(config.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={config.out}: it exists and is not empty; choose a new folder")
+    loaded, _ = load_with(config)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        usage = WRITERS[config.format](loaded, out)
+    except ValueError as error:
+        raise UserError(f"format={config.format}: {error}") from None
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+    write_atomically(out / "README.md", card_of(loaded, config.format, usage).text().encode())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    log.info("%s", f"written     {out}, {size / 1e6:.1f} MB\n{usage}")
+    return {}
+
+
+def to_diffusers(loaded: LoadedRun, out: Path) -> str:
+    """A folder of diffusers; returns how to use it."""
+    recipe, denoiser = loaded.recipe, loaded.denoiser
+    if recipe.codec.shape != recipe.codec.image_shape:
+        raise ValueError("codec: DDPMPipeline and DDIMPipeline make pixels, and this run makes latents")
+    bound = pipelines.bound_of(recipe.wrappers)
+    name, _ = pipelines.scheduler_config(denoiser, recipe.sampler, recipe.spacing, bound)
+    pipelines.write_pipeline(denoiser, recipe.sampler, recipe.spacing, bound, out)
+    if denoiser.network.num_classes:
+        log.warning(
+            "classes: DDPMPipeline and DDIMPipeline pass no classes; the model card has the loop that does"
+        )
+        return CLASSES.format(out=out, scheduler=name, steps=recipe.steps, last=denoiser.network.num_classes)
+    if name == "DDPMScheduler":
+        return DDPM.format(out=out, steps=recipe.steps)
+    eta = getattr(recipe.sampler, "eta", 0.0)
+    return DDIM.format(out=out, steps=recipe.steps, eta=eta, clipped=bound is not None)
+
+
+def to_torch(loaded: LoadedRun, out: Path) -> str:
+    """A program of torch.export; returns how to use it."""
+    check_difference(programs.write_program(loaded.denoiser.network.cpu(), out))
+    return TORCH.format(out=out, file=programs.PROGRAM, inputs=inputs_of(loaded))
+
+
+def to_onnx(loaded: LoadedRun, out: Path) -> str:
+    """A model of ONNX; returns how to use it."""
+    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), out))
+    return ONNX.format(out=out, file=programs.ONNX, inputs=inputs_of(loaded))
+
+
+WRITERS = {"diffusers": to_diffusers, "torch": to_torch, "onnx": to_onnx}
+
+
+def check_difference(difference: float) -> None:
+    """Checks the written network against ours.
+
+    Raises:
+        UserError: they differ.
+    """
+    log.info("check       relative difference %.1e for a batch of another size", difference)
+    if not difference < LARGEST_DIFFERENCE:
+        raise UserError(
+            f"the written network differs from the run's by {difference:.1e} of its largest output"
+        )
+
+
+def inputs_of(loaded: LoadedRun) -> str:
+    """The inputs of the network, in words."""
+    channels, height, width = loaded.recipe.codec.shape
+    words = f"x (B, {channels}, {height}, {width}), label (B,) float32"
+    if "labels" in loaded.denoiser.network.reads:
+        words += f", classes (B,) int64 in [0, {loaded.denoiser.network.num_classes}), -1 for no class"
+    return words
+
+
+def card_of(loaded: LoadedRun, format: str, usage: str) -> Card:
+    """The model card of a run."""
+    denoiser = loaded.denoiser
+    path = loaded.found.folder / SCORES_FILE
+    record = Record.read(path) if path.is_file() else None
+    return Card(
+        library="diffusers" if format == "diffusers" else format,
+        network=f"{type(denoiser.network).__name__}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
+        data=type(loaded.source).__name__,
+        shape=loaded.recipe.codec.image_shape,
+        schedule=denoiser.schedule,
+        parameterization=denoiser.parameterization,
+        scaling=loaded.recipe.codec.describe(),
+        protocol={
+            "checkpoint_sha256": file_sha256(loaded.found.checkpoint),
+            **loaded.record(evaluations=loaded.recipe.steps),
+            "parameterization": describe(denoiser.parameterization),
+        },
+        scores=record.scores if record else {},
+        usage=usage,
+    )
+
+
+DDIM = """\
+```python
+import torch
+from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained("{out}")
+images = pipeline(
+    batch_size=4, num_inference_steps={steps}, eta={eta}, use_clipped_model_output={clipped},
+    generator=torch.manual_seed(0),
+).images
+```"""
+DDPM = """\
+```python
+import torch
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("{out}")
+images = pipeline(batch_size=4, num_inference_steps={steps}, generator=torch.manual_seed(0)).images
+```"""
+CLASSES = """\
+```python
+import torch
+from diffusers import {scheduler}, UNet2DModel
+
+unet = UNet2DModel.from_pretrained("{out}", subfolder="unet")
+scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
+scheduler.set_timesteps({steps})
+classes = torch.arange(4) % {last}  # {last} is "no class"
+x = torch.randn(4, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t, class_labels=classes).sample, t, x).prev_sample
+```"""
+TORCH = """\
+```python
+import torch
+
+network = torch.export.load("{out}/{file}").module()
+output = network(x=x, label=label)  # {inputs}
+```"""
+ONNX = """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{out}/{file}")
+output = session.run(None, {{"x": x, "label": label}})[0]  # {inputs}
+```"""

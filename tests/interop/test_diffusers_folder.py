@@ -1,0 +1,91 @@
+"""Folders of diffusers: the transformer of DiT, and schedulers against the package's own levels."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from src.conditioning import Condition
+from src.interop.diffusers_folder import folder_at, network_of, process_of, transformer_copies
+from src.interop.links import write_all
+from tests.interop.test_published import LABELS, ours_of
+from tests.test_conf import composed
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def transformer(tmp_path):
+    torch.manual_seed(0)
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=6,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_eps=1e-6,
+    ).eval()
+    for weight in theirs.parameters():
+        nn.init.normal_(weight, std=0.1)
+    weights = theirs.state_dict()
+    for name, original in transformer_copies(2).items():
+        weights[name].copy_(weights[original])
+    theirs.save_pretrained(tmp_path / "transformer", safe_serialization=True)
+    return theirs
+
+
+@torch.no_grad()
+def test_transformer_has_equal_outputs_and_comes_back(transformer, tmp_path):
+    weights = transformer.state_dict()
+    network = network_of(folder_at(tmp_path), weights)
+    assert (network.num_classes, network.outputs, network.side) == (5, 2, 8)
+    ours = ours_of(network, 8)
+    ours.load_state_dict(network.read(weights))
+    x, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 3, 5])
+    expected = transformer(x, LABELS, class_labels=labels).sample
+    assert expected.std() > 0.05
+    found = ours(x, LABELS, Condition(labels=labels))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item()))
+    back = write_all(network.links, network.read(weights))
+    back |= {name: back[original] for name, original in transformer_copies(2).items()}
+    assert back.keys() == weights.keys() - {"pos_embed.pos_embed"}
+    assert all(torch.equal(back[name], weights[name]) for name in back)
+    name = next(iter(transformer_copies(2)))
+    with pytest.raises(ValueError, match="all blocks share one embedding"):
+        network_of(folder_at(tmp_path), {**weights, name: weights[name] + 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "v_prediction",
+        },
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 400},
+        {"beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample_range": 2.0},
+        {"num_train_timesteps": 500, "beta_start": 2e-4, "beta_end": 0.04, "variance_type": "fixed_large"},
+    ],
+)
+def test_schedulers_have_the_levels_of_the_package(options):
+    theirs = diffusers.DDPMScheduler(**options)
+    process = process_of({**theirs.config, "_class_name": "DDPMScheduler"})
+    words = [f"{name}={value}" for name, value in process.items() if "." not in name]
+    words += [f"++{name}={value}" for name, value in process.items() if "." in name]
+    config = composed("train", *words)
+    levels = instantiate(config.schedule).alphabar[1:]
+    torch.testing.assert_close(levels, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    assert config.clipping.bound == options.get("clip_sample_range", 1.0)
+
+
+def test_schedules_that_are_none_of_ours_are_named():
+    with pytest.raises(ValueError, match="trained_betas"):
+        process_of({"trained_betas": [0.1]})
+    with pytest.raises(ValueError, match="beta_schedule=laplace"):
+        process_of({"beta_schedule": "laplace"})

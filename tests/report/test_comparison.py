@@ -1,0 +1,195 @@
+"""Which options differ, and which scores share a column."""
+
+import pytest
+
+from src.errors import UserError
+from src.evaluation.record import Record
+from src.report.comparison import Comparison, concise, higher_is_better, in_words, subjects_of
+from src.report.figures import front
+from src.runs.files import write_json
+from tests.report.simulated import protocol, write_run, write_sweep
+
+
+def compared(*places):
+    return Comparison(subjects_of(places))
+
+
+def scored(comparison, score="fd_digits"):
+    """The columns of a score, each with the names of its rows."""
+    return [
+        [row.subject.name for row in comparison.rows if column in row.cells]
+        for column in comparison.columns
+        if column.score == score
+    ]
+
+
+def test_the_options_of_a_sweep_are_those_that_were_typed(tmp_path):
+    sweep = write_sweep(
+        tmp_path / "sweep", schedule=["linear", "cosine"], parameterization=["eps", "v"], seed=[0, 1]
+    )
+    found = compared(sweep)
+    assert found.options == {
+        "schedule": ["cosine", "linear"],
+        "parameterization": ["eps", "v"],
+        "seed": ["0", "1"],
+    }
+    assert len(found.rows) == 8
+    assert [len(names) for names in scored(found)] == [8]
+    assert found.rows[0].setting == {"schedule": "linear", "parameterization": "eps"}
+
+
+def test_single_runs_differ_by_class_and_by_argument(tmp_path):
+    first = write_run(tmp_path / "first")
+    second = write_run(
+        tmp_path / "second",
+        6.0,
+        schedule={"_target_": "src.diffusion.schedule.Linear", "T": 1000},
+        optimizer__lr=1e-4,
+    )
+    third = write_run(tmp_path / "third", 7.0, schedule__s=0.01, runs="elsewhere", ckpt="a file")
+    options = [subject.options for subject in compared(first, second, third).subjects]
+    assert [each["schedule"] for each in options] == ["Cosine(s=0.008)", "Linear", "Cosine(s=0.01)"]
+    assert [each["optimizer.lr"] for each in options] == ["0.001", "0.0001", "0.001"]
+    assert all(set(each) == {"schedule", "optimizer.lr"} for each in options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_images": 999},
+        {"reference__fingerprint": "other"},
+        {"reference__count": 1503},
+        {"features__sha256": "other"},
+        {"settings": {"subset_size": 100}},
+        {"quantisation": "truncate"},
+        {"recipe__weights": "raw"},
+        {"recipe__sampler": "DDPM()"},
+        {"recipe__steps": 20},
+        {"recipe__labels": "image i has label i mod 10"},
+        {"recipe__guidance": "ClassifierFree(scale=2)"},
+        {"recipe__seed": 1},
+        {"precision": "bf16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_scores_with_other_protocols_are_in_other_columns(tmp_path, change):
+    for name, changes in (("first", {}), ("second", {}), ("other", change)):
+        write_run(tmp_path / name)
+        Record({"fd_digits": 5.0}, protocol(**changes)).write(tmp_path / name / "scores.json")
+    found = compared(tmp_path)
+    assert scored(found) == [["first", "second"], ["other"]]
+    columns = [column for column in found.columns if column.score == "fd_digits"]
+    key = next(iter(change)).replace("__", ".")
+    assert {key} <= {name.partition(".subset")[0] for name in found.differences(columns)[columns[1]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"versions": {"torch": "3"}}, {"recipe__training_steps": 200}, {"features__origin": "elsewhere"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_does_not_matter_does_not_divide_a_column(tmp_path, change):
+    for name, changes in (("first", {}), ("other", change)):
+        Record({"fd_digits": 5.0}, protocol(**changes)).write(write_run(tmp_path / name) / "scores.json")
+    assert scored(compared(tmp_path)) == [["first", "other"]]
+
+
+def test_a_score_without_a_protocol_is_comparable_with_none(tmp_path):
+    write_run(tmp_path / "first")
+    write_json(write_run(tmp_path / "second") / "scores.json", {"fd_digits": 4.0})
+    assert scored(compared(tmp_path)) == [["first"], ["second"]]
+
+
+def test_one_checkpoint_sampled_in_several_ways_is_one_column(tmp_path):
+    run = write_run(tmp_path / "run")
+    for steps in (10, 20):
+        record = Record(
+            {"fd_digits": 100 / steps}, protocol(recipe__steps=steps, recipe__network_evaluations=steps)
+        )
+        record.write(run / "scores" / f"ddim-{steps}" / "scores.json")
+    found = compared(run)
+    assert found.options == {"steps": ["10", "20", "50"]}
+    assert [len(names) for names in scored(found)] == [3]
+    assert sorted(row.evaluations for row in found.rows) == [10, 20, 50]
+
+
+def test_a_sweep_of_evaluations_finds_the_records_of_its_jobs(tmp_path):
+    run, sweep = write_run(tmp_path / "run"), tmp_path / "sweep"
+    jobs = []
+    for number, steps in enumerate((10, 20)):
+        record = Record({"fd_digits": 100 / steps}, protocol(recipe__steps=steps))
+        record.write(run / "scores" / f"ddim-{steps}" / "scores.json")
+        job = f"{number}_sampler.steps-{steps}"
+        overrides = [f"run={run}", f"sampler.steps={steps}"]
+        jobs.append({"folder": job, "overrides": overrides, "varied": overrides[1:]})
+        write_json(sweep / job / "outcome.json", {"overrides": overrides, "scores": record.scores})
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    found = compared(sweep)
+    assert [len(names) for names in scored(found)] == [2], "and not the record of the training"
+    assert found.options == {"steps": ["10", "20"]}
+
+
+def test_validation_losses_of_different_losses_are_in_different_columns(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", schedule=["cosine"], parameterization=["eps", "v"], seed=[0, 1])
+    assert [len(names) for names in scored(compared(sweep), "val/loss_ema")] == [2, 2]
+
+
+def test_several_scores_of_one_record_have_their_own_protocols(tmp_path):
+    def both(fid):
+        parts = {"fid": {"name": fid, "sha256": fid}, "precision_vgg": {"name": "vgg", "sha256": "v"}}
+        return protocol(
+            features=parts,
+            settings={"fid": {}, "precision_vgg": {}},
+            reference={name: {"count": 5} for name in parts},
+        )
+
+    scores = {"fid": 1.0, "precision_vgg": 0.5, "recall_vgg": 0.4}
+    for name in ("first", "second"):
+        Record(scores, both(name)).write(write_run(tmp_path / name) / "scores.json")
+    found = compared(tmp_path)
+    assert scored(found, "fid") == [["first"], ["second"]]
+    assert scored(found, "recall_vgg") == [["first", "second"]]
+
+
+def test_places_without_anything_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no run, no sweep and no record"):
+        compared(tmp_path / "empty")
+    with pytest.raises(UserError, match="gone: no such file or folder"):
+        compared(tmp_path / "gone")
+    with pytest.raises(UserError, match="score=fid: no such score; there is fd_digits"):
+        compared(write_run(tmp_path / "run")).lead("fid")
+
+
+def test_a_record_without_a_run_is_compared_too(tmp_path):
+    Record({"fd_digits": 3.0}, protocol()).write(tmp_path / "others.json")
+    found = compared(write_run(tmp_path / "run"), tmp_path / "others.json")
+    assert scored(found) == [["run", "others"]]
+
+
+def test_texts_are_short():
+    assert (
+        in_words({"schedule": "cosine", "optimizer.lr": "0.001", "compile": "true"})
+        == "cosine, lr 0.001, compile true"
+    )
+    assert concise(["A(x=1, y=(2, 3))", "A(x=2, y=(2, 3))", "B(z=1)", "none"]) == {
+        "A(x=1, y=(2, 3))": "A(x=1)",
+        "A(x=2, y=(2, 3))": "A(x=2)",
+        "B(z=1)": "B",
+        "none": "none",
+    }
+
+
+def test_the_direction_of_scores():
+    assert not any(
+        map(higher_is_better, ("fid", "fd_digits", "kid", "bits_per_dim", "val/loss", "inception_score_std"))
+    )
+    assert all(
+        map(higher_is_better, ("precision_digits", "recall_vgg", "accuracy_digits", "inception_score"))
+    )
+
+
+def test_the_pareto_front():
+    points = [(10.0, 5.0), (20.0, 3.0), (20.0, 4.0), (50.0, 3.0), (5.0, 9.0)]
+    assert front(points, higher_is_better=False) == [4, 0, 1]
+    assert front([(10.0, 0.5), (5.0, 0.9)], higher_is_better=True) == [1]
