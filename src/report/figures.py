@@ -1,6 +1,7 @@
 """The figures of a report, as plotly's JSON: {"data": [...], "layout": {...}}."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -331,9 +332,9 @@ def _by_noise_level(chosen: Sequence[tuple[Subject, Mapping[str, Curve]]], palet
     data, values, seen, most = [], [], set(), 0
     for subject, curves in chosen:
         levels = sorted(
-            (int(name.rpartition("_q")[2]), name)
+            (int(match[1]), name)
             for name in curves
-            if name.startswith("train/loss_q") and name.rpartition("_q")[2].isdigit()
+            if (match := re.fullmatch(r"train/loss_q([0-9]{1,9})", name))
         )
         if not levels:
             continue

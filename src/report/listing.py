@@ -73,7 +73,7 @@ def list_runs(places: Sequence[Path], options: Mapping[str, str]) -> None:
         if status not in STATUSES:
             raise UserError(f"status={status}: choose {', '.join(STATUSES)}")
     limit = options.get("n", "")
-    if "n" in options and not (limit.isdigit() and int(limit)):
+    if "n" in options and not (limit.isdecimal() and int(limit)):
         raise UserError(f"n={limit}: give a number of runs, at least 1")
     for place in places:
         if not place.is_dir():

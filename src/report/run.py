@@ -42,7 +42,7 @@ READ = (CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, ERROR_FILE, OUTCOME_FILE, LO
 """What is read in a run folder here; samples/ and scores/ are checked where they are read."""
 TAIL = 1 << 16  # bytes of a CSV file from which the present speed is taken
 MOST_OPTIONS = 10_000  # of a configuration; YAML can repeat one part exponentially often
-EMPTY = (None, "", "nan")
+LARGEST = 1e15  # number in a CSV file
 
 
 class Job(TypedDict):
@@ -187,11 +187,7 @@ def read_run(folder: Path, varied: tuple[str, ...] = ()) -> Run:
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys; lists are values.
-
-    Raises:
-        ValueError: it has more than `MOST_OPTIONS` values.
-    """
+    """A nested mapping with dotted keys; lists are values."""
     found: dict[str, Any] = {}
     todo = [(prefix, node)]
     while todo:
@@ -201,8 +197,6 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
             todo += reversed(parts)  # the first one comes next
         elif name:
             found[name] = value
-        if len(todo) + len(found) > MOST_OPTIONS:
-            raise ValueError(f"more than {MOST_OPTIONS:,} values")
     return found
 
 
@@ -220,9 +214,17 @@ def read_yaml(path: Path) -> Any:
     if len(text) > LARGEST_JSON:
         raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
     try:
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"not YAML: {str(error).partition(chr(10))[0]}") from None
+    todo, parts = [content], 0
+    while todo:
+        part = todo.pop()
+        parts += 1
+        if parts > MOST_OPTIONS:
+            raise ValueError(f"more than {MOST_OPTIONS:,} values")
+        todo += part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ()
+    return content
 
 
 def _options(run: Run) -> dict[str, Any]:
@@ -293,7 +295,7 @@ def is_locked(path: Path) -> bool:
 def curve_files(folder: Path) -> list[Path]:
     """The CSV files of a run, one for each of its starts, oldest first."""
     paths = folder.glob("csv/version_*/metrics.csv")
-    return sorted(paths, key=lambda path: int("".join(filter(str.isdigit, path.parent.name)) or 0))
+    return sorted(paths, key=lambda path: int("".join(filter(str.isdecimal, path.parent.name)) or 0))
 
 
 def _tail(run: Run) -> list[dict[str, str]]:
@@ -316,16 +318,17 @@ def _tail(run: Run) -> list[dict[str, str]]:
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text in EMPTY else float(text)
+        value = float(text or "nan")
     except ValueError:
         return None
+    return value if abs(value) < LARGEST else None
 
 
 def _cost(run: Run, tail: list[dict[str, str]]) -> Cost:
     speeds = [speed for row in tail if (speed := _number(row.get("train/images_per_second")))]
     images = [count for row in tail if (count := _number(row.get("train/samples")))]
     speed, count = (median(speeds) if speeds else None), (int(images[-1]) if images else None)
-    seconds = count / speed if speed and count else None
+    seconds = count / speed if speed and count and speed > 1 / LARGEST else None
     parameters = run.environment.get("parameters")
     return Cost(
         seconds,

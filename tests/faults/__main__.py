@@ -22,7 +22,7 @@ from tests.faults import hostile, phases, processes
 from tests.faults.phases import STEP
 from tests.faults.processes import DDP, ROOT, STEPS, TINY, Command, Fault, resume, run, run_folder, train
 from tests.faults.saving import kill_while_saving
-from tests.faults.states import differences, training_state
+from tests.faults.states import differences, flat, training_state
 
 FEATURES = (
     *("workers=2", "max_device_batch=8", "trainer.precision=bf16-mixed", "ema=power", "ema.snapshot_every=3"),
@@ -78,7 +78,7 @@ def non_finite(folder: Path) -> list[str]:
     """Names of the checkpoints below a folder whose weights are not all finite."""
     found = []
     for path in folder.glob("**/*.ckpt"):
-        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        weights = flat(torch.load(path, weights_only=True)["state_dict"]).values()
         found += [path.name] if any(not weight.isfinite().all() for weight in weights) else []
     return found
 

@@ -368,6 +368,12 @@ JSONS: dict[str, str | bytes] = {
     "text": "hello",
 }
 READ_BY_REPORTS = ("environment.json", "scores.json", "outcome.json", "bands.json", "checkpoints/best.json")
+CURVES = (
+    ("step,train/samples,train/images_per_second,train/loss", "inf,NaN,1e-320,1e999"),
+    ("step,train/samples,train/images_per_second,train/loss", "-1,1e14,1e-300,x"),
+    ("step,train/loss_q\u00b2,train/loss_q" + "9" * 5000, "1,1,1"),
+    ("step,step,,<script>", "1,2,3,4,5,6"),
+)
 ODD = (
     None,
     "x",
@@ -464,6 +470,13 @@ def cases(seed: int = 0) -> Iterator[Case]:
     ):
         for name in chance.sample(sorted(JSONS), 2):
             yield Case("JSON", f"{file}: {name}", text(file, JSONS[name]), REPORT)
+    for header, row in CURVES:
+        yield Case(
+            "JSON",
+            f"curves: {header[:40]}, {row}",
+            text("csv/version_0/metrics.csv", f"{header}\n{row}\n"),
+            REPORT,
+        )
     bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))
     yield Case("bombs", "config.yaml: aliases", text("config.yaml", bomb), REPORT)
     for number, path in enumerate(ENTRIES):

@@ -1,6 +1,7 @@
 """A resumed run reports how exactly it continues; a changed experiment is refused unless allowed."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,17 @@ def test_allow_changes_is_not_stored(tmp_path):
     plain = resume(tmp_path, "trainer.max_steps=3")
     assert plain.status == 0, plain.output
     assert "bit-exact from step 2" in plain.output
+
+
+def test_the_printed_command_continues(tmp_path):
+    """Also where the schedule depends on the number of steps, and with an option that belongs to one start."""
+    cache = f"cache={tmp_path}/statistics"
+    first = train(tmp_path, "lr_schedule=warmup_cosine", cache, "trainer.max_steps=1", "metrics=none")
+    (line,) = [line for line in first.output.splitlines() if line.startswith("  python -m src.train ")]
+    done = run(tmp_path, "train", *shlex.split(line)[3:])
+    assert done.status == 0, done.output
+    assert cache in line
+    assert (run_folder(tmp_path) / "checkpoints" / "step_00000002.ckpt").exists()
 
 
 def print_rate(original, call, self, *arguments, **named):
