@@ -325,6 +325,9 @@ EFFECTS: dict[str, Effect] = {
     "conditioning.encoder.cache": "once",
     "data.cache": "once",
     "guidance": "none",
+    "loss.run": "none",  # the loss compares its teacher with that of the checkpoint
+    "loss.checkpoint": "none",
+    "loss.weights": "none",
     "data.path": "none",
     "launcher": "once",
     "hparams_search": "once",
