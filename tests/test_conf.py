@@ -342,7 +342,7 @@ def test_options_table_equals_the_composed_configuration(entry_point):
 
 
 # built in separate tests
-ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS, "launcher"}
+ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS, "launcher", "hparams_search"}
 
 
 def reachable(root: object) -> list[object]:
