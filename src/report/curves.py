@@ -77,7 +77,7 @@ def seconds_of(curves: Mapping[str, Curve]) -> float | None:
         if speeds[step] > 0:
             total += (samples[step] - before) / speeds[step]
             before = samples[step]
-    return total or None
+    return total if 0 < total < math.inf else None
 
 
 def last_mean(curve: Curve, share: float = 0.1) -> float:

@@ -192,7 +192,8 @@ def test_allow_changes_is_not_stored(tmp_path):
 def test_the_printed_command_continues(tmp_path):
     """Also where the schedule depends on the number of steps, and with an option that belongs to one start."""
     cache = f"cache={tmp_path}/statistics"
-    first = train(tmp_path, "lr_schedule=warmup_cosine", cache, "trainer.max_steps=1", "metrics=none")
+    schedule = ("lr_schedule=warmup_cosine", "lr_schedule.warmup_steps=0")
+    first = train(tmp_path, *schedule, cache, "trainer.max_steps=1", "metrics=none")
     (line,) = [line for line in first.output.splitlines() if line.startswith("  python -m src.train ")]
     done = run(tmp_path, "train", *shlex.split(line)[3:])
     assert done.status == 0, done.output
