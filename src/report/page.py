@@ -276,7 +276,7 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
                     "scores": [
                         (name, value, interval_of(scored.record, name)) for name, value in found.items()
                     ],
-                    "warnings": getattr(scored.record, "warnings", None) or [],
+                    "warnings": scored.record.warnings or [],
                     "protocol": sorted(
                         flat(scored.record.protocol).items(), key=lambda item: natural(item[0])
                     ),

@@ -52,13 +52,7 @@ def higher_is_better(score: str) -> bool:
 
 def interval_of(record: Record, score: str) -> tuple[float | None, float | None]:
     """The interval of a score in its record, if it has one."""
-    intervals = getattr(record, "intervals", None) or {}
-    found = intervals.get(score)
-    if isinstance(found, Mapping):
-        found = (found.get("low"), found.get("high"))
-    if isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(v, int | float) for v in found):
-        return found[0], found[1]
-    return None, None
+    return record.interval(score) or (None, None)
 
 
 def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> Column:

@@ -145,14 +145,20 @@ def test_a_page_of_a_single_run_a_failed_one_and_a_damaged_one(tmp_path):
     assert "1 file could not be read" in text
 
 
-def test_a_score_in_the_table_has_its_interval(tmp_path, monkeypatch):
-    from src.report import comparison
-
-    monkeypatch.setattr(comparison, "interval_of", lambda record, score: (4.9, 5.3))
-    write_run(tmp_path / "a")
+def test_a_score_in_the_table_has_its_interval_and_its_warning(tmp_path):
+    for name, low in (("symmetric", 4.9), ("other", 4.6)):
+        intervals = {"fd_digits": [low, 5.3]}
+        record = Record({"fd_digits": 5.1}, protocol(), intervals=intervals, warnings=["rank-deficient"])
+        record.write(write_run(tmp_path / name) / "scores.json")
     text = re.sub(r"\s+", " ", report_of([tmp_path], tmp_path / "a.html").read_text())
-    assert "5.00</a>" not in text
-    assert '5.00 <span class="interval">± 0.20</span>' in text or "[4.90, 5.30]" in text
+    assert '5.10 <span class="interval">± 0.20</span>' in text
+    assert '5.10 <span class="interval">[4.60, 5.30]</span>' in text
+    assert '<abbr title="rank-deficient">!</abbr>' in text
+    figure = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text)[1])
+    bars = [trace["error_x"] for trace in figure["data"]]
+    assert all(each["visible"] for each in bars)
+    assert [each["array"][0] for each in bars] == pytest.approx([0.2, 0.2])
+    assert sorted(each["arrayminus"][0] for each in bars) == pytest.approx([0.2, 0.5])
 
 
 def test_the_plotting_library_is_the_published_one():
