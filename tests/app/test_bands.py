@@ -39,7 +39,7 @@ def test_stored_band_is_of_the_recipe_that_is_shipped(name):
     assert {"level_0", "level_7", "gradient_norm", "val_loss_ema", "ema_gain", f"fd_{name}"} <= set(
         band.curves
     )
-    assert band.alarms[0] == 0
+    assert band.alarms[0] <= 0.1 * band.alarms[1]
     assert len(band.mistakes) >= 10
 
 
