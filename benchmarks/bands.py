@@ -1,13 +1,13 @@
 """Reference bands: builds them from trainings over seeds, and shows what they catch by injecting known mistakes.
 
     python -m benchmarks.bands digits [--runs runs/bands]
-    python -m benchmarks.bands fashion_mnist --build 8 --clean 4 --mistaken 1
+    python -m benchmarks.bands fashion_mnist --seeds 12 --mistaken 1
 
-Trains the experiment <name>_short in this process: `build` seeds that make the band, `clean` further seeds that must
-not leave it, and every known mistake with two seeds, for half of the steps. The first seed of a mistake becomes the
-pattern by which likely causes are named, the second tests this. Writes src/training/bands/<name>.json and prints two
-tables. The values of a run are kept, and a run that exists is not repeated. After --minutes, no further training
-starts, and the band is made of those that exist.
+Trains the experiment <name>_short in this process with --seeds seeds, which make the band, and every known mistake
+with --mistaken seeds. The first seed of a mistake becomes the pattern by which likely causes are named, the second
+tests this. False alarms are counted by leaving out: each correct training is compared with a band, and a limit, made of
+the others only. Writes src/training/bands/<name>.json and prints two tables. The values of a run are kept, and a run
+that exists is not repeated. After --minutes, no further training starts, and the band is made of those that exist.
 """
 
 import argparse
@@ -51,12 +51,11 @@ from src.training.reference_bands import (
     limit_of,
 )
 
-BUILD, CLEAN, MISTAKEN = 0, 100, (200, 201)
-"""First seeds of the band and of the clean runs, and the seeds of each mistake."""
+MISTAKEN = (200, 201)
+"""The seeds of each mistake; correct trainings have the seeds 0, 1, ..."""
+MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 40}
 FEWEST = 5
 """Smallest number of seeds of a band."""
-MISTAKEN_SHARE = 0.5
-"""Mistaken runs train for this share of the steps."""
 WINDOW = {"digits": 20, "fashion_mnist": 10}
 
 Patch = Callable[[], Any]
@@ -287,26 +286,23 @@ def report(band: Band, mistaken: dict[str, list[Values]], marks: Sequence[int]) 
     print(f"\ncause among the two that are named, in the last seed: {named} of {len(steps)}")
 
 
-def band_of(
-    name: str,
-    build: Sequence[Values],
-    clean: Sequence[Values],
-    mistaken: dict[str, list[Values]],
-    command: str,
-) -> Band:
+def band_of(name: str, correct: Sequence[Values], mistaken: dict[str, list[Values]], command: str) -> Band:
     """The band of correct trainings, with the pattern of each mistake in its first seed."""
     config = config_of(name)
-    build = [{value: steps for value, steps in run.items() if value != "images"} for run in build]
-    curves, limit = fit_curves(build), limit_of(build)
+    correct = [{value: steps for value, steps in run.items() if value != "images"} for run in correct]
+    alarms = 0
+    for k, run in enumerate(correct):
+        others = [*correct[:k], *correct[k + 1 :]]
+        alarms += largest_z(fit_curves(others), run) > limit_of(others)
     band = Band(
         recipe=recipe_of_losses(config),
         scoring=recipe_of_scores(config),
         every=WINDOW[name],
         images=config.batch_size,
-        seeds=len(build),
-        limit=limit,
-        alarms=(sum(largest_z(curves, run) > limit for run in clean), len(clean)),
-        curves=curves,
+        seeds=len(correct),
+        limit=limit_of(correct),
+        alarms=(alarms, len(correct)),
+        curves=fit_curves(correct),
         mistakes={},
         command=command,
     )
@@ -326,8 +322,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(WINDOW))
-    parser.add_argument("--build", type=int, default=20, help="seeds that make the band")
-    parser.add_argument("--clean", type=int, default=20, help="further seeds without a mistake")
+    parser.add_argument("--seeds", type=int, default=20, help="correct trainings")
     parser.add_argument("--mistaken", type=int, default=2, choices=(1, 2), help="seeds of each mistake")
     parser.add_argument("--runs", type=Path, default=Path("runs/bands"))
     parser.add_argument(
@@ -340,36 +335,25 @@ def main() -> None:
     name = arguments.name
     logging.disable(logging.WARNING)
     jobs.register()
-    steps = config_of(name).trainer.max_steps
-    short = round(MISTAKEN_SHARE * steps)
+    steps, short = config_of(name).trainer.max_steps, MISTAKEN_STEPS[name]
     runs = Runs(arguments.runs, name, arguments.minutes)
-    build = [(BUILD + k, None, None) for k in range(arguments.build)]
-    clean = [(CLEAN + k, None, None) for k in range(arguments.clean)]
-    wrong = [(s, short, mistake) for s in MISTAKEN[: arguments.mistaken] for mistake in injections(name)]
+    wanted = [(seed, None, None) for seed in range(arguments.seeds)]
+    wanted += [(s, short, mistake) for s in MISTAKEN[: arguments.mistaken] for mistake in injections(name)]
     with Progress(console=Console(stderr=True)) as progress:
-        found = {
-            each: runs(*each) for each in progress.track([*build, *wrong, *clean], description="training")
-        }
-    found = {each: values for each, values in found.items() if values is not None}
-    correct = [found[each] for each in build if each in found]
-    others = [found[each] for each in clean if each in found]
+        found = {each: runs(*each) for each in progress.track(wanted, description="training")}
+    correct = [values for (_, _, mistake), values in found.items() if values and not mistake]
     if len(correct) < FEWEST:
-        raise SystemExit(f"{len(correct)} trainings of the band exist, it needs {FEWEST}: call again")
-    mistaken = {
-        m: [found[each] for each in wrong if each[2] == m and each in found] for m in injections(name)
-    }
-    mistaken = {mistake: values for mistake, values in mistaken.items() if values}
-    command = f"python -m benchmarks.bands {name} --build {arguments.build} --clean {arguments.clean}"
-    band = band_of(name, correct, others, mistaken, command)
+        raise SystemExit(f"{len(correct)} correct trainings exist, a band needs {FEWEST}: call again")
+    mistaken: dict[str, list[Values]] = {}
+    for (_, _, mistake), values in found.items():
+        if mistake and values:
+            mistaken.setdefault(mistake, []).append(values)
+    band = band_of(name, correct, mistaken, f"python -m benchmarks.bands {name} --seeds {len(correct)}")
     band.write(FOLDER / f"{name}.json")
     outside, total = band.alarms
-    interval = binomtest(outside, max(total, 1)).proportion_ci(method="exact")
-    largest = sorted(round(largest_z(band.curves, run), 1) for run in others)
+    interval = binomtest(outside, total).proportion_ci(method="exact")
     print(f"{runs.seconds / 60:.1f} minutes of one core; {band.seeds} seeds, limit |z| {band.limit:.2f}")
-    print(
-        f"correct runs with other seeds outside the band: {outside} of {total} (95 % interval {interval.low:.0%}"
-        f" to {interval.high:.0%}); largest |z| {largest}\n"
-    )
+    print(f"false alarms: {outside} of {total} (95 % interval {interval.low:.0%} to {interval.high:.0%})\n")
     report(band, mistaken, (steps // 5, short))
 
 

@@ -86,7 +86,14 @@ def table(runs: Path, steps: int, seeds: int, rows: list[str]) -> None:
     work = [(seed, row) for seed in range(seeds) for row in rows]
     for seed, row in track(work, description="training", console=Console(stderr=True)):
         options, few, many = ROWS[row]
-        options = [*options, f"seed={seed}", f"trainer.max_steps={steps}", "logger=csv", "trainer=cpu"]
+        options = [
+            *options,
+            f"seed={seed}",
+            f"trainer.max_steps={steps}",
+            "logger=csv",
+            "trainer=cpu",
+            "trainer.precision=32-true",
+        ]
         options += [
             "metrics=none",
             f"callbacks.sample_images.every={steps}",

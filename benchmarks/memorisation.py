@@ -34,7 +34,7 @@ from src.evaluation.memorisation import Memorisation, compare, embed
 from src.evaluation.record import Record
 from src.generation.pictures import read_images
 from src.metrics.features import ClassifierFeatures
-from src.metrics.memorisation import copying_test, membership_test, nearest
+from src.metrics.memorisation import attraction, copying_test, membership_test, nearest
 from src.randomness import generator
 from src.runs.folder import SCORES_FILE
 
@@ -123,15 +123,12 @@ def evaluated(run: Run, folder: Path, steps: int, n: int) -> tuple[Record, Path]
 
 
 def planted_auc(run: Run, record: Record, space: str) -> float:
-    """How well the generated images tell the planted training images from the others.
-
-    A training image's score is the sum of 1 - ratio over the generated images that are nearest to it.
-    """
+    """How well the attraction of the generated images tells the planted training images from the others."""
     ratios, indices = (np.array(record.curve[f"{name}_{space}"]) for name in ("ratio", "nearest"))
-    train = run.source().split("train")
-    scores = np.bincount(indices.astype(int), np.maximum(1 - ratios, 0), minlength=len(train))
-    first = np.r_[0 : run.planted, run.planted * run.copies : len(train)]  # the first of each repeated image
-    return float(roc_auc_score(np.arange(len(first)) < run.planted, scores[first]))
+    repeated = run.planted * run.copies
+    drawn = attraction(ratios, indices.astype(int), repeated + run.images - run.planted)
+    first = np.r_[0 : run.planted, repeated : len(drawn)]  # the first of each repeated image
+    return float(roc_auc_score(np.arange(len(first)) < run.planted, drawn[first]))
 
 
 def table(rows: Sequence[tuple[Run, Record]], space: str) -> None:

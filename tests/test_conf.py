@@ -342,7 +342,7 @@ def test_options_table_equals_the_composed_configuration(entry_point):
 
 
 # built in separate tests
-ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS, "launcher"}
+ELSEWHERE = {"metrics", "callbacks", "logger", *PRESETS, "launcher", "hparams_search"}
 
 
 def reachable(root: object) -> list[object]:
@@ -450,7 +450,7 @@ def test_loggers(choice, assembled):
 
 @pytest.mark.parametrize("choice", choices("metrics"))
 def test_metrics(choice, monkeypatch, tmp_path):
-    """Builds the score, or raises a one-line error if the InceptionV3 weights are missing and cannot be downloaded."""
+    """Builds the score, or raises a one-line error if weights are missing and cannot be downloaded."""
 
     def unreachable(*_, **__):
         raise URLError("no network")
@@ -458,6 +458,7 @@ def test_metrics(choice, monkeypatch, tmp_path):
     monkeypatch.setattr("src.metrics.inception.POOL3_FILE", tmp_path / "pool3.safetensors")
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("torch.hub.load", unreachable)
     data = choice if choice in choices("data") else "fashion_mnist" if "fashion" in choice else "digits"
     config = composed(
         "train",
@@ -477,6 +478,11 @@ def test_metrics(choice, monkeypatch, tmp_path):
         assert "\n" not in str(raised.value)
         fix = "fetch http" if choice == "inception_score" else "run `make inception`, or choose"
         assert fix in str(raised.value)
+    elif "pretrained" in OmegaConf.to_yaml(config.metrics):
+        with pytest.raises(
+            UserError, match=r"^metrics\.features\.weights: .* give metrics\.features\.weights="
+        ):
+            scores_of(config, recipe, False)
     elif not config.metrics:
         assert scores_of(config, recipe, False) is None
     elif not issubclass(get_class(config.metrics["_target_"]), FidelityScore):

@@ -19,6 +19,8 @@ ENTRY_POINTS = {
     "train",
     "sample",
     "evaluate",
+    "explain",
+    "search",
     "plan",
     "export",
     "import_weights",

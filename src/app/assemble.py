@@ -44,7 +44,6 @@ from src.app.stored import upgrade
 from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
 from src.diffusion.classifier import NoiseClassifier
-from src.diffusion.coupling import Coupling, OptimalTransport
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import MeanFlowLoss
 from src.errors import UserError
@@ -55,6 +54,7 @@ from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
 from src.runs.machine import keep_freed_memory
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, not_finite
+from src.training.coupling import Coupling, OptimalTransport
 from src.training.dashboard import CurveFiles, Dashboard, forgiving, needs_package, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.ema import EMA

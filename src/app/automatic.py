@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from src.app.build import class_of
+from src.diffusion.loss import MeanFlowLoss
+
 CPU_INFO = Path("/proc/cpuinfo")
 LONG = 2000
 """Steps from which on compiling pays on a GPU: it takes about a minute."""
@@ -27,7 +30,10 @@ def settle(config: DictConfig) -> list[str]:
         config.trainer.precision, why = precision_of(device)
         lines.append(f"precision   {config.trainer.precision}: {why}")
     if config.compile == "auto":
-        config.compile, why = compile_of(device, config.trainer.max_steps)
+        if issubclass(class_of(config.get("loss")) or object, MeanFlowLoss):
+            config.compile, why = False, "loss=mean_flow takes a forward-mode derivative"
+        else:
+            config.compile, why = compile_of(device, config.trainer.max_steps)
         lines.append(f"compile     {str(config.compile).lower()}: {why}")
     return lines
 

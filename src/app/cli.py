@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 
-from src.app.options import CONF, IMPORT, OPTIONS, groups_of
+from src.app.options import CONF, HELP, IMPORT, OPTIONS, groups_of
 from src.errors import UserError
 from src.runs.output import forgiving_output
 from src.runs.stopping import LAUNCHER, ExitOnSignal, die_with
@@ -73,6 +73,18 @@ def _run(entry_point: str, arguments: list[str]) -> int:
         with explained("train", arguments):
             import_weights(arguments)
         return 0
+    if entry_point == "explain":
+        from src.app.explain import explain_scores
+
+        register()
+        with explained("evaluate", sweep):
+            return explain_scores(sweep)
+    if entry_point == "search":
+        from src.app.search import search
+
+        register()
+        with explained("evaluate", ["-m", *sweep]):
+            return search(sweep)
     if entry_point == "export" and len(sweep) < len(arguments):
         raise UserError("src.export writes one run: leave -m out")
     if len(sweep) < len(arguments):
@@ -102,9 +114,9 @@ def help_text(entry_point: str) -> str:
             "The options are those of src.train, see python -m src.train --help."
         )
     if entry_point in ("runs", "report"):
-        from src.report.command import HELP
+        from src.report import command
 
-        return HELP[entry_point]
+        return command.HELP[entry_point]
     if entry_point == "import_weights":
         return "\n".join(
             [
@@ -114,6 +126,8 @@ def help_text(entry_point: str) -> str:
                 "Further options are those of src.train, see python -m src.train --help; data=... must be given.",
             ]
         )
+    if entry_point in HELP:
+        return HELP[entry_point]
     lines = (CONF / f"{entry_point}.yaml").read_text(encoding="utf-8").splitlines()
     head = []
     for line in lines:

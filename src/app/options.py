@@ -278,8 +278,37 @@ SAMPLE = (
 )
 
 EVALUATE = (
-    *LOAD,
-    Option("n", 10_000, "number of generated images; published FIDs use 50,000", int, least=1),
+    Option("run", None, "a run folder or a checkpoint file; or images and reference", str, optional=True),
+    *LOAD[1:],
+    Option(
+        "images",
+        None,
+        "score given images instead of a run's: a folder, a .zip or an .npz (arr_0: uint8, n x H x W x C)",
+        str,
+        optional=True,
+    ),
+    Option(
+        "reference",
+        None,
+        "what images are compared with: a split (test) of the run's data, a data set (digits, digits/test), a folder,"
+        " a .zip, an .npz of images, or one with mu and sigma; null is the metric's split of the run's data",
+        str,
+        optional=True,
+    ),
+    Option(
+        "n",
+        None,
+        "number of images; null is 10,000 of a run, and all given ones; published FIDs use 50,000",
+        int,
+        least=1,
+        optional=True,
+    ),
+    Option(
+        "bytes",
+        "round",
+        "how generated values become bytes: round, or truncate as some other codes do",
+        choices=("round", "truncate"),
+    ),
     PER_CLASS,
     CACHE,
     Option("runs", "runs", "where the folders of evaluation sweeps are made", str),
@@ -315,6 +344,28 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "export": EXPORT,
 }
 
+HELP = {
+    "explain": """\
+Which choice of the evaluation accounts for a difference of scores: re-scores one checkpoint along one axis at
+a time, on one bank of noise. Without record, it tries the usual alternatives on each axis.
+    python -m src.explain run=runs/...
+    python -m src.explain run=runs/... record=theirs/scores.json n=2000 metrics=fid
+    python -m src.explain run=runs/... axes=[weights,steps,bytes]
+record=null    a record of src.evaluate, with the score to explain; its protocol gives the choices that are tried
+axes=null      only these axes: weights, guidance, interval, steps, sampler, spacing, clipping, variance, labels, bytes,
+               reference, n, seed
+All other options are those of src.evaluate, see python -m src.evaluate --help.""",
+    "search": """\
+The best recipe for one checkpoint, by successive halving on common noise: all combinations are scored with
+few images, and only the best go on to more; images are never sampled twice.
+    python -m src.search run=runs/...                         the usual values of all of these
+    python -m src.search run=runs/... n=2000 weights=0.05,0.1,raw guidance.scale=1,1.5,2 sampler.steps=10,20,50
+    python -m src.search run=runs/... guidance=interval 'guidance.interval=[0.2,5],[0.5,3]' sampler=ddim,heun
+budget=0.2     largest share of the network evaluations of the full grid; 1 runs the full grid
+All other options are those of src.evaluate, with several values, separated by commas, where they are searched.""",
+}
+"""What `--help` prints for commands whose other options are those of `src.evaluate`."""
+
 # Groups, and options of groups, whose change is not another experiment when a training is resumed.
 EFFECTS: dict[str, Effect] = {
     "callbacks": "none",
@@ -325,6 +376,9 @@ EFFECTS: dict[str, Effect] = {
     "conditioning.encoder.cache": "once",
     "data.cache": "once",
     "guidance": "none",
+    "loss.run": "none",  # the loss compares its teacher with that of the checkpoint
+    "loss.checkpoint": "none",
+    "loss.weights": "none",
     "data.path": "none",
     "launcher": "once",
     "hparams_search": "once",

@@ -1,5 +1,6 @@
 """The parts that training and loading share. Hydra picks the leaves, these lines join them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -199,15 +200,32 @@ def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet |
     Raises:
         UserError: it does not, a score is one of likelihood, or needs classes that the images do not have.
     """
-    nodes = metric_nodes(config)
-    if not nodes:
-        return None
-    labelled = recipe.conditioning is not None and "labels" in recipe.conditioning.kinds
-    if per_class and not labelled:
+    conditioning = recipe.conditioning
+    labelled = conditioning is not None and "labels" in conditioning.kinds
+    if per_class and not labelled and metric_nodes(config):
         raise UserError(
             "per_class=true: this network is not conditioned on classes; leave per_class out, or train with"
             " conditioning=class"
         )
+    return image_scores(
+        config, recipe.codec.image_shape, conditioning.num_classes if per_class and labelled else 0, labelled
+    )
+
+
+def image_scores(
+    config: DictConfig, image_shape: Sequence[int], num_classes: int = 0, labelled: bool = False
+) -> ScoreSet | None:
+    """The scores of images of a shape, with intervals; see `scores_of`.
+
+    Args:
+        config: with the metrics.
+        image_shape: (C, H, W).
+        num_classes: number of classes that are also scored by themselves.
+        labelled: whether the images were conditioned on classes.
+    """
+    nodes = metric_nodes(config)
+    if not nodes:
+        return None
     scores = []
     for option, node in nodes.items():
         if is_likelihood(node):
@@ -226,13 +244,13 @@ def scores_of(config: DictConfig, recipe: Recipe, per_class: bool) -> ScoreSet |
                 f"{option}: {score.name} is of images conditioned on classes, and this network is not; choose another"
                 " score, or train with conditioning=class"
             )
-        image = torch.zeros(1, *recipe.codec.image_shape, dtype=torch.uint8)
+        image = torch.zeros(1, *image_shape, dtype=torch.uint8)
         try:
             score.features(image)
         except ValueError as error:
             raise UserError(f"{option}: {error}") from None
         scores.append(score)
-    return ScoreSet(scores, recipe.conditioning.num_classes if per_class else 0)
+    return ScoreSet(scores, num_classes, intervals=True)
 
 
 def metric_nodes(config: DictConfig) -> dict[str, DictConfig]:

@@ -43,7 +43,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "init": None,
     "init_weights": "ema",
     "init_partial": False,
-    "coupling": {"_target_": "src.diffusion.coupling.Independent"},
+    "coupling": {"_target_": "src.training.coupling.Independent"},
 }
 
 # Options that sources have got since.

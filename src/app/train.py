@@ -4,6 +4,7 @@ import logging
 import shlex
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -95,9 +96,10 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
     if trainer.is_global_zero:
         tracker = experiment.tracker
         latest = tracker.latest if tracker else None
-        Record(scores, latest.protocol if latest else {}).write(folder / SCORES_FILE)
+        scored = replace(latest, scores=scores) if latest else Record(scores, {})
+        scored.write(folder / SCORES_FILE)
         log.info(
-            "%s", closing_summary(folder, trainer.global_step, scores, config, experiment.recipe is not None)
+            "%s", closing_summary(folder, trainer.global_step, scored, config, experiment.recipe is not None)
         )
         if latest is not None:
             return {**scores, "evaluations": latest.protocol["recipe"]["network_evaluations"]}
@@ -111,11 +113,12 @@ def keep_error(folder: Path, line: str, is_global_zero: bool) -> None:
             write_json(folder / ERROR_FILE, {"error": redacted(line)})
 
 
-def closing_summary(
-    folder: Path, step: int, scores: dict[str, float], config: DictConfig, makes_images: bool
-) -> str:
+def closing_summary(folder: Path, step: int, scored: Record, config: DictConfig, makes_images: bool) -> str:
     """The results of a training, and the exact commands that continue from it."""
-    results = {name: f"{value:.4g}" for name, value in scores.items()}
+    results = {
+        name: scored.printed(name) if scored.interval(name) else f"{value:.4g}"
+        for name, value in scored.scores.items()
+    }
     grids = sorted((folder / "samples").glob("step_*.png"))
     if grids:
         results["pictures"] = str(grids[-1])

@@ -16,7 +16,14 @@ from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
 from src.generation.pictures import image_rows
 from src.metrics.features import FeatureExtractor
-from src.metrics.memorisation import copy_ratio, copying_test, distinct, membership_test, nearest
+from src.metrics.memorisation import (
+    attraction,
+    copy_ratio,
+    copying_test,
+    distinct,
+    membership_test,
+    nearest,
+)
 from src.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -161,6 +168,17 @@ def compare(
     return scores, curve
 
 
+def most_attractive(curve: dict[str, list[float]], count: int) -> dict[str, list[float]]:
+    """`attractive_<space>`: the training images to which generated images are drawn most, at most `SHOWN` of them."""
+    found = {}
+    for name in [name.removeprefix("ratio_") for name in curve if name.startswith("ratio_")]:
+        indices = np.array(curve[f"nearest_{name}"], dtype=np.int64)
+        drawn = attraction(np.array(curve[f"ratio_{name}"]), indices, count)
+        order = np.argsort(-drawn, kind="stable")[:SHOWN]
+        found[f"attractive_{name}"] = order[drawn[order] > 0].tolist()
+    return found
+
+
 def picture(generated: Images, train: Images, held_out: Images, ratios: NDArray, shown: int = SHOWN) -> Image:
     """The images with the smallest ratio in pixels: in each column the image, and below it the nearest training and the
     nearest held-out image."""
@@ -233,6 +251,7 @@ def score_memorisation(
         "recipe": loaded.record(evaluations),
         "quantisation": loaded.recipe.codec.describe(),
     }
+    curve |= most_attractive(curve, len(trained))
     shown = picture(generated, seen, unseen, np.array(curve[f"ratio_{PIXELS}"]))
     return Record(scores, protocol, curve), shown
 

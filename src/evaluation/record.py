@@ -1,11 +1,13 @@
 """Records of scores: the numbers and everything they depend on, stored as JSON."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
+from annotated_types import Len
 from pydantic import TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
@@ -25,22 +27,32 @@ class Record:
         protocol: everything the scores depend on; see `protocol_of`. Empty in files of earlier versions that hold only
             scores.
         curve: lists of numbers by name, e.g. the terms of a likelihood; or None.
+        intervals: [low, high] of 95 % by name, of scores that have one; or None. See `src.metrics.uncertainty`.
+        warnings: what is doubtful about the scores, one line each; or None.
     """
 
     scores: dict[str, float]
     protocol: dict[str, Any]
     curve: dict[str, list[float]] | None = None
+    intervals: dict[str, list[float]] | None = None
+    warnings: list[str] | None = None
 
     def write(self, path: Path) -> None:
-        """Writes {"scores", "protocol"} and "curve", if present, as JSON, atomically; creates the folder.
+        """Writes {"scores", "protocol"} and what else is not None as JSON, atomically; creates the folder.
 
         Raises:
             OSError: the file cannot be written.
         """
-        content = asdict(self)
-        if self.curve is None:
-            del content["curve"]
-        write_json(path, content)
+        write_json(path, {name: part for name, part in asdict(self).items() if part is not None})
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval of a score; None without one."""
+        found = (self.intervals or {}).get(name)
+        return None if found is None else (found[0], found[1])
+
+    def printed(self, name: str) -> str:
+        """A score with as many digits as its interval allows; see `printed`."""
+        return printed(self.scores[name], self.interval(name))
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -60,7 +72,7 @@ class Record:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path} is not a record of scores: {where}: {first['msg'].lower()}") from None
-        return cls(content["scores"], content["protocol"], content.get("curve"))
+        return cls(**content)
 
 
 @with_config(extra="forbid")
@@ -70,6 +82,24 @@ class Stored(TypedDict):
     scores: dict[str, float]
     protocol: dict[str, Any]
     curve: NotRequired[dict[str, list[float]]]
+    intervals: NotRequired[dict[str, Annotated[list[float], Len(2, 2)]]]
+    warnings: NotRequired[list[str]]
+
+
+def printed(value: float, interval: Sequence[float] | None) -> str:
+    """A score with as many digits as its interval allows, e.g. "0.52 ± 0.03"; five digits without an interval.
+
+    The half-width has one significant digit, two if the first is 1.
+    """
+    if interval is None:
+        return f"{value:.5g}"
+    half = (interval[1] - interval[0]) / 2
+    if not 0 < half < math.inf:
+        return f"{value:.5g}"
+    first = math.floor(math.log10(half))
+    digits = first - 1 if half < 2 * 10.0**first else first
+    decimals = max(0, -digits)
+    return f"{round(value, -digits):.{decimals}f} ± {round(half, -digits):.{decimals}f}"
 
 
 def protocol_of(
@@ -86,6 +116,8 @@ def protocol_of(
     - recipe: the given recipe;
     - quantisation: how images were converted to bytes;
     - versions: versions of the libraries that computed the scores.
+
+    `ScoreSet.protocol` adds `intervals`, the method of the intervals, if there are any.
 
     With several scores, `reference`, `features` and `settings` hold one such entry per score, by name:
     {"features": {"fid": {"name": "inception", ...}, "kid": {...}}, ...}.

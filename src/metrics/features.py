@@ -53,7 +53,10 @@ class FeatureExtractor(nn.Module):
         num_features: length of a feature vector.
         sha256: hash of the weights, see `hash_tensors`. Extractors with equal name and sha256 have the same space.
         origin: origin of the weights, for the protocol.
+        base: name and sha256 of another space from whose features `from_base` gives these; None without one.
     """
+
+    base: tuple[str, str] | None = None
 
     def __init__(self, name: str, num_features: int, sha256: str, origin: str):
         super().__init__()
@@ -68,6 +71,10 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: the images have an unsupported shape.
         """
+        raise NotImplementedError
+
+    def from_base(self, features: Tensor) -> Tensor:
+        """The features (B, num_features), from those of `base`, so that one pass through a network gives both."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -165,12 +172,13 @@ class InceptionFeatures(FeatureExtractor):
         path = find_weights(weights, layer)
         tensors = read_weights(path)
         network = build_network(tensors, layer, str(path))
-        used = {
-            name: tensor
-            for name, tensor in network.state_dict().items()
-            if not name.endswith("num_batches_tracked")
-            and (layer == "logits_unbiased" or not name.startswith("fc."))
-        }
+        everything = network.state_dict().items()
+        used = {name: tensor for name, tensor in everything if not name.endswith("num_batches_tracked")}
+        body = {name: tensor for name, tensor in used.items() if not name.startswith("fc.")}
+        if layer == "logits_unbiased":
+            base = ("inception", hash_tensors(body))
+        else:
+            used, base = body, None
         super().__init__(
             name="inception" if layer == "2048" else f"inception_{layer}",
             num_features=LAYERS[layer],
@@ -178,6 +186,7 @@ class InceptionFeatures(FeatureExtractor):
             origin=f"{path.name}: InceptionV3 of TensorFlow's graph of 2015-12-05 in torch-fidelity",
         )
         fold_batch_norms(network)
+        self.base = base
         self.network = network
         self.chunk = chunk
         self.eval()
@@ -187,3 +196,8 @@ class InceptionFeatures(FeatureExtractor):
             raise ValueError(f"images for InceptionV3 must have 1 or 3 channels, got {images.shape[1]}")
         images = images.expand(-1, 3, -1, -1)
         return torch.cat([self.network(chunk)[0] for chunk in images.split(self.chunk)])
+
+    def from_base(self, features: Tensor) -> Tensor:
+        """The logits, from the 2048 features."""
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return features @ self.network.fc.weight.T

@@ -1,37 +1,48 @@
 """Scores of generated images, most of them distances to a reference set: the formulas."""
 
 import logging
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from src.metrics.features import ClassifierFeatures, FeatureExtractor
-from src.metrics.frechet import Moments, frechet_distance
-from src.metrics.score import FidelityScore
+from src.metrics.frechet import Comparison, Moments, Target, compare
+from src.metrics.neighbours import PAIRS, distances, radii, recall_without
+from src.metrics.score import FeatureSetScore, FidelityScore, Reference, Split
+from src.metrics.uncertainty import Interval, by_groups, by_influences, of_share
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "validation", "test"]
+KERNEL_SET = 5000
+"""Images of each set to which the kernel distance's intervals compare the generated ones."""
 
 
-class FrechetDistance(FidelityScore):
+class FrechetDistance(FeatureSetScore):
     """Fréchet distance of Gaussians fitted to the features; with InceptionV3 this is FID (Heusel et al. 2017).
 
     The name is "fid" for InceptionV3 and `fd_<features>` for other spaces, whose values have another scale.
-    Sums are float64. The estimate is biased upwards by about 1/n, so compare equal numbers of images.
+    Sums are float64. The estimate is biased upwards by about 1/n, so compare equal numbers of images. The matrix root
+    is computed in two ways, which must agree (`src.metrics.frechet.compare`).
+
+    The reference may also be given as its moments: "mean" and "covariance" instead of sums.
 
     Args:
         features: the feature space.
         reference_split: the split of the data used as the reference.
     """
 
+    generated_only = frozenset({"vectors"})
+
     def __init__(self, features: FeatureExtractor, reference_split: Split = "train"):
         name = "fid" if features.name == "inception" else f"fd_{features.name}"
-        super().__init__(name, features, reference_split)
+        super().__init__(name, features, reference_split, 2, "")
         size = features.num_features
         self.add_state("total", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outer", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.always_keep = False
+        self._target: Target | None = None
+        self._comparison: Comparison | None = None
 
     def of_class(self, label: int) -> Self:
         """See `FidelityScore`; fewer images than features, whose covariance is singular, are refused."""
@@ -43,47 +54,56 @@ class FrechetDistance(FidelityScore):
         return score
 
     def accumulate(self, features: Tensor) -> None:
+        if (self.with_intervals or self.always_keep) and not self.of_reference:
+            super().accumulate(features)
         features = features.double()
         self.total += features.sum(0)
         self.outer += features.T @ features
 
+    def set_reference(self, reference: Reference, states: dict[str, Tensor]) -> None:
+        super().set_reference(reference, states)
+        self._target = None
+
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-        fewest = min(int(generated["count"]), int(reference["count"]))
-        if fewest <= self.features.num_features:
+        made = _moments(generated)
+        if self._target is None or self._target.moments.mean.device != made.mean.device:
+            self._target = Target.of(_moments(reference))  # once for all scores of a training
+        self._comparison = compare(made, self._target, directions=self.with_intervals)
+        self._warn(int(generated["count"]), int(reference["count"]))
+        return {self.name: self._comparison.distance}
+
+    def _warn(self, generated: int, reference: int) -> None:
+        size = self.features.num_features
+        ranks = (
+            ("generated", generated, self._comparison.rank),
+            ("reference", reference, self._comparison.target.rank),
+        )
+        for whose, count, rank in ranks:
+            if rank < size:
+                self.warnings.append(
+                    f"{self.name}: the covariance of the {whose} images has rank {rank} of {size}"
+                    + (f" ({count} images)" if count else "")
+                )
+        counts = [count for _, count, _ in ranks if count]  # published statistics have none
+        if min(counts) <= size:
             log.warning(
                 "%s: %d images in a space of %d features make the covariance singular; the score is far too high",
                 self.name,
-                fewest,
-                self.features.num_features,
+                min(counts),
+                size,
             )
-        return {self.name: frechet_distance(Moments.of_sums(**generated), Moments.of_sums(**reference))}
+
+    def influences(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
+        return self._comparison.influences(self.vectors_of(generated))
+
+    def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
+        return {self.name: by_influences(scores[self.name], self.influences(generated, reference))}
 
 
-class FeatureSetScore(FidelityScore):
-    """A score that needs all feature vectors, not only sums; it stores num_images x num_features floats.
-
-    The sets are sorted before they are compared, so that random draws from them do not depend on the order of
-    the images or on which rank made them.
-
-    Args:
-        name, features, reference_split, smallest, because: see `FidelityScore`.
-    """
-
-    def __init__(
-        self, name: str, features: FeatureExtractor, reference_split: str, smallest: int, because: str
-    ):
-        super().__init__(name, features, reference_split, smallest, because)
-        # flat, because torchmetrics gathers one-dimensional empty tensors from ranks without images
-        self.add_state("vectors", [], dist_reduce_fx="cat")
-
-    def accumulate(self, features: Tensor) -> None:
-        self.vectors.append(features.flatten())
-
-    def feature_set(self, states: dict[str, Tensor]) -> Tensor:
-        """The features (n, num_features), float64 on the CPU, in lexicographic order."""
-        vectors = states["vectors"].reshape(-1, self.features.num_features).double().cpu()
-        distinct, counts = vectors.unique(dim=0, return_counts=True)
-        return distinct.repeat_interleave(counts, dim=0)
+def _moments(states: dict[str, Tensor]) -> Moments:
+    if "covariance" in states:
+        return Moments(states["mean"], states["covariance"])
+    return Moments.of_sums(states["count"], states["total"], states["outer"])
 
 
 class KernelDistance(FeatureSetScore):
@@ -146,9 +166,26 @@ class KernelDistance(FeatureSetScore):
             f"{self.name}_std": result["kernel_inception_distance_std"],
         }
 
+    def influences(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
+        """See `FidelityScore`: 2 (mean of k(x, other generated images) - mean of k(x, reference images)).
 
-# Distances that are held in memory at once; 8 bytes or less each.
-PAIRS = 10**8
+        The means are over at most `KERNEL_SET` images of each set.
+        """
+        made, real = (self.vectors_of(states).double().cpu() for states in (generated, reference))
+        generator = torch.Generator().manual_seed(self.seed)
+        others, fixed = (
+            torch.randperm(len(one), generator=generator)[:KERNEL_SET].sort().values for one in (made, real)
+        )
+        size = self.features.num_features
+        among = ((made @ made[others].T / size + 1) ** 3).sum(1)
+        own = torch.zeros(len(made), dtype=torch.bool).index_fill_(0, others, True)
+        among -= own * (made.square().sum(1) / size + 1) ** 3
+        return 2 * (among / (len(others) - own.long()) - ((made @ real[fixed].T / size + 1) ** 3).mean(1))
+
+    def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
+        value, deviation = scores.values()
+        drawn = deviation / self.subsets**0.5  # subsets of the same images differ
+        return {self.name: by_influences(value, self.influences(generated, reference), drawn)}
 
 
 class PrecisionRecall(FeatureSetScore):
@@ -193,6 +230,19 @@ class PrecisionRecall(FeatureSetScore):
         space = self.features.name
         return {f"precision_{space}": result["precision"], f"recall_{space}": result["recall"]}
 
+    def influences(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
+        made, real = (self.vectors_of(states).double().cpu() for states in (generated, reference))
+        balls = radii(real, self.neighbours)
+        return torch.cat([(block <= balls).any(1) for block in distances(made, real)]).double()
+
+    def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
+        (precision, share), (recall, found) = scores.items()
+        made, real = self.feature_set(generated), self.feature_set(reference)
+        return {
+            precision: of_share(share, len(made)),
+            recall: by_groups(found, recall_without(made, real, self.neighbours)),
+        }
+
 
 class InceptionScore(FeatureSetScore):
     """Inception Score (Salimans et al. 2016), computed by torch-fidelity: exp of the mean KL(p(y|x) || p(y)).
@@ -235,6 +285,17 @@ class InceptionScore(FeatureSetScore):
             f"{self.name}_std": result["inception_score_std"],
         }
 
+    def influences(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
+        """See `FidelityScore`: the score times KL(p(y|x) || p(y)), which is its differential."""
+        logits = self.vectors_of(generated).double()
+        log_p = logits.log_softmax(dim=1)
+        p = log_p.exp()
+        divergence = (p * (log_p - p.mean(0).log())).sum(1)
+        return (divergence.mean().exp() * divergence).cpu()
+
+    def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
+        return {self.name: by_influences(scores[self.name], self.influences(generated, reference))}
+
 
 class Accuracy(FidelityScore):
     """The share of images whose class, predicted by a classifier, is the class on which they were conditioned.
@@ -260,3 +321,6 @@ class Accuracy(FidelityScore):
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         return {self.name: int(generated["correct"]) / int(generated["count"])}
+
+    def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
+        return {self.name: of_share(scores[self.name], int(generated["count"]))}

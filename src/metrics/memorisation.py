@@ -66,6 +66,20 @@ def copy_ratio(distances: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(distances[:, 0], others, out=np.zeros(len(distances)), where=others > 0)
 
 
+def attraction(ratios: NDArray[np.float64], indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """How strongly generated images are drawn to each training image; shape (count,).
+
+    The sum of 1 - ratio over the generated images that are nearest to it. It finds training images that are repeated in
+    the data, also where no generated image is near enough to be a copy.
+
+    Args:
+        ratios: `copy_ratio` of the generated images, shape (n,).
+        indices: of their nearest training images, shape (n,).
+        count: number of training images.
+    """
+    return np.bincount(indices, np.maximum(1 - ratios, 0), minlength=count)
+
+
 @dataclass(frozen=True)
 class TestResult:
     """A one-sided test.

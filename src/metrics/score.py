@@ -8,7 +8,7 @@ of the reference set are already combined over the ranks when `set_reference` re
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torchmetrics import Metric
 
 from src.errors import UserError
 from src.metrics.features import FeatureExtractor
+from src.metrics.uncertainty import Interval
+
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class FidelityScore(Metric):
         needs_reference: False for a score of the generated images only.
         needs_labels: True for a score of the classes on which the images were conditioned; `accumulate` then gets
             `labels`, int64 (B,), too.
+        generated_only: names of states that the reference does not need.
+        with_intervals: whether `compute` also finds intervals; set it before `update`.
+        of_reference: whether the images that are added are those of the reference.
+        intervals: the 95 % intervals of the last `compute` by name; of scores that have one.
+        warnings: what the last `compute` found doubtful, one line each.
         label: the class of the images, for a score of one class; see `of_class`.
     """
 
@@ -67,6 +75,7 @@ class FidelityScore(Metric):
     higher_is_better = False
     needs_reference = True
     needs_labels = False
+    generated_only: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -85,6 +94,10 @@ class FidelityScore(Metric):
         self.label: int | None = None
         self.reference: Reference | None = None
         self.num_images = 0
+        self.with_intervals = False
+        self.of_reference = False
+        self.intervals: dict[str, Interval] = {}
+        self.warnings: list[str] = []
         self._reference_states: dict[str, Tensor] = {}
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -92,6 +105,16 @@ class FidelityScore(Metric):
     def state_names(self) -> list[str]:
         """The names of the states, sorted."""
         return sorted(self._defaults)
+
+    @property
+    def reference_states(self) -> dict[str, Tensor]:
+        """The states of the reference by name, on the score's device."""
+        return {name: tensor.to(self.device) for name, tensor in self._reference_states.items()}
+
+    @property
+    def reference_names(self) -> list[str]:
+        """The names of the states of the reference, sorted."""
+        return [name for name in self.state_names if name not in self.generated_only]
 
     def settings(self) -> dict[str, Any]:
         """The settings of the score, for the protocol."""
@@ -114,11 +137,28 @@ class FidelityScore(Metric):
         """The score, from the states of both sets over all ranks."""
         raise NotImplementedError
 
-    def update(self, images: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def influences(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor | None:
+        """The first-order effect of each generated image on the first score that `compare` has just found.
+
+        Returns:
+            float64 (n,), up to a constant, in the order in which the images were added; None where there is none. Two
+            sets made from the same noise can be compared image by image.
+        """
+        return None
+
+    def uncertainty(
+        self, generated: dict[str, Tensor], reference: dict[str, Tensor], scores: dict[str, float]
+    ) -> dict[str, Interval]:
+        """The 95 % intervals of the scores that `compare` has just found, by name; see `src.metrics.uncertainty`."""
+        return {}
+
+    def update(
+        self, images: Tensor | None, features: Tensor | None = None, labels: Tensor | None = None
+    ) -> None:
         """Adds images.
 
         Args:
-            images: uint8 (B, C, H, W), on the score's device.
+            images: uint8 (B, C, H, W), on the score's device; None with features.
             features: features of these images (B, num_features), if already computed.
             labels: classes on which the images were conditioned, int64 (B,), on any device; for scores that need them.
         """
@@ -127,7 +167,7 @@ class FidelityScore(Metric):
             self.accumulate(features, labels.to(features.device, non_blocking=True))
         else:
             self.accumulate(features)
-        self.count += len(images)
+        self.count += len(features)
 
     def compute(self) -> dict[str, float]:
         """The scores of all images since `reset`, over all ranks; the same on each rank.
@@ -139,15 +179,17 @@ class FidelityScore(Metric):
             raise UserError(f"{self.name}: no reference set; call set_reference before compute")
         generated = self.states("the generated set")
         if self.label is not None and not int(generated["count"]):
-            self.num_images = 0
+            self.num_images, self.warnings, self.intervals = 0, [], {}
             return {}
         self.check_count(int(generated["count"]), "the generated set")
-        reference = {name: tensor.to(self.device) for name, tensor in self._reference_states.items()}
+        reference = self.reference_states
         self.num_images = int(generated["count"])
+        self.warnings, self.intervals = [], {}
         scores = self.compare(generated, reference)
         for name, value in scores.items():
             if not math.isfinite(value):
                 raise UserError(f"{name}{self._of_class} is {value} over {self.num_images} images")
+        self.intervals = self.uncertainty(generated, reference, scores) if self.with_intervals else {}
         return scores
 
     def check_count(self, count: int, whose: str) -> None:
@@ -211,3 +253,33 @@ class FidelityScore(Metric):
             if not states[name].isfinite().all():
                 raise UserError(f"{self.name}: features {self.features.name!r} of {whose} are not finite")
         return states
+
+
+class FeatureSetScore(FidelityScore):
+    """A score that needs all feature vectors, not only sums; it stores num_images x num_features floats.
+
+    The sets are sorted before they are compared, so that random draws from them do not depend on the order of
+    the images or on which rank made them.
+
+    Args:
+        name, features, reference_split, smallest, because: see `FidelityScore`.
+    """
+
+    def __init__(
+        self, name: str, features: FeatureExtractor, reference_split: str, smallest: int, because: str
+    ):
+        super().__init__(name, features, reference_split, smallest, because)
+        # flat, because torchmetrics gathers one-dimensional empty tensors from ranks without images
+        self.add_state("vectors", [], dist_reduce_fx="cat")
+
+    def accumulate(self, features: Tensor) -> None:
+        self.vectors.append(features.flatten())
+
+    def vectors_of(self, states: dict[str, Tensor]) -> Tensor:
+        """The features (n, num_features), float32, as they were added."""
+        return states["vectors"].reshape(-1, self.features.num_features)
+
+    def feature_set(self, states: dict[str, Tensor]) -> Tensor:
+        """The features (n, num_features), float64 on the CPU, in lexicographic order."""
+        distinct, counts = self.vectors_of(states).double().cpu().unique(dim=0, return_counts=True)
+        return distinct.repeat_interleave(counts, dim=0)

@@ -7,19 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.report.comparison import (
-    ABSENT,
-    SEEDS,
-    Column,
-    Comparison,
-    Row,
-    Subject,
-    column_of,
-    higher_is_better,
-    in_words,
-)
+from src.report.comparison import SEEDS, Cell, Comparison, Row
 from src.report.curves import Curve, last_mean, thinned
 from src.report.effects import mean
+from src.report.protocol import Column, column_of, higher_is_better
+from src.report.subjects import Subject
+from src.report.texts import ABSENT, LONGEST, in_words
+from src.runs.files import digest_of
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black and yellow are left out, since one of them
 # is invisible on either background.
@@ -87,7 +81,8 @@ class Palette:
 
 def setting_of(options: Mapping[str, str], name: str) -> str:
     """The options of a run without its seed, as one text; the run's name without options."""
-    return in_words({key: value for key, value in options.items() if key not in SEEDS}) or name
+    text = in_words({key: value for key, value in options.items() if key not in SEEDS}) or name
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 6]}… {digest_of(text, 4)}"
 
 
 def palette_of(comparison: Comparison) -> Palette:
@@ -113,7 +108,6 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
     data = []
     for name in order:
         cells = [row.cells[column] for row in groups[name]]
-        halves = [cell.half or 0 for cell in cells]
         data.append(
             {
                 "x": [cell.value for cell in cells],
@@ -122,7 +116,7 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
                 "hovertemplate": "%{customdata}<br>%{x:.5g}<extra></extra>",
                 "mode": "markers",
                 "marker": {"color": palette.colour(name), "size": 7, "symbol": "circle-open"},
-                "error_x": {"array": halves, "visible": any(halves), "thickness": 1, "width": 3},
+                "error_x": {**_bars(cells), "thickness": 1, "width": 3},
                 "showlegend": False,
             }
         )
@@ -148,6 +142,18 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
     if any(len(rows) > 1 for rows in groups.values()):
         caption += " Diamonds: means over seeds with 95 % intervals (Student's t)."
     return Figure(f"{column.score}: {better} is better", caption, data, layout, 70 + 28 * len(order))
+
+
+def _bars(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Plotly's error bars for the intervals of scores."""
+    known = [cell.low is not None and cell.high is not None for cell in cells]
+    pairs = list(zip(cells, known, strict=True))
+    return {
+        "symmetric": False,
+        "array": [cell.high - cell.value if has else 0 for cell, has in pairs],
+        "arrayminus": [cell.value - cell.low if has else 0 for cell, has in pairs],
+        "visible": any(known),
+    }
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[int]:
@@ -201,7 +207,7 @@ def _evaluation_figure(score: str, found: Sequence[tuple[Row, Column]], palette:
     for place, (row, _) in enumerate(found):
         groups[setting_of(row.options, row.subject.name)].append(place)
     for setting, places in groups.items():
-        halves = [found[i][0].cells[found[i][1]].half or 0 for i in places]
+        cells = [found[i][0].cells[found[i][1]] for i in places]
         data.append(
             {
                 "x": [points[i][0] for i in places],
@@ -210,7 +216,7 @@ def _evaluation_figure(score: str, found: Sequence[tuple[Row, Column]], palette:
                 "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<br>%{x} evaluations: %{y:.5g}<extra></extra>",
                 "mode": "markers",
                 "marker": {"color": palette.colour(setting), "symbol": palette.marker(setting), "size": 9},
-                "error_y": {"array": halves, "visible": any(halves), "thickness": 1},
+                "error_y": {**_bars(cells), "thickness": 1},
                 "name": setting,
             }
         )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from src.errors import UserError
-from src.report.comparison import Column, column_of, higher_is_better, shortened
 from src.report.effects import digits
 from src.report.page import duration
 from src.report.progress import count_runs, progress
+from src.report.protocol import Column, column_of, higher_is_better
 from src.report.run import STATUSES, Cost, Run, find_runs, flat, read_run, read_yaml
+from src.report.texts import shortened
 
 CONF = Path(__file__).parents[2] / "conf"
 MOST_VALUES = 20  # in a message
@@ -130,10 +131,7 @@ def _runs(places: Sequence[Path]) -> Iterator[Run]:
         for folder, varied in find_runs(place):
             if (real := folder.resolve()) not in seen:
                 seen.add(real)
-                try:
-                    yield read_run(folder, varied)
-                except UserError as error:  # it leads out of itself
-                    yield Run(folder, "failed", str(error))
+                yield read_run(folder, varied)
 
 
 def _line(run: Run, columns: dict[Column, int]) -> Line:

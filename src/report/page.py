@@ -12,22 +12,14 @@ from typing import Any
 
 from src.evaluation.record import Record
 from src.report import figures as fig
-from src.report.comparison import (
-    ABSENT,
-    SEEDS,
-    Cell,
-    Column,
-    Comparison,
-    Row,
-    Scored,
-    Subject,
-    interval_of,
-    natural,
-)
+from src.report.comparison import SEEDS, Cell, Comparison, Row, are_of_one_sweep
 from src.report.curves import Curve, curves_of, seconds_of
 from src.report.effects import Marginal, Mean, Result, digits, marginal_means, mean
 from src.report.pictures import picture_groups
+from src.report.protocol import Column, interval_of
 from src.report.run import STATUSES, flat, read_run
+from src.report.subjects import Scored, Subject
+from src.report.texts import ABSENT, natural
 from src.runs.files import write_atomically
 from src.runs.folder import SCORES_FILE
 
@@ -108,6 +100,7 @@ def page(
         question=_question(comparison),
         seeds=_seeds(comparison),
         lead=lead,
+        one_sweep=are_of_one_sweep(comparison.subjects),
         settings=_settings(comparison, lead),
         marginals=_marginals(comparison, lead),
         tables=_tables(comparison, lead),
@@ -115,6 +108,7 @@ def page(
         costs=_costs(comparison.subjects, curves),
         cards=cards,
         card_of={card["path"]: number for number, card in enumerate(cards)},
+        failed=[(s.name, s.run.error) for s in comparison.subjects if s.run and s.run.error],
         problems=[(s.name, line) for s in comparison.subjects if s.run for line in s.run.problems],
         absent=ABSENT,
         nonce=secrets.token_urlsafe(12),
@@ -156,7 +150,9 @@ def _title(comparison: Comparison) -> str:
         return comparison.subjects[0].name
     if not names:
         return what
-    return f"{' × '.join(names[:4])}{' …' if len(names) > 4 else ''}: {what}"
+    if len(names) > 4:
+        return f"{what}, {len(names)} options differ"
+    return f"{' × '.join(names)}: {what}"
 
 
 def _statuses(comparison: Comparison) -> list[tuple[str, int]]:
@@ -280,7 +276,7 @@ def _cards(comparison: Comparison) -> list[dict[str, Any]]:
                     "scores": [
                         (name, value, interval_of(scored.record, name)) for name, value in found.items()
                     ],
-                    "warnings": getattr(scored.record, "warnings", None) or [],
+                    "warnings": scored.record.warnings or [],
                     "protocol": sorted(
                         flat(scored.record.protocol).items(), key=lambda item: natural(item[0])
                     ),
@@ -305,7 +301,7 @@ def report_of(
     Raises:
         UserError: there is nothing to compare, or no such score.
     """
-    from src.report.comparison import subjects_of
+    from src.report.subjects import subjects_of
 
     words = [str(place) for place in places] + ([f"score={score}"] if score else []) + [f"out={out}"]
     return write_report(subjects_of(places, advance), out, score, words, advance)

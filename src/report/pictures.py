@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.report.comparison import Subject, shortened
 from src.report.run import Run
+from src.report.subjects import Subject
+from src.report.texts import shortened
 from src.runs.files import open_regular, read_json
 from src.runs.folder import check_contained
 

@@ -39,7 +39,7 @@ JOBS_FILE = "jobs.json"
 OUTCOME_FILE = "outcome.json"
 BEST_RECORD = f"{CHECKPOINTS}/{Path(BEST_FILE).with_suffix('.json')}"
 READ = (CONFIG_FILE, ENVIRONMENT_FILE, SCORES_FILE, ERROR_FILE, OUTCOME_FILE, LOCK_FILE, CHECKPOINTS, "csv")
-"""What the list of runs reads in a run folder."""
+"""What is read in a run folder here; samples/ and scores/ are checked where they are read."""
 TAIL = 1 << 16  # bytes of a CSV file from which the present speed is taken
 MOST_OPTIONS = 10_000  # of a configuration; YAML can repeat one part exponentially often
 LARGEST = 1e15  # number in a CSV file
@@ -165,11 +165,14 @@ def jobs_of(sweep: Path) -> Jobs | None:
 def read_run(folder: Path, varied: tuple[str, ...] = ()) -> Run:
     """Reads a run folder.
 
-    Raises:
-        UserError: a link leads out of the folder, or there is a pipe, a socket or a device.
+    One from which a link leads out, or with a pipe or a device in it, is not read: its status is "failed".
     """
-    check_contained(folder, READ)
     run = Run(folder, varied=varied)
+    try:
+        check_contained(folder, READ)
+    except UserError as error:
+        run.status, run.error = "failed", str(error)
+        return run
     run.options = _options(run)
     run.environment = _json(run, ENVIRONMENT_FILE) or {}
     run.last, run.best = _record(run, SCORES_FILE), _record(run, BEST_RECORD)
@@ -190,7 +193,8 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     while todo:
         name, value = todo.pop()
         if isinstance(value, Mapping) and value:
-            todo += [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+            parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+            todo += reversed(parts)  # the first one comes next
         elif name:
             found[name] = value
     return found

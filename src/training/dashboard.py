@@ -19,8 +19,8 @@ from typing_extensions import TypedDict
 
 from src.errors import UserError
 from src.evaluation.record import Record
-from src.report.comparison import interval_of
 from src.report.page import report_of_run
+from src.report.protocol import interval_of
 from src.report.run import flat, read_yaml
 from src.runs.files import Damaged, read_json, replacing
 from src.runs.folder import CONFIG_FILE
@@ -154,7 +154,7 @@ class Dashboard(WandbLogger):
             for name, value in record.scores.items()
         ]
         columns = ["score", "value", "low", "high", "training_steps", "network_evaluations"]
-        run.log({"scores": wandb.Table(columns=columns, data=rows)})
+        self._log({"scores": wandb.Table(columns=columns, data=rows)}, recipe.get("training_steps"))
         if self._wandb_init.get("mode") == "online":
             artifact = wandb.Artifact(f"report-{run.id}", type="report")
             artifact.add_file(str(report_of_run(folder, record)), name="report.html")

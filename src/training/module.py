@@ -18,10 +18,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.stream import Batch
-from src.diffusion.coupling import Coupling
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import Loss
 from src.randomness import draws_at, generator, key, seed_defaults
+from src.training.coupling import Coupling
 from src.training.ema import EMA
 from src.training.nonfinite import clip_or_skip
 

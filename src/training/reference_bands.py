@@ -67,7 +67,7 @@ class Band:
         images: images per step, over all devices.
         seeds: number of trainings.
         limit: largest |z| within the band.
-        alarms: number of correct trainings with other seeds that left the band, and their number.
+        alarms: number of correct trainings that left a band made of the others, and their number.
         curves: by name: level_0 ... level_7 (training loss), gradient_norm, val_loss, val_loss_ema, ema_gain (their
             ratio) and the scores.
         mistakes: by name.

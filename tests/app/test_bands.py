@@ -25,6 +25,11 @@ def name_of(tmp_path, *overrides):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_short_recipe_is_compared_by_its_scores_too(tmp_path, name):
+    assert name_of(tmp_path, f"experiment={name}_short") == (name, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_stored_band_is_of_the_recipe_that_is_shipped(name):
     """If it fails because the recipe has changed: python -m benchmarks.bands <name>."""
     band, config = Band.read(FOLDER / f"{name}.json"), config_of(f"experiment={name}_short")
@@ -40,8 +45,6 @@ def test_stored_band_is_of_the_recipe_that_is_shipped(name):
 
 def test_default_training_is_compared_by_its_losses(tmp_path):
     assert name_of(tmp_path) == ("digits", False)
-    assert name_of(tmp_path, "experiment=digits_short") == ("digits", True)
-    assert name_of(tmp_path, "experiment=fashion_mnist_short") == ("fashion_mnist", True)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ def test_another_recipe_is_compared_on_request_only(tmp_path, other):
 
 def test_none_and_an_unknown_band(tmp_path):
     assert name_of(tmp_path, "bands=none") is None
-    with pytest.raises(UserError, match=r"^bands=digit: choose auto, none, digits, fashion_mnist$"):
+    with pytest.raises(UserError, match=f"^bands=digit: choose auto, none, {', '.join(NAMES)}$"):
         bands_of(config_of("bands=digit"), tmp_path)
 
 
@@ -69,7 +72,7 @@ def test_a_mistake_is_reported_in_training(tmp_path, monkeypatch, capsys):
     plain = ("trainer=cpu", "logger=csv", "callbacks=none", "metrics=none", "trainer.max_steps=40")
     assert commands_in(tmp_path, monkeypatch)("train", *plain, "optimizer.lr=0.01", "bands=digits") == 0
     printed = capsys.readouterr().out
-    assert "band        digits: losses by noise level of 20 seeds" in printed
+    assert "band        digits: losses by noise level of" in printed
     assert printed.count("bands: step") == 1
     (run,) = (tmp_path / "runs").iterdir()
     assert "band" in printed.partition("Done.")[2]

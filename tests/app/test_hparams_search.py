@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from src.app.build import build
+from src.app.options import CONF
 from src.app.sweep import launcher as launchers
 from src.app.sweep import run as sweeps
 from src.app.sweep.hparams_search import HparamsSearch, space_of
+from src.app.sweep.jobs import composed
 from src.app.sweep.run import run_sweep
 from src.errors import UserError
 from src.training.study import STUDY_FILE, repair, storage_of
@@ -65,6 +68,15 @@ def test_the_space_is_read_from_the_command_line():
         space_of(["seed=0,1", "batch_size=8"], HparamsSearch())
     with pytest.raises(UserError, match=r"optimizer\.lr=interval"):
         space_of(["optimizer.lr=interval(1.0,0.5)"], HparamsSearch())
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "hparams_search").glob("*.yaml")))
+def test_every_choice_is_built(choice):
+    node = composed("train", [f"hparams_search={choice}"]).hparams_search
+    search = build(node, HparamsSearch, "hparams_search")
+    assert search.objectives == ["score"]
+    if choice != "optuna":
+        assert space_of([], search).searched
 
 
 def test_seeds_are_averaged_and_a_search_finds_the_minimum(jobs):

@@ -334,7 +334,7 @@ def test_a_full_disk_ends_the_running_jobs_and_is_reported(tmp_path, monkeypatch
     monkeypatch.setattr(local, "POLL", 0.01)
     monkeypatch.setattr(Local, "_free_places", lambda self, n: [("cpu-0", open(os.devnull))])  # noqa: SIM115
     sweep = Sweep("train", tmp_path / "sweep", ["seed=0,1"])
-    monkeypatch.setattr(Local, "_settings", lambda self, places: full() if started else {})
+    monkeypatch.setattr(Local, "_settings", lambda self, *places: full() if started else {})
     begin = time.monotonic()
     with pytest.raises(OSError, match="No space left"):
         Local(jobs=2).run(sweep.jobs, 2)

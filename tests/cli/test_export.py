@@ -110,8 +110,8 @@ def test_comes_back_bit_for_bit(kind, command, tmp_path, request):
     assert weights.keys() == after["state_dict"].keys()
     assert all(torch.equal(weight, after["state_dict"][name]) for name, weight in weights.items())
     for group in ("schedule", "parameterization", "variance", "conditioning"):
-        ours, theirs = before["config"][group], after["config"][group]
-        assert ours is theirs is None or ours["_target_"] == theirs["_target_"]
+        ours, theirs = ((content["config"][group] or {}).get("_target_") for content in (before, after))
+        assert ours == theirs
     # and is then sampled and fine-tuned like any other
     assert command("sample", f"run={back}", "n=4", "sampler.steps=2", "out=pictures") == 0
     assert json.loads((tmp_path / "pictures/recipe.json").read_text())["weights"] == "imported"

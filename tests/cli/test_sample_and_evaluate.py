@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.evaluation.record import Record
 from tests.cli.test_bad_input import assert_one_line
 from tests.conftest import QUICK, commands_in
 
@@ -71,7 +72,9 @@ def test_scores_and_protocol(command, run, capsys):
     (path,) = (run / "scores").glob("*/scores.json")
     record = json.loads(path.read_text())
     printed = capsys.readouterr().out
-    assert f"{record['scores']['fd_digits']:.5g}" in printed
+    assert Record.read(path).printed("fd_digits") in printed
+    low, high = record["intervals"]["fd_digits"]
+    assert low < record["scores"]["fd_digits"] < high
     assert re.search(r"evaluations +3 of the network", printed)
     protocol = record["protocol"]
     assert protocol["num_images"] == 100

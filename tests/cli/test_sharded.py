@@ -47,7 +47,7 @@ def largest_difference(a, b):
 
 @pytest.mark.slow  # five processes that import the framework
 def test_two_processes_with_half_of_the_weights_train_like_one(tmp_path):
-    one = train(tmp_path / "one", *PLAIN, "trainer.limit_val_batches=0")
+    one = train(tmp_path / "one", *PLAIN)
     two = train(tmp_path / "two", *PLAIN, *SHARDED)
     assert largest_difference(one, two) < 1e-6
     # continued from the middle

@@ -53,6 +53,15 @@ def sweep(tmp_path_factory):
     return done, folder, jobs
 
 
+def test_a_sweep_writes_its_report(sweep):
+    done, folder, jobs = sweep
+    assert f"report      {folder / 'report.html'}" in done.stdout
+    text = (folder / "report.html").read_text()
+    assert "sampler.steps: 4 runs" in text
+    assert "distinct" in text, "why the others failed"
+    assert "quantisation" in json.dumps(inspect(jobs[0])), "the protocol is in the summary of the offline run"
+
+
 def test_each_job_has_its_folder(sweep):
     _, _, jobs = sweep
     assert sorted(jobs) == [0, 1, 2, 3]

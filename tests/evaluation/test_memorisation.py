@@ -73,6 +73,7 @@ def test_evaluate_writes_a_record_and_a_picture(command, tmp_path, capsys):
     assert record["protocol"]["train"]["distinct"] <= record["protocol"]["train"]["images"] == 1504
     assert record["protocol"]["recipe"]["steps"] == 2
     assert len(record["curve"]["ratio_digits"]) == 20
+    assert 0 < len(record["curve"]["attractive_pixels"]) <= 20
     assert (folder / "nearest.png").is_file()
     capsys.readouterr()
     for options, message in (

@@ -51,6 +51,7 @@ def test_the_protocol_of_several_scores_has_an_entry_for_each():
     [
         Record({"fd_digits": 0.5, "kd_digits": -1e-3}, {"num_images": 40, "recipe": RECIPE}),
         Record({"bits_per_dim": 3.1}, {"seed": 0}, {"bits_per_dim": [0.1, 3.0]}),
+        Record({"fid": 3.1}, {}, intervals={"fid": [3.0, 3.2]}, warnings=["fid: rank 3 of 6"]),
         Record({}, {}),
     ],
 )
@@ -101,6 +102,8 @@ def test_files_of_earlier_versions_are_read(tmp_path, content, expected):
         b'{"scores": {}, "protocol": {}, "curve": {"a": 1}}',
         b'{"scores": {}, "protocol": {}, "curve": {"a": ["1"]}}',
         b'{"scores": {}, "protocol": {}, "other": 1}',
+        b'{"scores": {}, "protocol": {}, "intervals": {"a": [1]}}',
+        b'{"scores": {}, "protocol": {}, "warnings": "a"}',
     ],
 )
 def test_a_damaged_file_is_a_user_error_in_one_line(tmp_path, content):

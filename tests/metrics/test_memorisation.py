@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, mannwhitneyu
 
-from src.metrics.memorisation import copy_ratio, copying_test, distinct, membership_test, nearest
+from src.metrics.memorisation import attraction, copy_ratio, copying_test, distinct, membership_test, nearest
 
 
 def fresh(seed, *sizes, d=4):
@@ -33,6 +33,11 @@ def test_ratio_of_a_copy_a_midpoint_and_a_repeated_image():
     assert copy_ratio(nearest(queries, repeated, 2).distances)[0] == pytest.approx(1)
     assert distinct(repeated).tolist() == [0, 2, 3]
     assert copy_ratio(np.zeros((1, 2))).tolist() == [0]
+
+
+def test_attraction_sums_over_the_images_that_are_nearest():
+    ratios, indices = np.array([0.1, 0.9, 1.2, 0.4]), np.array([2, 2, 0, 1])
+    assert attraction(ratios, indices, 4) == pytest.approx([0, 0.6, 1.0, 0])
 
 
 @pytest.mark.parametrize("digits", [1, 12])  # with and without ties

@@ -4,8 +4,11 @@ import pytest
 
 from src.errors import UserError
 from src.evaluation.record import Record
-from src.report.comparison import Comparison, concise, higher_is_better, in_words, subjects_of
+from src.report.comparison import Comparison
 from src.report.figures import front
+from src.report.protocol import higher_is_better
+from src.report.subjects import subjects_of
+from src.report.texts import concise, in_words
 from src.runs.files import write_json
 from tests.report.simulated import protocol, write_run, write_sweep
 

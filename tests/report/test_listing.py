@@ -10,7 +10,7 @@ import pytest
 
 from src.app.build import class_of
 from src.evaluation.record import Record
-from src.report.comparison import higher_is_better
+from src.report.protocol import higher_is_better
 from src.report.run import read_run
 from src.runs.files import write_json
 from tests.conftest import ROOT

@@ -145,14 +145,20 @@ def test_a_page_of_a_single_run_a_failed_one_and_a_damaged_one(tmp_path):
     assert "1 file could not be read" in text
 
 
-def test_a_score_in_the_table_has_its_interval(tmp_path, monkeypatch):
-    from src.report import comparison
-
-    monkeypatch.setattr(comparison, "interval_of", lambda record, score: (4.9, 5.3))
-    write_run(tmp_path / "a")
+def test_a_score_in_the_table_has_its_interval_and_its_warning(tmp_path):
+    for name, low in (("symmetric", 4.9), ("other", 4.6)):
+        intervals = {"fd_digits": [low, 5.3]}
+        record = Record({"fd_digits": 5.1}, protocol(), intervals=intervals, warnings=["rank-deficient"])
+        record.write(write_run(tmp_path / name) / "scores.json")
     text = re.sub(r"\s+", " ", report_of([tmp_path], tmp_path / "a.html").read_text())
-    assert "5.00</a>" not in text
-    assert '5.00 <span class="interval">± 0.20</span>' in text or "[4.90, 5.30]" in text
+    assert '5.10 <span class="interval">± 0.20</span>' in text
+    assert '5.10 <span class="interval">[4.60, 5.30]</span>' in text
+    assert '<abbr title="rank-deficient">!</abbr>' in text
+    figure = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text)[1])
+    bars = [trace["error_x"] for trace in figure["data"]]
+    assert all(each["visible"] for each in bars)
+    assert [each["array"][0] for each in bars] == pytest.approx([0.2, 0.2])
+    assert sorted(each["arrayminus"][0] for each in bars) == pytest.approx([0.2, 0.5])
 
 
 def test_the_plotting_library_is_the_published_one():
@@ -233,3 +239,18 @@ def test_a_browser_draws_the_page_and_opens_a_card(browser, page, tmp_path, widt
     assert errors == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
     context.close()
+
+
+def test_nothing_outside_a_run_folder_is_shown(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", picture=True)
+    write_run(tmp_path / "runs" / "b")
+    outside = tmp_path / "outside"
+    Record({"fd_secret": 1.0}, protocol()).write(outside / "scores.json")
+    (run / "scores").mkdir()
+    (run / "scores" / "linked").symlink_to(outside)
+    (run / "samples" / "step_00000400.png").symlink_to(tmp_path / "secret.png")
+    shutil.copy(run / "samples" / "step_00000300.png", tmp_path / "secret.png")
+    text = report_of([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "fd_secret" not in text
+    assert "data:image" not in text.replace("img-src data:", "")
+    assert "2 files could not be read" in text

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from src.app.automatic import settle
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import MeanFlowLoss
 from src.diffusion.parameterization import Velocity
@@ -14,6 +15,7 @@ from src.diffusion.schedule import RectifiedFlow
 from src.diffusion.time_sampling import Uniform
 from src.model import UNet
 from tests.cli.test_bad_input import assert_one_line
+from tests.test_conf import composed
 
 SMALL = (
     "logger=csv",
@@ -85,7 +87,13 @@ def test_two_processes_of_the_command_line_equal_one(command, tmp_path):
     weights = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        options = [*SMALL, "trainer.max_steps=4", f"trainer.devices={devices}", f"hydra.run.dir={folder}"]
+        options = [
+            *SMALL,
+            "trainer.max_steps=4",
+            "trainer.precision=32-true",
+            f"trainer.devices={devices}",
+            f"hydra.run.dir={folder}",
+        ]
         assert command("train", "experiment=mean_flow_digits", *options) == 0
         weights.append(weights_of(folder, 4))
     for name, weight in weights[0].items():
@@ -194,6 +202,13 @@ def test_distillation_from_a_run(command, tmp_path, capfd):
 def test_what_does_not_fit_is_one_line(options, words, command, capfd):
     assert command("train", "experiment=mean_flow_digits", *SMALL[:4], *options) == 2
     assert_one_line(capfd.readouterr().err, [words])
+
+
+def test_auto_does_not_compile_what_is_derived(monkeypatch):
+    config = composed("train", "experiment=mean_flow_digits", "compile=auto", "trainer.accelerator=gpu")
+    monkeypatch.setattr("src.app.automatic.device_of", lambda config: "cuda")
+    assert settle(config) == ["compile     false: loss=mean_flow takes a forward-mode derivative"]
+    assert config.compile is False
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])

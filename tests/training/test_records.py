@@ -13,12 +13,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.app.options import effect_of
 from src.errors import UserError
+from src.evaluation.record import Record
 from src.runs.files import sidecar_path
 from src.runs.machine import installed, is_first_process
 from src.training.checkpoint import AtomicCheckpointIO
-from src.training.dashboard import RUN_ID_FILE, Dashboard, needs_package, wandb_settings
+from src.training.dashboard import RUN_ID_FILE, Dashboard, needs_package, publish_sweep, wandb_settings
 from src.training.distributed import launch_by_command_line
 from src.training.resume import ResumeCheck
+from tests.report.simulated import protocol, write_run
 
 
 def _record(folder, **content):
@@ -89,6 +91,14 @@ class Run:
     def __init__(self):
         self.step = 0
         self.rows = []
+        self.summary = {}
+        self.artifacts = []
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
+
+    def finish(self):
+        self.finished = True
 
     def log(self, row, step=None, commit=None):
         step = self.step if step is None else step
@@ -105,6 +115,43 @@ def test_no_row_of_a_continued_run_is_dropped_by_wandb(tmp_path):
     rows = dashboard.experiment.rows
     assert [own for own, _ in rows] == [20, 21, 40, 41, 60]
     assert [row["trainer/global_step"] for _, row in rows] == [20, 20, 40, 30, 60]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_the_dashboard_gets_protocol_scores_and_online_the_report(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    folder = write_run(tmp_path / "run")
+    dashboard = Dashboard(id="abcd", mode=mode, save_dir=str(folder))
+    run = dashboard._experiment = Run()
+    record = Record({"fd_digits": 4.5, "kid": 0.1}, protocol())
+    dashboard.publish(record, folder)
+    assert run.summary["protocol"] == record.protocol
+    ((_, row),) = run.rows
+    assert [line[:2] for line in row["scores"].data] == [["fd_digits", 4.5], ["kid", 0.1]]
+    assert row["scores"].data[0][4:] == [300, 50]
+    assert [list(artifact.manifest.entries) for artifact in run.artifacts] == (
+        [["report.html"]] if mode == "online" else []
+    )
+    assert (folder / "report.html").is_file() == (mode == "online")
+
+
+def test_the_report_of_a_sweep_is_uploaded_where_its_jobs_were_online(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    run, asked = Run(), {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings) or run)
+    job = write_run(tmp_path / "sweep" / "0_seed-0", logger={"wandb": {"project": "mine"}})
+    page = tmp_path / "report.html"
+    page.write_text("a page")
+    assert not publish_sweep(page, tmp_path / "sweep")
+    (job / "wandb" / "offline-run-1").mkdir(parents=True)
+    assert not publish_sweep(page, tmp_path / "sweep")
+    (job / "wandb" / "run-1").mkdir()
+    assert publish_sweep(page, tmp_path / "sweep")
+    assert (asked["project"], asked["group"], asked["job_type"]) == ("mine", "sweep", "report")
+    assert len(run.artifacts) == 1
+    assert run.finished
 
 
 def test_a_package_that_is_not_installed_has_no_version():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -155,8 +156,10 @@ class Ray(Launcher):
                         job = running.pop(done)
                         try:
                             collect(job, ray.get(done))
-                        except ray.exceptions.RayError:
-                            collect(job, 1)
+                        except ray.exceptions.RayTaskError as error:
+                            job.close(error=str(error).strip().splitlines()[-1])
+                        except ray.exceptions.RayError:  # the machine or the worker is lost
+                            collect(job, -signal.SIGKILL)
                         report(job)
                 for task in running:
                     ray.cancel(task)

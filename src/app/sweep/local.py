@@ -104,16 +104,17 @@ class Local(Launcher):
                 if places is None:
                     waiting.appendleft(job)
                     return
-                running[job] = start(job, self._settings(places), [lease, *(file for _, file in places)])
+                settings = self._settings(places, job.devices)
+                running[job] = start(job, settings, [lease, *(file for _, file in places)])
                 for _, file in places:
                     file.close()
 
-    def _settings(self, places: Sequence[tuple[str, IO[str]]]) -> dict[str, str]:
-        """The environment of a process in these places."""
+    def _settings(self, places: Sequence[tuple[str, IO[str]]], processes: int = 1) -> dict[str, str]:
+        """The environment of a job with so many processes in these places."""
         names = [place.partition("-")[2] for place, _ in places]
         settings = {"CUDA_VISIBLE_DEVICES": ",".join(names) if self.gpus else ""}
         if "OMP_NUM_THREADS" not in os.environ:
-            settings["OMP_NUM_THREADS"] = str(self.threads)
+            settings["OMP_NUM_THREADS"] = str(max(1, self.threads // processes))
         return settings
 
     def _run_in_workers(self, jobs: Sequence[Job], report: Report) -> None:

@@ -6,7 +6,6 @@ from src.app.environment import redacted
 from src.app.sweep.jobs import Sweep
 from src.errors import UserError
 from src.report.page import REPORT_FILE, report_of
-from src.training.dashboard import publish_sweep
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +19,13 @@ def report_sweep(sweep: Sweep) -> None:
         return
     page = sweep.folder / REPORT_FILE
     try:
+        sweep.write()  # a search has made its jobs in the meantime
         report_of([sweep.folder], page)
         print(f"report      {page}")
+        from src.training.dashboard import publish_sweep
+
         publish_sweep(page, sweep.folder)
     except UserError as error:  # e.g. no job has begun
         log.warning("no report: %s", redacted(str(error)))
     except Exception as error:
-        log.warning("no report: %s", redacted(f"{type(error).__name__}: {error}"), exc_info=True)
+        log.warning("no report: %s", redacted(f"{type(error).__name__}: {error}"))

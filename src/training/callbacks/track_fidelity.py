@@ -115,13 +115,13 @@ class TrackFidelity(EverySteps):
         if evaluations is None:
             return
         try:
-            found = scores.compute()
+            found = scores.compute(self.n)
         except UserError as error:  # raised on all ranks
             with tolerated("score"):
                 raise error
             return
         made = self.record(trainer.global_step, evaluations)
-        self.latest = Record(found, scores.protocol(made, self.recipe.codec.describe()))
+        self.latest = scores.record(found, made, self.recipe.codec.describe())
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.global_step)
         name = scores.monitored.name

@@ -5,7 +5,7 @@ from itertools import permutations
 import torch
 
 from src.conditioning import NO_CLASS, Condition
-from src.diffusion.coupling import Independent, OptimalTransport
+from src.training.coupling import Independent, OptimalTransport
 
 
 def batch(n):

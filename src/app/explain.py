@@ -1,0 +1,326 @@
+"""The job of `src.explain`: which choice of the evaluation accounts for how much of the gap between two scores."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_options, parsed_part
+from src.app.build import trusting
+from src.app.evaluate import IMAGES
+from src.app.overrides import trusted_packages
+from src.data.source import SPLITS
+from src.errors import UserError
+from src.evaluation.record import Record, printed
+from src.generation.loaded import LoadedRun
+from src.runs.files import digest_of, write_json
+from src.training import post_hoc
+
+OWN = ("record", "axes")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One choice that is changed.
+
+    Attributes:
+        name: e.g. "steps".
+        before, after: the choice as it is and as it is tried.
+        options: what makes it, as options of src.evaluate; None where this program cannot make it.
+    """
+
+    name: str
+    before: str
+    after: str
+    options: tuple[str, ...] | None
+
+
+def explain_scores(arguments: Sequence[str]) -> int:
+    """Prints how the score of a run changes along each axis, and the share of the gap to another record.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: a mistake in the arguments, or a record without the score.
+    """
+    own, overrides = own_options(arguments, OWN)
+    with trusting(trusted_packages(overrides)):
+        bench = Bench(overrides)
+        loaded, merged, config = bench.load()
+        other = Record.read(Path(own["record"])) if own.get("record") not in (None, "null") else None
+        wanted = None
+        if own.get("axes") not in (None, "null"):
+            wanted = [name.strip() for name in own["axes"].strip("[]").split(",")]
+        usual = other is None
+        axes = usual_axes(loaded, merged, config) if usual else axes_of_record(loaded, config, other)
+        unknown = set(wanted or ()) - {axis.name for axis in axes}
+        if unknown and other is None:
+            names = ", ".join(axis.name for axis in axes)
+            raise UserError(
+                f"axes={own['axes']}: this run has no {', '.join(sorted(unknown))}; choose from {names}"
+            )
+        axes = [axis for axis in axes if wanted is None or axis.name in wanted]
+        bench.all_codecs = any(axis.name == "bytes" for axis in axes)
+        _run(bench, loaded, axes, other)
+    return 0
+
+
+def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | None) -> None:
+    base = bench.score()
+    name = next(iter(base.record.scores))
+    if other is not None and name not in other.scores:
+        raise UserError(
+            f"record: it has {', '.join(other.scores) or 'no scores'} and not {name}; choose that by metrics=..."
+        )
+    print(f"run         {loaded.found.checkpoint}\nscore       {name} {base.text()} of {base.n:,} images")
+    gap = None
+    if other is not None:
+        gap = other.scores[name] - base.value
+        print(f"record      {name} {other.printed(name)}, a gap of {gap:+.4g}")
+    rows: list[dict[str, Any]] = []
+    for axis in axes:
+        if axis.options is None:
+            rows.append(_row(axis, error="cannot be made from the record"))
+            continue
+        print(f"scoring     {axis.name}: {axis.after}", flush=True)
+        try:
+            rows.append(_row(axis, bench.score(axis.options), base, gap))
+        except UserError as error:
+            rows.append(_row(axis, error=str(error)))
+    possible = [axis for axis in axes if axis.options is not None]
+    if other is not None and len(possible) > 1:
+        together = Axis("all of them", "", "", tuple(o for axis in possible for o in joint(axis, possible)))
+        try:
+            rows.append(_row(together, bench.score(together.options), base, gap))
+        except UserError as error:
+            rows.append(_row(together, error=str(error)))
+    _print(rows, name, gap)
+    content = {
+        "score": name,
+        "base": {"value": base.value, "interval": base.interval, "protocol": base.record.protocol},
+        "record": None if other is None else other.scores[name],
+        "gap": gap,
+        "axes": rows,
+        "images_sampled": bench.bank.sampled,
+        "network_evaluations": bench.bank.spent,
+    }
+    path = loaded.found.folder / "scores" / f"explain_{digest_of(content)}" / "explain.json"
+    write_json(path, content)
+    print(
+        f"sampled     {bench.bank.sampled:,} images, {bench.bank.spent:,} network evaluations\nwritten     {path}"
+    )
+
+
+def joint(axis: Axis, axes: Sequence[Axis]) -> list[str]:
+    """The options of an axis beside those of others: the axes sampler and guidance leave out what others set."""
+    others = {option.partition("=")[0] for a in axes if a is not axis for option in a.options or ()}
+    return [
+        option
+        for option in axis.options or ()
+        if not (
+            (axis.name == "sampler" and option.startswith("sampler.steps=") and "sampler.steps" in others)
+            or (axis.name == "guidance" and "guidance.interval=" in option and _of(axes, "interval"))
+        )
+    ]
+
+
+def _of(axes: Sequence[Axis], name: str) -> bool:
+    return any(axis.name == name for axis in axes)
+
+
+def _row(
+    axis: Axis,
+    scored: Scored | None = None,
+    base: Scored | None = None,
+    gap: float | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"axis": axis.name, "before": axis.before, "after": axis.after}
+    if scored is None or base is None:
+        return row | {"error": error}
+    change, half = scored.minus(base)
+    row |= {
+        "options": list(axis.options or ()),
+        "value": scored.value,
+        "interval": scored.interval,
+        "change": change,
+        "half_interval": half if math.isfinite(half) else None,
+        "sampled": scored.sampled,
+        "evaluations": scored.evaluations,
+    }
+    if gap:
+        row["share"], row["share_half_interval"] = change / gap, half / abs(gap)
+    return row
+
+
+def _print(rows: Sequence[dict[str, Any]], name: str, gap: float | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("axis", "from", "to", name, "change", *(["share of gap"] if gap else []), "sampled")
+    with_change = [row for row in rows if "change" in row and row["axis"] != "all of them"]
+    ordered = sorted(with_change, key=lambda row: -abs(row["change"]))
+    for row in [*ordered, *(row for row in rows if row not in ordered)]:
+        cells = [row["axis"], row["before"], row["after"]]
+        if "change" not in row:
+            table.add_row(*cells, f"[red]{row['error']}")
+            continue
+        half = row["half_interval"]
+        change = printed(row["change"], None if half is None else (-half, half))
+        cells += [printed(row["value"], row["interval"]), f"{'+' if row['change'] >= 0 else ''}{change}"]
+        if gap:
+            cells.append(f"{100 * row['share']:.0f} % ± {100 * row['share_half_interval']:.0f} %")
+        table.add_row(*cells, f"{row['sampled']:,}")
+    Console(width=None if Console().is_terminal else 180).print(table)
+
+
+def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> list[Axis]:
+    """The axes of a run with the usual alternative on each."""
+    recipe, record = loaded.recipe, loaded.record(0)
+    n = config.n or IMAGES
+    axes = [Axis("weights", loaded.weights, *_other_weights(loaded, config))]
+    if recipe.conditioning is not None and recipe.conditioning.dropout:
+        if guided(merged):
+            scale = float(merged.guidance.scale)
+            axes.append(Axis("guidance", record["guidance"], "none", ("guidance=none",)))
+            interval = ("guidance=interval", f"guidance.scale={scale:g}")
+            axes.append(Axis("interval", "", "guidance=interval", interval))
+        else:
+            axes.append(
+                Axis("guidance", "none", "scale 1.5", ("guidance=classifier_free", "guidance.scale=1.5"))
+            )
+    steps = recipe.steps
+    axes.append(Axis("steps", str(steps), str(2 * steps), (f"sampler.steps={2 * steps}",)))
+    another = "ddim" if record["sampler"].startswith("DDPM") else "ddpm"
+    axes.append(Axis("sampler", record["sampler"], another, (f"sampler={another}", f"sampler.steps={steps}")))
+    spacing = "leading" if record["spacing"].startswith("Trailing") else "trailing"
+    axes.append(Axis("spacing", record["spacing"], spacing, (f"spacing={spacing}",)))
+    clipping = "none" if recipe.clips else "static"
+    axes.append(Axis("clipping", record["clipping"], clipping, (f"clipping={clipping}",)))
+    if recipe.conditioning is not None and "labels" in recipe.conditioning.kinds:
+        labels = "balanced" if "drawn" in record["labels"] else "random"
+        axes.append(Axis("labels", record["labels"], labels, (f"labels={labels}",)))
+    how = "round" if config.bytes == "truncate" else "truncate"
+    axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
+    split = "train" if config.reference == "test" else "test"
+    axes.append(Axis("reference", config.reference or "the metric's split", split, (f"reference={split}",)))
+    axes.append(Axis("n", str(n), str(n // 2), (f"n={n // 2}",)))
+    axes.append(Axis("seed", str(config.seed), str(config.seed + 1), (f"seed={config.seed + 1}",)))
+    return axes
+
+
+def _other_weights(loaded: LoadedRun, config: DictConfig) -> tuple[str, tuple[str, ...]]:
+    if config.weights == "raw":
+        return "ema", ("weights=ema",)
+    return "raw", ("weights=raw",)
+
+
+def axes_of_record(loaded: LoadedRun, config: DictConfig, other: Record) -> list[Axis]:
+    """The axes along which a run's evaluation differs from the protocol of another record."""
+    mine = loaded.record(0)
+    theirs: dict[str, Any] = other.protocol.get("recipe") or {}
+    axes: list[Axis] = []
+
+    def differ(name: str, key: str) -> bool:
+        return key in theirs and theirs[key] != mine[key]
+
+    if differ("weights", "weights") or differ("weights", "ema_decay"):
+        axes.append(_weights_axis(loaded, mine, theirs))
+    steps = int(theirs.get("steps", mine["steps"]))
+    if differ("steps", "steps"):
+        axes.append(Axis("steps", str(mine["steps"]), str(steps), (f"sampler.steps={steps}",)))
+    if differ("sampler", "sampler"):
+        made = overrides_of("sampler", theirs["sampler"])
+        options = None if made is None else (*made, f"sampler.steps={mine['steps']}")
+        axes.append(Axis("sampler", mine["sampler"], theirs["sampler"], options))
+    for name in ("spacing", "clipping", "variance"):
+        if differ(name, name):
+            made = overrides_of(name, theirs[name])
+            axes.append(Axis(name, mine[name], theirs[name], made and tuple(made)))
+    if differ("guidance", "guidance"):
+        axes += _guidance_axes(mine["guidance"], theirs["guidance"])
+    if differ("labels", "labels"):
+        axes.append(Axis("labels", mine["labels"], theirs["labels"], _labels(theirs["labels"])))
+    quantisation = str(other.protocol.get("quantisation", loaded.recipe.codec.describe()))
+    if quantisation != loaded.recipe.codec.describe():
+        how = "truncate" if "truncated" in quantisation else "round"
+        axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
+    axes += _set_axes(loaded, config, other)
+    seed = theirs.get("seed", config.seed)
+    if seed != config.seed:
+        axes.append(Axis("seed", str(config.seed), str(seed), (f"seed={seed}",)))
+    return axes
+
+
+def _weights_axis(loaded: LoadedRun, mine: dict[str, Any], theirs: dict[str, Any]) -> Axis:
+    def words(record: dict[str, Any]) -> str:
+        decay = record.get("ema_decay")
+        return f"{record['weights']}" + (f" decay {decay:g}" if decay else "")
+
+    options: tuple[str, ...] | None = None
+    length = re.match(r"ema std=([\d.e-]+)", theirs["weights"])
+    if theirs["weights"] == "raw":
+        options = ("weights=raw",)
+    elif length and post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER):
+        options = (f"weights={length[1]}",)
+    elif theirs["weights"] == "ema" and mine["weights"] == "raw":
+        options = ("weights=ema",)
+    return Axis("weights", words(mine), words({**mine, **theirs}), options)
+
+
+def _guidance_axes(mine: str, theirs: str) -> list[Axis]:
+    """Strength and interval of guidance separately, if both have guidance of one kind."""
+    made = overrides_of("guidance", theirs)
+    a, b = parsed_part(mine), parsed_part(theirs)
+    if a is None or b is None or a[0] != b[0]:
+        return [Axis("guidance", mine, theirs, made and tuple(made))]
+    own, other = a[1].get("interval"), b[1].get("interval")
+    same = overrides_of("guidance", mine)
+    axes = []
+    if {**a[1], "interval": None} != {**b[1], "interval": None}:
+        options = None
+        if made is not None:
+            kept = [option for option in made if not option.startswith("guidance.interval=")]
+            options = (*kept, f"guidance.interval={in_hydra(own)}")
+        axes.append(Axis("guidance", mine, theirs, options))
+    if own != other:
+        options = None
+        if same is not None:
+            kept = [option for option in same if not option.startswith("guidance.interval=")]
+            options = (*kept, f"guidance.interval={in_hydra(other)}")
+        axes.append(Axis("interval", in_hydra(own), in_hydra(other), options))
+    return axes
+
+
+def _labels(description: str) -> tuple[str, ...] | None:
+    if "drawn" in description:
+        return ("labels=random",)
+    if " mod " in description and "entry" not in description:
+        return ("labels=balanced",)
+    entries = re.search(r"of (\[.*\])", description)
+    return (f"labels={entries[1].replace(' ', '')}",) if entries else None
+
+
+def _set_axes(loaded: LoadedRun, config: DictConfig, other: Record) -> list[Axis]:
+    axes = []
+    reference = other.protocol.get("reference") or {}
+    if "split" not in reference:  # of several scores: all have one split, or none is the axis
+        splits = {each["split"] for each in reference.values() if isinstance(each, dict)}
+        reference = next(iter(reference.values())) if len(splits) == 1 else {}
+    split = reference.get("split")
+    before = config.reference or "train"
+    if split and split != before:
+        options = (f"reference={split}",) if split in SPLITS else None
+        axes.append(Axis("reference", before, split, options))
+    mine, n = config.n or IMAGES, other.protocol.get("num_images")
+    if n and n != mine:
+        axes.append(Axis("n", str(mine), str(n), (f"n={n}",)))
+    return axes

@@ -1,0 +1,215 @@
+"""The job of `src.search`: the best recipe for one checkpoint, by successive halving on common noise."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.app.bench import Bench, Scored, own_options
+from src.app.build import trusting
+from src.app.evaluate import IMAGES
+from src.app.overrides import trusted_packages, written_out
+from src.app.sweep.jobs import combinations, option_of
+from src.errors import UserError
+from src.runs.files import digest_of, write_json
+from src.training import post_hoc
+
+OWN = ("budget",)
+SMALLEST = 16
+"""Images of the first rung, as a share 1 / SMALLEST of all."""
+FEWEST = 30
+"""Images of the first rung at least."""
+
+
+@dataclass
+class Candidate:
+    """One combination.
+
+    Attributes:
+        options: all its options.
+        varied: those that differ between combinations.
+        cost: network evaluations for an image.
+        scored: its latest score.
+        error: why it is impossible.
+    """
+
+    options: tuple[str, ...]
+    varied: tuple[str, ...]
+    cost: int = 0
+    scored: Scored | None = field(default=None, repr=False)
+    error: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The candidate for the record."""
+        row: dict[str, Any] = {"options": list(self.varied), "evaluations": self.cost}
+        if self.scored is not None:
+            row |= {"n": self.scored.n, "value": self.scored.value, "interval": self.scored.interval}
+        return row if self.error is None else row | {"error": self.error}
+
+
+def search(arguments: Sequence[str]) -> int:
+    """Searches the combinations of a command line and prints the best, with those that it cannot be told from.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: a mistake in the arguments, or no combination is possible.
+    """
+    own, overrides = own_options(arguments, OWN)
+    try:
+        budget = float(own.get("budget", 0.2))
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget <= 1:
+        raise UserError(f"budget={own['budget']}: give a share of the full grid in (0, 1]")
+    overrides = [part for argument in overrides for part in written_out(argument)]
+    with trusting(trusted_packages(overrides)):
+        if len(combinations(overrides)) < 2:
+            overrides += usual_grid(Bench(overrides), overrides)
+        candidates = [Candidate(options, varied) for options, varied in combinations(overrides)]
+        print(f"search      {len(candidates)} combinations")
+        names = {option.partition("=")[0] for candidate in candidates for option in candidate.varied}
+        if fixed := names & {"n", "seed", "run", "reference", "metrics", "bytes"}:
+            raise UserError(f"{min(fixed)}: all combinations have one value of it; give one")
+        fixed_options = [option for option in candidates[0].options if option not in candidates[0].varied]
+        bench = Bench(fixed_options)
+        n = bench.config().n or IMAGES
+        halving(bench, candidates, n, budget)
+        publish(bench, candidates, n, budget)
+    return 0
+
+
+def usual_grid(bench: Bench, given: Sequence[str]) -> list[str]:
+    """Options with several values for a command line that has none: EMA length, guidance, interval, sampler, steps.
+
+    Args:
+        bench: the run.
+        given: the options of the command line, which keep their values.
+    """
+    loaded, _, _ = bench.load()
+    snapshots = post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER)
+    grid = {"weights": "0.05,0.1,0.15" if snapshots else "ema,raw"}
+    conditioning = loaded.recipe.conditioning
+    if conditioning is not None and conditioning.dropout:
+        grid |= {"guidance.scale": "1,1.5,2,3", "guidance.interval": "null,[0.2,5]"}
+    grid |= {"sampler": "ddim,ddpm,dpmpp_2m", "sampler.steps": "10,20,50"}
+    names = {option_of(option) for option in given}
+    return [f"{name}={values}" for name, values in grid.items() if name not in names]
+
+
+def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) -> None:
+    """Scores the candidates with more and more images: on each rung twice as many, for as many as the budget allows.
+
+    Args:
+        bench: the run.
+        candidates: the combinations; get their scores.
+        n: images of the last rung.
+        budget: share of the evaluations of the full grid.
+    """
+    sizes = rungs(n) if budget < 1 else [n]
+    alive = candidates
+    allowed = math.inf
+    for rung, size in enumerate(sizes):
+        print(f"rung {rung + 1}/{len(sizes)}    {len(alive)} combinations, {size} images each", flush=True)
+        for candidate in alive:
+            try:
+                candidate.scored = bench.score(candidate.varied, size)
+                candidate.cost = candidate.scored.evaluations
+            except UserError as error:
+                candidate.error = str(error)
+        alive = ranked(bench, [candidate for candidate in alive if candidate.error is None])
+        if not alive:
+            raise UserError(f"no combination is possible: {candidates[0].error}")
+        if rung == 0:
+            allowed = budget * n * sum(candidate.cost for candidate in alive)
+        if rung + 1 < len(sizes):
+            left = allowed - sum(c.scored.n * c.cost for c in candidates if c.scored)
+            alive = affordable(alive, sizes[rung + 1 :], left)
+
+
+def rungs(n: int) -> list[int]:
+    """The numbers of images: n / 16, n / 8, ..., n, without those below `FEWEST`."""
+    sizes = [n]
+    while sizes[0] / 2 >= max(FEWEST, n / SMALLEST):
+        sizes.insert(0, math.ceil(sizes[0] / 2))
+    return sizes
+
+
+def affordable(ordered: Sequence[Candidate], sizes: Sequence[int], left: float) -> list[Candidate]:
+    """The best candidates that an equal share of the remaining budget takes to the next rung; one at least.
+
+    Args:
+        ordered: the candidates, the best first.
+        sizes: the images of the next rung and of those after it.
+        left: network evaluations that may still be spent.
+    """
+    now = ordered[0].scored.n
+    # the best goes all the way; this is set aside
+    spare = left - (sizes[-1] - now) * ordered[0].cost
+    share = spare / len(sizes)
+    chosen = [ordered[0]]
+    for candidate in ordered[1 : max(1, math.ceil(len(ordered) / 2))]:
+        price = (sizes[0] - now) * candidate.cost
+        if price > share:
+            break
+        share -= price
+        chosen.append(candidate)
+    return chosen
+
+
+def ranked(bench: Bench, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with a score, the best first."""
+    higher = bench.higher_is_better
+    return sorted(candidates, key=lambda c: -c.scored.value if higher else c.scored.value)
+
+
+def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) -> None:
+    """Prints and writes the result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    full = ranked(bench, [c for c in candidates if c.scored and c.scored.n == n and c.error is None])
+    best = full[0]
+    name = next(iter(best.scored.record.scores))
+    table = Table("options", name, "images", "evaluations", "difference to the best")
+    others = ranked(bench, [c for c in candidates if c.scored and c.error is None and c.scored.n < n])
+    for candidate in [*full, *sorted(others, key=lambda c: -c.scored.n)][:20]:
+        difference = ""
+        if candidate is not best and candidate.scored.n == n:
+            change, half = candidate.scored.minus(best.scored)
+            difference = f"{change:+.3g} ± {half:.2g}"
+        table.add_row(
+            " ".join(candidate.varied),
+            candidate.scored.text(),
+            str(candidate.scored.n),
+            str(candidate.cost),
+            difference,
+        )
+    for candidate in candidates:
+        if candidate.error:
+            table.add_row(" ".join(candidate.varied), f"[red]{candidate.error}")
+    Console(width=None if Console().is_terminal else 180).print(table)
+    used = sum(c.scored.n * c.cost for c in candidates if c.scored)
+    grid = n * sum(c.cost for c in candidates if c.scored)
+    loaded, _, _ = bench.load(best.varied)
+    content = {
+        "score": name,
+        "n": n,
+        "best": best.row(),
+        "protocol": best.scored.record.protocol,
+        "candidates": [candidate.row() for candidate in candidates],
+        "network_evaluations": used,
+        "of_the_full_grid": grid,
+        "budget": budget,
+    }
+    path = loaded.found.folder / "scores" / f"search_{digest_of(content)}" / "search.json"
+    write_json(path, content)
+    print(
+        f"best        {' '.join(best.varied)}: {name} {best.scored.text()}\n"
+        f"cost        {used:,} network evaluations, {100 * used / grid:.1f} % of the full grid's {grid:,}"
+        f" ({bench.bank.spent:,} of them now)\nwritten     {path}"
+    )

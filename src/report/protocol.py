@@ -1,0 +1,111 @@
+"""What decides whether two scores may be compared.
+
+Scores are comparable if they are computed in the same way (images, reference, features, settings, rounding) from images
+that are made in the same way (weights, sampler, spacing, steps, guidance, clipping, labels, noise).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.evaluation.record import Record
+from src.report.run import Run, flat
+from src.report.texts import shortened
+
+# Entries of a protocol that do not change a score's meaning, or follow from the others.
+IMMATERIAL = re.compile(
+    r"versions(\..*)?|per_class(\..*)?|intervals?(\..*)?|reference\.(data|split)|features\.origin"
+    r"|recipe\.(training_steps|network_evaluations)"
+)
+# The score of a validation set depends on what the loss is.
+LOSS_GROUPS = (
+    *("data", "codec", "conditioning", "schedule", "parameterization", "loss", "weighting"),
+    *("distance", "time_sampling", "variance"),
+)
+HIGHER_IS_BETTER = re.compile(r"(precision|recall|density|coverage|accuracy|inception_score|auc)")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Scores that may be compared.
+
+    Attributes:
+        score: the score's name.
+        protocol: everything that is equal in the column and matters, as (entry, value); `None` for a score without a
+            protocol, which is comparable with no other.
+    """
+
+    score: str
+    protocol: tuple[tuple[str, str], ...] | None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger values are better."""
+        return higher_is_better(self.score)
+
+
+def higher_is_better(score: str) -> bool:
+    """Whether larger values of a score are better, by its name."""
+    return HIGHER_IS_BETTER.search(score) is not None and not score.endswith("_std")
+
+
+def interval_of(record: Record, score: str) -> tuple[float | None, float | None]:
+    """The interval of a score in its record, if it has one."""
+    return record.interval(score) or (None, None)
+
+
+def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> Column:
+    """The column in which a score belongs."""
+    if score.startswith("val/"):
+        if run is None or not run.options:
+            return Column(score, None)
+        groups = {key: shortened(v) for key, v in run.options.items() if key.partition(".")[0] in LOSS_GROUPS}
+        return Column(score, tuple(sorted(groups.items())))
+    if not record.protocol:
+        return Column(score, None)
+    entries = {}
+    for name, value in record.protocol.items():
+        if name in ("reference", "features", "settings") and isinstance(value, dict):
+            # of several scores in one record, each has an entry of its own
+            value = value if _is_single(record) else value.get(_family(score, value), value)
+        entries |= flat({name: value})
+    per_class = record.protocol.get("per_class")
+    base, _, label = score.partition("/class_")
+    if label and isinstance(per_class, dict):
+        entries |= flat(per_class.get(base, {}).get(label, {}), "per_class_of_this")
+    kept = {
+        key: shortened(value, None)
+        for key, value in entries.items()
+        if not IMMATERIAL.fullmatch(key) and key.removeprefix("recipe.") not in asked
+    }
+    return Column(score, tuple(sorted(kept.items())))
+
+
+def _is_single(record: Record) -> bool:
+    features = record.protocol.get("features")
+    return not isinstance(features, dict) or not all(isinstance(v, dict) for v in features.values())
+
+
+def _family(score: str, entries: Mapping[str, Any]) -> str:
+    """Which of several scores a number belongs to: "kid" for "kid_std", "precision_digits" for "recall_digits"."""
+    base = score.partition("/")[0]
+    related = (
+        base,
+        base.removesuffix("_std"),
+        base.replace("recall", "precision"),
+        base.replace("coverage", "density"),
+    )
+    return next((name for name in related if name in entries), base)
+
+
+def recipe_of(record: Record) -> dict[str, Any]:
+    """How the images of a record were made; empty if it does not say."""
+    recipe = record.protocol.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def evaluations_of(record: Record) -> int | None:
+    """Network evaluations for an image; None if unknown."""
+    found = recipe_of(record).get("network_evaluations")
+    return found if isinstance(found, int) and found > 0 else None

@@ -1,0 +1,116 @@
+"""Variants of an evaluation: their options, their differences, and the budget of a search."""
+
+import math
+
+import pytest
+import torch
+
+from src.app.bench import Bench, Scored, in_hydra, overrides_of
+from src.app.explain import _guidance_axes, _labels
+from src.app.search import Candidate, affordable, rungs
+from src.diffusion.sampler import DDIM, DDPM, Heun
+from src.diffusion.spacing import Trailing
+from src.evaluation.record import Record
+from src.generation.recipe import describe
+from src.metrics.uncertainty import by_influences
+
+
+@pytest.mark.parametrize(
+    ("group", "description", "options"),
+    [
+        ("sampler", describe(DDIM(eta=0.5)), ["sampler=ddim", "sampler.eta=0.5"]),
+        ("sampler", describe(DDIM(eta=0.0)), ["sampler=ddim"]),
+        ("sampler", describe(DDPM()), ["sampler=ddpm"]),
+        ("sampler", describe(Heun()), ["sampler=heun"]),
+        ("spacing", describe(Trailing()), ["spacing=trailing"]),
+        ("clipping", "none", ["clipping=none"]),
+        ("clipping", "StaticClipping(bound=1.0)", ["clipping=static"]),
+        (
+            "guidance",
+            "ClassifierFree(scale=3.0, interval=[0.2, 5.0], rescale=0.0, batched=True)",
+            ["guidance=interval", "guidance.scale=3.0"],
+        ),
+        ("sampler", "their own sampler", None),
+        ("sampler", "Unknown(a=1)", None),
+        ("sampler", "DDIM(eta=__import__('os'))", None),
+    ],
+)
+def test_a_part_of_a_record_becomes_options(group, description, options):
+    assert overrides_of(group, description) == options
+
+
+def test_values_for_hydra():
+    assert in_hydra([None, True, 1.5, "a"]) == "[null,true,1.5,a]"
+
+
+def test_strength_and_interval_of_guidance_are_separate_axes():
+    def text(scale, interval):
+        return f"ClassifierFree(scale={scale}, interval={interval}, rescale=0.0, batched=True)"
+
+    strength, interval = _guidance_axes(text(2.0, None), text(3.0, [0.2, 5.0]))
+    assert (strength.name, interval.name) == ("guidance", "interval")
+    assert set(strength.options) >= {"guidance.scale=3.0", "guidance.interval=null"}
+    assert set(interval.options) >= {"guidance=classifier_free", "guidance.interval=[0.2,5.0]"}
+    (only,) = _guidance_axes("none", text(2.0, None))
+    assert only.options == ("guidance=classifier_free",)
+
+
+def test_labels_of_a_record():
+    assert _labels("image i has a label drawn from 0 to 9 by (seed, i)") == ("labels=random",)
+    assert _labels("image i has label i mod 10") == ("labels=balanced",)
+    assert _labels("image i has entry i mod 3 of [3, 5, 5]") == ("labels=[3,5,5]",)
+    assert _labels("none") is None
+
+
+def test_options_of_a_variant_replace_those_of_all():
+    bench = object.__new__(Bench)
+    bench.base = ["run=a", "sampler=ddim", "sampler.eta=1", "sampler.steps=5", "n=3"]
+    assert bench.options(["sampler.steps=9"]) == [
+        *("run=a", "sampler=ddim", "sampler.eta=1", "n=3"),
+        "sampler.steps=9",
+    ]
+    assert bench.options(["sampler=heun"]) == ["run=a", "n=3", "sampler=heun"]
+
+
+def scored(effects: torch.Tensor, value: float = 0.0, seed: int = 0) -> Scored:
+    interval = by_influences(value, effects)
+    return Scored(value, interval, effects, len(effects), seed, 1, 0, Record({}, {}))
+
+
+def test_differences_on_common_noise_are_compared_image_by_image():
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(400, generator=generator, dtype=torch.float64)
+    own = torch.randn(400, generator=generator, dtype=torch.float64)
+    a, b = scored(common, 1.0), scored(common + 0.1 * own, 1.5)
+    change, half = b.minus(a)
+    assert change == 0.5
+    assert half == pytest.approx(1.96 * 0.1 / 20, rel=0.1)
+    # other noise: the intervals add up
+    _, apart = scored(common + 0.1 * own, 1.5, seed=1).minus(a)
+    assert apart == pytest.approx(1.96 * math.sqrt(2) / 20, rel=0.1)
+    # a part of the same images: the mean over 400 minus that over the first 100
+    _, nested = scored(common[:100]).minus(scored(common))
+    assert nested == pytest.approx(1.96 * math.sqrt(1 / 100 - 1 / 400), rel=0.2)
+
+
+def test_rungs_double():
+    assert rungs(1000) == [63, 125, 250, 500, 1000]
+    assert rungs(500) == [32, 63, 125, 250, 500]
+    assert rungs(40) == [40]
+
+
+def test_a_search_keeps_to_its_budget():
+    """Whatever the scores: all on the first rung, then the best, as many as the budget allows."""
+    for budget in (0.15, 0.2, 0.5):
+        for order in (1, -1):
+            candidates = [Candidate((), (), cost=cost) for cost in list(range(1, 101))[::order]]
+            alive, sizes = candidates, rungs(512)
+            for rung, size in enumerate(sizes):
+                for candidate in alive:
+                    candidate.scored = scored(torch.zeros(size))
+                if rung + 1 < len(sizes):
+                    left = budget * 512 * 5050 - sum(c.scored.n * c.cost for c in candidates)
+                    alive = affordable(alive, sizes[rung + 1 :], left)
+            assert alive[0] is candidates[0]
+            assert alive[0].scored.n == 512
+            assert sum(c.scored.n * c.cost for c in candidates) <= budget * 512 * 5050

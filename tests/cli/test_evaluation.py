@@ -1,0 +1,219 @@
+"""src.evaluate with given images, src.explain and src.search, from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.data.digits import Digits
+from tests.cli.test_bad_input import assert_one_line
+from tests.conftest import QUICK, commands_in
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short class-conditional run that can be guided and has snapshots of averages."""
+    tmp_path = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["conditioning=class", "conditioning.dropout=0.1", "metrics=none"]
+        assert commands_in(tmp_path, patch)("train", *QUICK, *options) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    """200 digits as an .npz file, and their pixels."""
+    pixels = Digits().split("train").images(range(200))
+    np.savez(tmp_path / "some.npz", pixels.permute(0, 2, 3, 1).numpy())
+    return pixels
+
+
+def record_in(folder):
+    (path,) = folder.glob("scores/*/scores.json")
+    return json.loads(path.read_text())
+
+
+def test_given_images_are_scored_without_a_run(command, images, tmp_path, capsys):
+    assert command("evaluate", "images=some.npz", "reference=digits", "batch_size=64") == 0
+    record = record_in(tmp_path / "runs")
+    low, high = record["intervals"]["fd_digits"]
+    assert low < record["scores"]["fd_digits"] < high
+    assert " ± " in capsys.readouterr().out
+    protocol = record["protocol"]
+    assert protocol["num_images"] == 200
+    assert protocol["reference"]["split"] == "train"
+    assert protocol["images"]["number"] == 200
+    # the same images as a folder, with themselves
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(folder / f"{number:03d}.png")
+    options = ["images=pictures", "reference=some.npz", "metrics=[fd_digits,density_coverage_digits]"]
+    assert command("evaluate", *options, "runs=others") == 0
+    scores = record_in(tmp_path / "others")["scores"]
+    assert scores == pytest.approx({"fd_digits": 0, "density_digits": 1, "coverage_digits": 1}, abs=1e-6)
+
+
+def test_published_statistics_are_a_reference(command, images, tmp_path):
+    from src.metrics.features import ClassifierFeatures
+
+    train = Digits().split("train")
+    features = ClassifierFeatures("digits")(train.images(range(len(train)))).numpy().astype(np.float64)
+    np.savez(tmp_path / "reference.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    for reference, runs in (("digits", "a"), ("reference.npz", "b")):
+        options = ["images=some.npz", f"reference={reference}", "metrics=fd_digits", f"runs={runs}"]
+        assert command("evaluate", *options) == 0
+    a, b = (record_in(tmp_path / runs)["scores"]["fd_digits"] for runs in "ab")
+    assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_stale_statistics_are_computed_again_and_said(command, images, tmp_path, capsys):
+    command_line = ["evaluate", "images=some.npz", "reference=given.npz", "metrics=fd_digits"]
+    for count, said in ((150, False), (150, False), (140, True)):
+        np.savez(tmp_path / "given.npz", images[:count, 0].numpy())
+        assert command(*command_line) == 0
+        output = capsys.readouterr()
+        text = "the stored statistics of given.npz (all) are of other images (150, now 140): computing them again"
+        assert (text in output.out + output.err) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["run is missing", "images="]),
+        (["run=a", "images=some.npz"], ["not both"]),
+        (["images=some.npz", "metrics=fd_digits"], ["reference is missing", "fd_digits"]),
+        (["images=some.npz", "reference=some.npz"], ["metrics: choose"]),
+        (
+            ["images=some.npz", "reference=nowhere", "metrics=fd_digits"],
+            ["reference=nowhere", "no such folder"],
+        ),
+        (["images=some.npz", "reference=test", "metrics=fd_digits"], ["reference=test", "digits/test"]),
+        (["images=some.npz", "reference=fashion_mnist", "metrics=fd_digits"], ["28 x 28", "8 x 8", "resize"]),
+        (
+            ["images=some.npz", "reference=wide.npz", "metrics=fd_digits"],
+            ["9 x 8 grey", "8 x 8 grey", "resize"],
+        ),
+        (["images=wide.npz", "reference=digits", "metrics=fd_digits"], ["(1, 8, 9)"]),
+        (["images=some.npz", "reference=moments.npz", "metrics=fd_digits"], ["mu has 3 features", "64"]),
+        (
+            ["images=some.npz", "reference=moments.npz", "metrics=precision_recall_digits"],
+            ["has only mu and sigma", "images"],
+        ),
+        (["images=moments.npz", "reference=digits"], ["images=moments.npz", "give images"]),
+        (["images=some.npz", "reference=digits", "n=201"], ["n=201", "200 images"]),
+        (
+            ["images=some.npz", "reference=digits", "sampler.steps=3"],
+            ["sampler", "no effect on given images"],
+        ),
+        (["images=some.npz", "reference=digits", "metrics=kd_digits"], ["at least 500 images", "has 200"]),
+        (
+            ["images=some.npz", "reference=digits", "metrics=fd_digits_infinity"],
+            ["at least 650 images (64 features, smallest_share=0.1)", "has 200"],
+        ),
+        (["images=some.npz", "reference=digits", "metrics=accuracy_digits"], ["accuracy_digits"]),
+        (["images=some.npz", "reference=digits", "per_class=true"], ["per_class=true"]),
+    ],
+)
+@pytest.mark.usefixtures("images")
+def test_bad_input_is_one_line(command, tmp_path, capsys, options, words):
+    np.savez(tmp_path / "wide.npz", np.zeros((3, 8, 9), dtype=np.uint8))
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert command("evaluate", *options) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_features_that_are_not_finite_are_one_line(command, capsys, monkeypatch):
+    from src.metrics.classifier import SmallClassifier
+
+    monkeypatch.setattr(
+        SmallClassifier, "features", lambda self, images: torch.full((len(images), 64), torch.nan)
+    )
+    assert command("evaluate", "images=some.npz", "reference=digits", "cache=fresh") == 2
+    assert_one_line(capsys.readouterr().err, ["images=some.npz"])
+    np.savez("some.npz", np.zeros((3, 8, 8), dtype=np.uint8))
+    assert command("evaluate", "images=some.npz", "reference=digits", "cache=fresh") == 2
+    assert_one_line(capsys.readouterr().err, ["fd_digits", "not finite"])
+
+
+def test_explain_finds_what_differs(command, run, tmp_path, capsys):
+    theirs = ["sampler.steps=2", "n=80", "seed=0", "bytes=truncate", "guidance.scale=3", "reference=test"]
+    common = ["sampler=ddim", "metrics=fd_digits", "batch_size=100"]
+    assert command("evaluate", f"run={run}", *common, *theirs) == 0
+    record = next(run.glob("scores/ddim-2_*/scores.json"))
+    capsys.readouterr()
+    mine = ["sampler.steps=4", "n=100"]
+    assert command("explain", f"run={run}", f"record={record}", *common, *mine) == 0
+    found = json.loads(next(run.glob("scores/explain_*/explain.json")).read_text())
+    rows = {row["axis"]: row for row in found["axes"]}
+    other = json.loads(record.read_text())["scores"]["fd_digits"]
+    assert set(rows) == {"steps", "guidance", "bytes", "reference", "n", "all of them"}
+    assert all("change" in row for row in rows.values())
+    # no images for axes that change none
+    assert [rows[name]["sampled"] for name in ("bytes", "reference", "n")] == [0, 0, 0]
+    assert rows["steps"]["sampled"] == 100
+    # all choices together are the other evaluation
+    assert rows["all of them"]["value"] == pytest.approx(other, rel=1e-4)
+    assert rows["all of them"]["share"] == pytest.approx(1, abs=1e-3)
+    assert "share of gap" in capsys.readouterr().out
+    # again: everything is known
+    assert command("explain", f"run={run}", f"record={record}", *common, *mine) == 0
+    assert "sampled     0 images" in capsys.readouterr().out
+
+
+def test_explain_without_a_record_tries_the_usual_axes(command, run, capsys):
+    options = ["n=80", "sampler.steps=2", "metrics=fd_digits"]
+    assert command("explain", f"run={run}", *options, "axes=[weights,bytes]") == 0
+    printed = capsys.readouterr().out
+    for name in ("weights", "bytes"):
+        assert f"scoring     {name}" in printed
+
+
+def test_search_finds_the_best_of_a_small_grid(command, run, capsys):
+    grid = ["sampler.steps=1,3", "guidance.scale=1,2", "n=64", "metrics=fd_digits"]
+    assert command("search", f"run={run}", *grid, "budget=0.8") == 0
+    assert "best        " in capsys.readouterr().out
+    found = json.loads(next(run.glob("scores/search_*/search.json")).read_text())
+    assert len(found["candidates"]) == 4
+    assert found["network_evaluations"] < found["of_the_full_grid"]
+    best = next(row for row in found["candidates"] if row["options"] == found["best"]["options"])
+    assert best["n"] == 64
+    assert best["value"] == min(row["value"] for row in found["candidates"] if row["n"] == 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain"], ["run is missing"]),
+        (["explain", "run=RUN", "axes=[colour]"], ["axes=[colour]", "choose from weights"]),
+        (["explain", "run=RUN", "record=nowhere.json"], ["nowhere.json"]),
+        (["search", "run=nowhere"], ["run=nowhere"]),
+        (["search", "run=RUN", "n=10,20"], ["n: all combinations have one value"]),
+        (["search", "run=RUN", "sampler.steps=1,2", "budget=2"], ["budget=2", "(0, 1]"]),
+    ],
+)
+def test_bad_commands_are_one_line(command, run, capsys, arguments, words):
+    assert command(*(argument.replace("RUN", str(run)) for argument in arguments)) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_search_has_a_usual_grid(run):
+    from src.app.bench import Bench
+    from src.app.search import usual_grid
+
+    given = [f"run={run}", "sampler.steps=5"]
+    assert usual_grid(Bench(given), given) == [
+        "weights=ema,raw",
+        "guidance.scale=1,1.5,2,3",
+        "guidance.interval=null,[0.2,5]",
+        "sampler=ddim,ddpm,dpmpp_2m",
+    ]
+
+
+@pytest.mark.parametrize("name", ["explain", "search"])
+def test_help(command, capsys, name):
+    assert command(name, "--help") == 0
+    assert f"python -m src.{name} run=" in capsys.readouterr().out
