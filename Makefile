@@ -29,7 +29,7 @@ test: .venv/.installed ## run the tests without the slow ones (minutes); ARGS="-
 test-all: .venv/.installed ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: .venv/.installed ## inject faults into real trainings (kills, signals, full disks); prints a table (an hour)
+faults: .venv/.installed ## inject faults into real trainings (kills, signals, full disks); prints a table (over an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 lint: .venv/.installed ## check style and common mistakes
