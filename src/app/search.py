@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,7 @@ def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
         n: images of the last rung.
         budget: share of the evaluations of the full grid.
     """
-    sizes = rungs(n) if budget < 1 else [n]
+    sizes = rungs(n, fewest(bench, candidates)) if budget < 1 else [n]
     alive = candidates
     allowed = math.inf
     for rung, size in enumerate(sizes):
@@ -131,10 +132,18 @@ def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
             alive = affordable(alive, sizes[rung + 1 :], left)
 
 
-def rungs(n: int) -> list[int]:
-    """The numbers of images: n / 16, n / 8, ..., n, without those below `FEWEST`."""
+def fewest(bench: Bench, candidates: Sequence[Candidate]) -> int:
+    """The smallest number of images that the score takes."""
+    for candidate in candidates:
+        with suppress(UserError):  # reported with its score
+            return bench.scores(*bench.load(candidate.varied)).monitored.smallest
+    return FEWEST
+
+
+def rungs(n: int, least: int = FEWEST) -> list[int]:
+    """The numbers of images: n / 16, n / 8, ..., n, without those below `FEWEST` or `least`."""
     sizes = [n]
-    while sizes[0] / 2 >= max(FEWEST, n / SMALLEST):
+    while sizes[0] / 2 >= max(FEWEST, least, n / SMALLEST):
         sizes.insert(0, math.ceil(sizes[0] / 2))
     return sizes
 

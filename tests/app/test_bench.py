@@ -97,6 +97,7 @@ def test_rungs_double():
     assert rungs(1000) == [63, 125, 250, 500, 1000]
     assert rungs(500) == [32, 63, 125, 250, 500]
     assert rungs(40) == [40]
+    assert rungs(2000, least=500) == [500, 1000, 2000]
 
 
 def test_a_search_keeps_to_its_budget():
