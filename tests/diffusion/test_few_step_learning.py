@@ -77,6 +77,7 @@ def flow():
     return denoiser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -97,6 +98,7 @@ def test_one_step_gives_the_distribution(make, flow):
     assert one < 0.03
 
 
+@pytest.mark.slow
 def test_progressive_distillation_from_eight_steps_to_one(flow):
     for steps in (8, 4, 2, 1):
         student = untrained()
