@@ -104,7 +104,10 @@ def weights_of(folder, step):
     return torch.load(folder / "checkpoints" / f"step_{step:08d}.ckpt")["state_dict"]
 
 
-@pytest.mark.parametrize("name", ["mean_flow", "shortcut", "consistency"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("mean_flow", "shortcut")] + ["consistency"],
+)
 def test_a_resumed_training_is_the_same_bit_for_bit(name, command, tmp_path):
     options = [f"experiment={name}_digits", *SMALL, "conditioning=class", "conditioning.dropout=0.2"]
     options += [
@@ -211,6 +214,7 @@ def test_auto_does_not_compile_what_is_derived(monkeypatch):
     assert config.compile is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(precision, command, tmp_path):
     options = ["experiment=mean_flow_digits", *SMALL, f"trainer.precision={precision}", "trainer.max_steps=2"]
