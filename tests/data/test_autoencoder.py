@@ -134,7 +134,7 @@ def test_run_in_latents_is_sampled_with_its_own_autoencoder_only(command, only_r
     refused("this run has latents", "evaluate", f"run={run}", "metrics=nll", "codec.folder=moved")
     # another decoder, and the same with another scale in its configuration
     write_autoencoder(tmp_path / "vae", seed=1)
-    refused("is not that of the run's latents", *sample, "out=third")
+    refused("is not that of the run's latents", *sample, "out=third", "codec.folder=vae")
     config = tmp_path / "moved/config.json"
     config.write_text(config.read_text().replace("0.7", "0.5"))
     refused("is not that of the run's latents", *sample, "out=third", "codec.folder=moved")
