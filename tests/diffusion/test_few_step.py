@@ -237,9 +237,9 @@ def test_samples_of_the_exact_flow_map_have_the_distribution(steps, gamma):
 def double(monkeypatch):
     """The embedding of the time in float64, of which differences can be taken."""
 
-    def embedding(label, dim):
+    def embedding(label, dim, frequency_shift):
         i = torch.arange(dim // 2, dtype=torch.float64)
-        angle = label[:, None] * torch.exp(-math.log(10000) * i / (dim // 2 - 1))
+        angle = label[:, None] * torch.exp(-math.log(10000) * i / (dim // 2 - frequency_shift))
         return torch.cat((angle.sin(), angle.cos()), dim=1)
 
     monkeypatch.setattr("src.model.embedding.sinusoidal_embedding", embedding)

@@ -168,19 +168,31 @@ def test_distillation_from_a_run(command, tmp_path, capfd):
             ["model.second_time=false"],
             "model.second_time=false: loss=mean_flow needs a network that is given both",
         ),
-        (["schedule=cosine", "parameterization=v"], "schedule: loss=mean_flow needs continuous times"),
-        (["schedule=vp"], "schedule: loss=mean_flow is defined for x_t on a straight line"),
-        (["schedule=edm"], "parameterization: the label of t = 0 on EDM is not finite"),
-        (["time_sampling=importance"], "time_sampling=importance is for losses of one time"),
+        (
+            ["schedule=cosine", "parameterization=v", "~schedule.label_scale"],
+            "schedule: loss=mean_flow needs continuous times",
+        ),
+        (
+            ["schedule=vp", "~schedule.label_scale"],
+            "schedule: loss=mean_flow is defined for x_t on a straight line",
+        ),
+        (
+            ["schedule=edm", "~schedule.label_scale"],
+            "parameterization: the label of t = 0 on EDM is not finite",
+        ),
+        (
+            ["time_sampling=importance", "~time_sampling.mean", "~time_sampling.std"],
+            "time_sampling=importance is for losses of one time",
+        ),
         (["weighting=min_snr"], "weighting has no effect on this loss"),
         (["sampler.steps=2", "clipping=static"], "clipping: with sampler=flow_map in several steps"),
         (
-            ["loss=consistency", "parameterization=x0"],
+            ["loss=consistency", "~loss.share", "~loss.power", "parameterization=x0"],
             "parameterization: loss=consistency needs x0 = x_t at t = 0",
         ),
         (
-            ["loss=consistency", "model.second_time=false", "sampler.steps=2"],
-            "sampler.gamma=0: this network was",
+            ["loss=consistency", "~loss.share", "~loss.power", "model.second_time=false", "sampler.steps=2"],
+            "sampler.gamma=0: this network has no second time",
         ),
         (["loss=shortcut", "loss.steps=100"], "loss.steps must be a power of 2"),
         (
