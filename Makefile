@@ -24,7 +24,7 @@ train: .venv/.installed ## train on scikit-learn's digits; ARGS="schedule=linear
 	$(if $(ARGS),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(BIN)/python -m src.train $(or $(ARGS),experiment=fast_digits)
 
 test: .venv/.installed ## run the tests without the slow ones (minutes); ARGS="-k ddim" selects
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: .venv/.installed ## run all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -36,7 +36,7 @@ def seed_defaults(seed: int, device: torch.device) -> None:
     it until the backend starts: a millisecond and some kilobytes at each step of a training on the CPU.
     """
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         torch.get_device_module(device).manual_seed(seed)
 
 

@@ -21,8 +21,8 @@ class FrechetInfinity(FrechetDistance):
     as a function of 1 / N is extended to 1 / N = 0. The reference set is taken as it is. The names are `fid_infinity`
     and `fd_<features>_infinity`.
 
-    Terms of higher order in 1 / N remain, and matter for few images: with 4 features and a perfect generator, 600 images
-    have the distance 3.8 and are extended to -1.1 (mean of 150 seeds), 3,000 images 0.76 and 0.12.
+    Terms of higher order in 1 / N remain, and matter for few images: with 4 features and a perfect generator, 600
+    images have the distance 3.8 and are extended to -1.1 (mean of 150 seeds), 3,000 images 0.76 and 0.12.
 
     Args:
         features: the feature space.

@@ -138,7 +138,8 @@ def test_the_cache_of_the_data_is_that_of_the_class(stored):
 def test_the_cache_of_a_text_encoder_is_that_of_the_class_and_its_folder_may_move(stored, monkeypatch):
     monkeypatch.setattr("src.app.stored._check_network", lambda *_: None)
     encoder = {"_target_": "src.data.text_encoder.Pretrained", "name": "minilm", "cache": "/elsewhere"}
-    path = stored(conditioning={"_target_": "src.conditioning.ByText", "encoder": encoder, "dropout": 0.1})
+    conditioning = {"_target_": "src.conditioning.ByText", "encoder": encoder, "dropout": 0.1}
+    path = stored(conditioning=conditioning, codec={"_target_": "src.data.codec.Pixels"})
     content = torch.load(path, weights_only=True)
     del content["config"]["class_conditional"]
     found = read_config(content, path, "/moved")["conditioning"]["encoder"]

@@ -663,8 +663,11 @@ def test_error_for_a_damaged_file_is_the_same_with_workers(root, tmp_path, worke
     data = ImageDataModule(source(root, tmp_path, memory_limit_mb=0, holdout=0), 4, seed=0, workers=workers)
     data.prepare_data()
     (root / "x" / "001.png").write_bytes(b"broken")
+    loader = data.train_dataloader()
     with pytest.raises(UserError, match=r"^\S+001\.png could be read when it was indexed .*skip$"):
-        next(iter(data.train_dataloader()))
+        next(iter(loader))
+    if workers:  # the garbage collector would do it in a later test, and wait 20 seconds
+        loader._iterator._shutdown_workers()
 
 
 @pytest.mark.parametrize("memory_limit_mb", [0, 100])

@@ -158,7 +158,7 @@ def test_bias_of_consistency_training_is_of_second_order():
 def test_consistency_becomes_mean_flow_towards_clean_data():
     """The continuous-time limit (sCM): the target of u(x_t, t, 0) for r -> t is that of mean flow at s = 0."""
     _, _, x_t, t, _ = draws(low=0.3)
-    v = torch.randn_like(x_t)  # of any data
+    v = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=x_t.dtype)  # of any data
     zero = torch.zeros_like(t)
     loss = mean_flow()
     limit = loss.pair(x_t, t, zero, v, None)[1]
@@ -171,7 +171,7 @@ def test_consistency_becomes_mean_flow_towards_clean_data():
         u = flow.u(x_t, t, zero)
         # per unit of the gap: t (target - u) / gap -> v - u - t (v d/dx + d/dt) u
         differences.append((t.view(-1, 1, 1, 1) * (target - u) / gap - (limit - u)).abs().max().item())
-    assert differences[1] < 1e-2
+    assert differences[1] < 1e-2 * (limit - u).abs().max()
     assert differences[0] / differences[1] == pytest.approx(10, rel=0.5)
 
 

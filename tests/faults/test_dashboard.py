@@ -109,6 +109,7 @@ def test_server_is_missing(tmp_path, uninterrupted, usual, port):
     assert b"train/loss" in kept.read_bytes()
 
 
+@pytest.mark.slow  # waits for wandb's time limit
 def test_server_does_not_answer(tmp_path, uninterrupted, usual, port):
     with socket.create_server(("127.0.0.1", port)):
         seconds, output = seconds_of_training(tmp_path, uninterrupted, "logger=wandb", **online(port))

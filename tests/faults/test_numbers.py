@@ -4,6 +4,7 @@ import csv
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from src.runs.files import damage
@@ -85,6 +86,7 @@ def test_stops_after_consecutive_failures(tmp_path):
         assert all(weight.isfinite().all() for weight in weights)
 
 
+@pytest.mark.slow  # two processes
 def test_failure_on_one_rank_skips_the_step_on_both(tmp_path):
     poison = Replacement(LOSS, nan_at_5, rank=1)
     leader = processes.start_command(tmp_path, *DDP, *EACH_STEP, "trainer.max_steps=6", faults=[poison])

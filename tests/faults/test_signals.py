@@ -196,6 +196,7 @@ def test_requeued_job_of_two_trainings_continues_the_right_one(tmp_path):
     assert len(list(tmp_path.glob("runs/*/checkpoints"))) == 2
 
 
+@pytest.mark.slow  # part of `make faults`
 def test_sigterm_to_one_of_two_processes(tmp_path):
     """SIGTERM to rank 1 only: rank 0 is informed, and both save at the same step and exit."""
     leader = processes.start_command(tmp_path, *DDP, "trainer.max_steps=100000", "validate_every=100000")
