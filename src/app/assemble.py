@@ -356,9 +356,8 @@ def loggers_of(config: DictConfig, folder: Path) -> list[Logger]:
         if name == "wandb":
             with needs_package("logger=wandb"):
                 joined = wandb_settings(folder, config.name)
-            joined["tags"] = [*(node.get("tags") or []), *joined["tags"]]
-        added = ("settings", "tags")
-        joined = {key: value for key, value in joined.items() if key not in node or key in added}
+            node = OmegaConf.merge(node, {"tags": [*(node.get("tags") or []), *joined.pop("tags")]})
+        joined = {key: value for key, value in joined.items() if key not in node or key == "settings"}
         with needs_package(f"logger.{name}"):
             logger = build(node, Logger, f"logger.{name}", save_dir=str(folder), **joined)
         loggers.append(logger if name == "wandb" else forgiving(logger, name))
