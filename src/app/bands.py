@@ -43,7 +43,8 @@ def recipe_of_scores(config: DictConfig) -> dict[str, Any]:
 
 
 def bands_of(config: DictConfig, folder: Path) -> ReferenceBands | None:
-    """The callback that compares a training with a band; None if no band has its recipe, or with bands=none.
+    """The callback that compares a training with a band; None if no band has its recipe, with bands=none, or
+    with bands=auto and init.
 
     Args:
         config: conf/train.yaml, composed.
@@ -59,6 +60,8 @@ def bands_of(config: DictConfig, folder: Path) -> ReferenceBands | None:
         if config.bands not in names:
             raise UserError(f"bands={config.bands}: choose auto, none, {', '.join(names)}")
         return _compared(config, folder, config.bands, Band.read(FOLDER / f"{config.bands}.json"))
+    if config.init:
+        return None  # the band is of trainings from random weights
     recipe = recipe_of_losses(config)
     for name in names:
         band = Band.read(FOLDER / f"{name}.json")

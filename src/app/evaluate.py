@@ -87,6 +87,7 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
             raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
         if not loaded.recipe.codec.bounded:
             raise UserError(f"{likelihoods[0]}: bits per dimension are of pixels, and this run has latents")
+        without_effect(config)
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n or IMAGES, config.batch_size, config.seed)
         return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
@@ -98,13 +99,23 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
     return record.scores
 
 
+def without_effect(config: DictConfig) -> None:
+    """Refuses options that a likelihood and the comparison with training images do not read."""
+    plain = {"bytes": "round", "reference": None, "per_class": False}
+    for option, value in plain.items():
+        if config[option] != value:
+            raise UserError(f"{option}={config[option]}: has no effect on this metric; leave it out")
+
+
 def report_memorisation(
     loaded: LoadedRun, nodes: dict[str, DictConfig], config: DictConfig, folder: Path
 ) -> dict[str, float]:
     """Compares generated with training images; writes the record and a picture of the nearest neighbours."""
     if len(nodes) > 1 or config.devices > 1:
         raise UserError(BY_ITSELF)
-    memorisation = build(nodes["metrics"], Memorisation, "metrics")
+    without_effect(config)
+    ((option, node),) = nodes.items()
+    memorisation = build(node, Memorisation, option)
     record, picture = score_memorisation(
         loaded, memorisation, config.n or IMAGES, config.batch_size, config.seed
     )

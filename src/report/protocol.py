@@ -73,7 +73,9 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
     per_class = record.protocol.get("per_class")
     base, _, label = score.partition("/class_")
     if label and isinstance(per_class, dict):
-        entries |= flat(per_class.get(base, {}).get(label, {}), "per_class_of_this")
+        of_base = per_class.get(base)
+        of_label = of_base.get(label) if isinstance(of_base, dict) else None
+        entries |= flat(of_label if isinstance(of_label, dict) else {}, "per_class_of_this")
     kept = {
         key: shortened(value, None)
         for key, value in entries.items()

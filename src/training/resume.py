@@ -120,12 +120,21 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
         unknown.append(
             "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
         )
-    rounding += [name for name in ("world_size", "accumulation") if then[name] != now[name]]
+    for name in ("world_size", "accumulation"):
+        if then[name] != now[name] and _couples(now["config"]):
+            experiment.append(f"{name}: {then[name]} -> {now[name]}, on which the coupling depends")
+        elif then[name] != now[name]:
+            rounding.append(name)
     for name in _different(then["machine"], now["machine"]):
         rounding.append(f"{name}: {then['machine'].get(name)} -> {now['machine'].get(name)}")
     if not now["deterministic"]:
         rounding.append("nondeterministic kernels (trainer.deterministic=false)")
     return Comparison(experiment, code, unknown, rounding)
+
+
+def _couples(config: dict[str, Any]) -> bool:
+    """Whether the noise of an image depends on the others of its micro-batch."""
+    return not str(config.get("coupling._target_", "Independent")).endswith("Independent")
 
 
 def _unknown_callbacks(config: dict[str, Any]) -> dict[str, str]:

@@ -54,6 +54,11 @@ def test_what_a_band_tolerates(tmp_path, same):
     assert name_of(tmp_path, same) == ("digits", False)
 
 
+def test_a_training_from_other_weights_is_not_compared(tmp_path):
+    assert name_of(tmp_path, "init=some/run") is None
+    assert name_of(tmp_path, "init=some/run", "bands=digits") == ("digits", False)
+
+
 @pytest.mark.parametrize(
     "other", ["optimizer.lr=0.002", "batch_size=32", "schedule=linear", "model.dropout=0.1", "ema.decay=0.99"]
 )

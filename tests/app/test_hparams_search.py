@@ -52,6 +52,13 @@ def jobs(monkeypatch, tmp_path):
     return record
 
 
+def test_a_range_may_begin_at_zero():
+    space = space_of(
+        ["conditioning.dropout=interval(0,0.3)", "model.depth=int(interval(0,4))"], HparamsSearch()
+    )
+    assert set(space.example()) == {"conditioning.dropout=0.0", "model.depth=0"}
+
+
 def test_the_space_is_read_from_the_command_line():
     search = HparamsSearch(space={"schedule": "linear,cosine", "optimizer.lr": "interval(0.1,1)"})
     overrides = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "sampler.steps=range(5,20,5)", "batch_size=8"]

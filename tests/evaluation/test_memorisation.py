@@ -67,7 +67,7 @@ def test_evaluate_writes_a_record_and_a_picture(command, tmp_path, capsys):
     assert command("train", *QUICK, "callbacks=none", "metrics=none", "trainer.max_steps=1") == 0
     (run,) = (tmp_path / "runs").iterdir()
     plain = (f"run={run}", "device=cpu", "n=20", "sampler.steps=2")
-    assert command("evaluate", *plain, "metrics=memorisation_digits") == 0
+    assert command("evaluate", *plain, "metrics=[memorisation_digits]") == 0
     (folder,) = (run / "scores").glob("memorisation*")
     record = json.loads((folder / "scores.json").read_text())
     assert record["protocol"]["train"]["distinct"] <= record["protocol"]["train"]["images"] == 1504
@@ -78,6 +78,7 @@ def test_evaluate_writes_a_record_and_a_picture(command, tmp_path, capsys):
     capsys.readouterr()
     for options, message in (
         (["metrics=[memorisation_digits,fd_digits]"], "metrics: memorisation is computed by itself"),
+        (["metrics=memorisation_digits", "bytes=truncate"], "bytes=truncate: has no effect on this metric"),
         (["metrics=memorisation_digits", "devices=2"], "metrics: memorisation is computed by itself"),
         (["metrics=memorisation_fashion_mnist"], "metrics: images for the features"),
         (["metrics=memorisation_digits", "metrics.neighbours=2000"], "metrics.neighbours=2000: there are"),

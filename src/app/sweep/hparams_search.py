@@ -132,7 +132,7 @@ class Space:
 
     def example(self) -> tuple[str, ...]:
         """The options of one setting."""
-        values = {name: getattr(d, "low", None) or d.choices[0] for name, d in self.searched.items()}
+        values = {name: d.low if hasattr(d, "low") else d.choices[0] for name, d in self.searched.items()}
         return (*self.fixed, *(f"{name}={value}" for name, value in values.items()), *self.seeds[0])
 
 
