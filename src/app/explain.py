@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_options, parsed_part
 from src.app.build import trusting
+from src.app.environment import redacted
 from src.app.evaluate import IMAGES
 from src.app.overrides import trusted_packages
 from src.data.source import SPLITS
@@ -94,14 +95,14 @@ def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | 
         try:
             rows.append(_row(axis, bench.score(axis.options), base, gap))
         except UserError as error:
-            rows.append(_row(axis, error=str(error)))
+            rows.append(_row(axis, error=redacted(str(error))))
     possible = [axis for axis in axes if axis.options is not None]
     if other is not None and len(possible) > 1:
         together = Axis("all of them", "", "", tuple(o for axis in possible for o in joint(axis, possible)))
         try:
             rows.append(_row(together, bench.score(together.options), base, gap))
         except UserError as error:
-            rows.append(_row(together, error=str(error)))
+            rows.append(_row(together, error=redacted(str(error))))
     _print(rows, name, gap)
     content = {
         "score": name,
@@ -163,15 +164,16 @@ def _row(
 
 def _print(rows: Sequence[dict[str, Any]], name: str, gap: float | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("axis", "from", "to", name, "change", *(["share of gap"] if gap else []), "sampled")
     with_change = [row for row in rows if "change" in row and row["axis"] != "all of them"]
     ordered = sorted(with_change, key=lambda row: -abs(row["change"]))
     for row in [*ordered, *(row for row in rows if row not in ordered)]:
-        cells = [row["axis"], row["before"], row["after"]]
+        cells = [row["axis"], escape(row["before"]), escape(row["after"])]
         if "change" not in row:
-            table.add_row(*cells, f"[red]{row['error']}")
+            table.add_row(*cells, f"[red]{escape(row['error'])}")
             continue
         half = row["half_interval"]
         change = printed(row["change"], None if half is None else (-half, half))
@@ -301,11 +303,12 @@ def _guidance_axes(mine: str, theirs: str) -> list[Axis]:
 
 
 def _labels(description: str) -> tuple[str, ...] | None:
-    if "drawn" in description:
+    if "label drawn" in description:
         return ("labels=random",)
-    if " mod " in description and "entry" not in description:
+    if "label i mod " in description:
         return ("labels=balanced",)
-    entries = re.search(r"of (\[.*\])", description)
+    # numbers only: the record is untrusted
+    entries = re.search(r"of (\[[0-9]+(?:, ?[0-9]+)*\])$", description)
     return (f"labels={entries[1].replace(' ', '')}",) if entries else None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from src.app.bench import Bench, Scored, own_options
 from src.app.build import trusting
+from src.app.environment import redacted
 from src.app.evaluate import IMAGES
 from src.app.overrides import trusted_packages, written_out
 from src.app.sweep.jobs import combinations, option_of
@@ -121,7 +122,7 @@ def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
                 candidate.scored = bench.score(candidate.varied, size)
                 candidate.cost = candidate.scored.evaluations
             except UserError as error:
-                candidate.error = str(error)
+                candidate.error = redacted(str(error))
         alive = ranked(bench, [candidate for candidate in alive if candidate.error is None])
         if not alive:
             raise UserError(f"no combination is possible: {candidates[0].error}")
@@ -179,6 +180,7 @@ def ranked(bench: Bench, candidates: Sequence[Candidate]) -> list[Candidate]:
 def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) -> None:
     """Prints and writes the result."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     full = ranked(bench, [c for c in candidates if c.scored and c.scored.n == n and c.error is None])
@@ -192,7 +194,7 @@ def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
             change, half = candidate.scored.minus(best.scored)
             difference = f"{change:+.3g} ± {half:.2g}"
         table.add_row(
-            " ".join(candidate.varied),
+            escape(" ".join(candidate.varied)),
             candidate.scored.text(),
             str(candidate.scored.n),
             str(candidate.cost),
@@ -200,7 +202,7 @@ def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
         )
     for candidate in candidates:
         if candidate.error:
-            table.add_row(" ".join(candidate.varied), f"[red]{candidate.error}")
+            table.add_row(escape(" ".join(candidate.varied)), f"[red]{escape(candidate.error)}")
     Console(width=None if Console().is_terminal else 180).print(table)
     used = sum(c.scored.n * c.cost for c in candidates if c.scored)
     grid = n * sum(c.cost for c in candidates if c.scored)

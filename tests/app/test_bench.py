@@ -33,6 +33,15 @@ from src.metrics.uncertainty import by_influences
         ("sampler", "their own sampler", None),
         ("sampler", "Unknown(a=1)", None),
         ("sampler", "DDIM(eta=__import__('os'))", None),
+        ("sampler", "DDIM(eta='${oc.env:TOKEN}')", None),
+        ("sampler", "DDIM(eta=[0, '${oc.env:TOKEN}'])", None),
+        ("sampler", "DDIM(eta={'a': 1})", None),
+        ("sampler", "DDIM(eta='1,2')", None),
+        ("sampler", "DDIM(**{'eta': '${oc.env:TOKEN}'})", None),
+        ("sampler", "DDIM(folder='other')", None),
+        ("guidance", "AutoGuidance(run='/other', scale=2.0)", None),
+        ("guidance", "AutoGuidance(scale=2.0)", None),
+        ("guidance", "ClassifierFree(interval=['${oc.env:TOKEN}', 5.0])", None),
     ],
 )
 def test_a_part_of_a_record_becomes_options(group, description, options):
@@ -41,6 +50,9 @@ def test_a_part_of_a_record_becomes_options(group, description, options):
 
 def test_values_for_hydra():
     assert in_hydra([None, True, 1.5, "a"]) == "[null,true,1.5,a]"
+    for value in ("${oc.env:TOKEN}", "a b", "choice(1)", "", {}, b"a", ["a,b"]):
+        with pytest.raises(ValueError, match="no word"):
+            in_hydra(value)
 
 
 def test_strength_and_interval_of_guidance_are_separate_axes():
@@ -51,6 +63,8 @@ def test_strength_and_interval_of_guidance_are_separate_axes():
     assert (strength.name, interval.name) == ("guidance", "interval")
     assert set(strength.options) >= {"guidance.scale=3.0", "guidance.interval=null"}
     assert set(interval.options) >= {"guidance=classifier_free", "guidance.interval=[0.2,5.0]"}
+    (unsafe,) = _guidance_axes(text(2.0, None), text(3.0, ["${oc.env:TOKEN}", 5.0]))
+    assert unsafe.options is None
     (only,) = _guidance_axes("none", text(2.0, None))
     assert only.options == ("guidance=classifier_free",)
 
@@ -60,6 +74,8 @@ def test_labels_of_a_record():
     assert _labels("image i has label i mod 10") == ("labels=balanced",)
     assert _labels("image i has entry i mod 3 of [3, 5, 5]") == ("labels=[3,5,5]",)
     assert _labels("none") is None
+    assert _labels("image i has entry i mod 1 of [${oc.env:TOKEN}]") is None
+    assert _labels("image i has text i mod 2 of ['a', 'b'], encoded by CLIP") is None
 
 
 def test_options_of_a_variant_replace_those_of_all():

@@ -164,6 +164,62 @@ def test_explain_finds_what_differs(command, run, tmp_path, capsys):
     assert "sampled     0 images" in capsys.readouterr().out
 
 
+def explained(command, run, tmp_path, recipe, **protocol):
+    """Exit status of src.explain with a record written by hand, and the content of explain.json."""
+    for old in run.glob("scores/explain_*/explain.json"):
+        old.unlink()
+    record = tmp_path / "theirs.json"
+    protocol = {"recipe": recipe, **protocol}
+    record.write_text(json.dumps({"scores": {"fd_digits": 3.0}, "protocol": protocol}))
+    options = ["n=64", "sampler=ddim", "sampler.steps=2", "metrics=fd_digits"]
+    status = command("explain", f"run={run}", f"record={record}", *options)
+    return status, "".join(path.read_text() for path in run.glob("scores/explain_*/explain.json"))
+
+
+def test_explain_resolves_nothing_from_a_record(command, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "hunter2secret")
+    recipe = {
+        "sampler": "DDIM(eta='${oc.env:TOKEN}')",
+        "spacing": "Leading(offset='${oc.env:TOKEN}')",
+        "clipping": "StaticClipping(bound='${oc.env:TOKEN}') [/red]",
+        "guidance": "AutoGuidance(run='${oc.env:TOKEN}', scale=2.0)",
+        "labels": "image i has entry i mod 1 of [${oc.env:TOKEN}]",
+        "weights": "ema std=${oc.env:TOKEN}",
+    }
+    status, written = explained(command, run, tmp_path, recipe)
+    assert status == 0
+    printed = capsys.readouterr()
+    assert "hunter2secret" not in printed.out + printed.err + written
+    rows = {row["axis"]: row for row in json.loads(written)["axes"]}
+    assert set(rows) == set(recipe)
+    assert all(row["error"] == "cannot be made from the record" for row in rows.values())
+
+
+def test_errors_of_variants_show_no_values_of_the_environment(command, run, tmp_path, capsys, monkeypatch):
+    from src.app.bench import Bench
+    from src.app.environment import environment
+    from src.errors import UserError
+
+    monkeypatch.setenv("TOKEN", "hunter2secret")
+    score = Bench.score
+
+    def fails(self, extra=(), n=None):
+        if "sampler.steps=3" not in extra:
+            return score(self, extra, n)
+        with environment.revealed():
+            raise UserError(f"no file {environment('TOKEN')}")
+
+    monkeypatch.setattr(Bench, "score", fails)
+    status, written = explained(command, run, tmp_path, {"steps": 3})
+    assert status == 0
+    grid = ["sampler.steps=2,3", "n=64", "metrics=fd_digits", "budget=1"]
+    assert command("search", f"run={run}", *grid) == 0
+    printed = capsys.readouterr()
+    written += "".join(path.read_text() for path in run.glob("scores/search_*/search.json"))
+    assert written.count("no file ${oc.env:TOKEN}") == 2
+    assert "hunter2secret" not in printed.out + printed.err + written
+
+
 def test_explain_without_a_record_tries_the_usual_axes(command, run, capsys):
     options = ["n=80", "sampler.steps=2", "metrics=fd_digits"]
     assert command("explain", f"run={run}", *options, "axes=[weights,bytes]") == 0
