@@ -195,6 +195,44 @@ def test_explain_resolves_nothing_from_a_record(command, run, tmp_path, capsys, 
     assert all(row["error"] == "cannot be made from the record" for row in rows.values())
 
 
+@pytest.mark.parametrize(
+    ("protocol", "entry"),
+    [
+        ({"recipe": {"steps": "18 steps"}}, "protocol.recipe.steps"),
+        ({"recipe": {"steps": 1.5}}, "protocol.recipe.steps"),
+        ({"recipe": {"weights": 0.07}}, "protocol.recipe.weights"),
+        ({"recipe": {"sampler": 3}}, "protocol.recipe.sampler"),
+        ({"recipe": {"labels": ["a"]}}, "protocol.recipe.labels"),
+        ({"recipe": {"seed": "${oc.env:TOKEN}"}}, "protocol.recipe.seed"),
+        ({"recipe": "x"}, "protocol.recipe"),
+        ({"reference": "cifar10"}, "protocol.reference"),
+        ({"reference": {"split": 3}}, "protocol.reference.split"),
+        ({"reference": {"fid": {"split": 3}}}, "protocol.reference.fid.split"),
+        ({"num_images": "50k"}, "protocol.num_images"),
+        ({"quantisation": {}}, "protocol.quantisation"),
+    ],
+)
+def test_a_record_with_a_mistyped_entry_is_one_line(command, run, tmp_path, capsys, protocol, entry):
+    status, written = explained(command, run, tmp_path, **{"recipe": {}, **protocol})
+    assert (status, written) == (2, "")
+    assert_one_line(capsys.readouterr().err, [f"record={tmp_path / 'theirs.json'}: {entry}: "])
+
+
+def test_missing_entries_of_a_record_are_not_known(command, run, tmp_path):
+    status, written = explained(command, run, tmp_path, {"ema_decay": 0.5}, reference={"data": "digits"})
+    assert status == 0
+    (row,) = json.loads(written)["axes"]
+    assert (row["axis"], row["after"]) == ("weights", "not known decay 0.5")
+    assert row["error"] == "cannot be made from the record"
+    # several scores, of which one has no reference
+    reference = {"fd_digits": {"data": "digits", "split": "test"}, "accuracy_digits": None}
+    status, written = explained(command, run, tmp_path, None, reference=reference)
+    assert status == 0
+    (row,) = json.loads(written)["axes"]
+    assert (row["axis"], row["after"]) == ("reference", "test")
+    assert "change" in row
+
+
 def test_errors_of_variants_show_no_values_of_the_environment(command, run, tmp_path, capsys, monkeypatch):
     from src.app.bench import Bench
     from src.app.environment import environment
