@@ -14,7 +14,7 @@ class Source:
     """A source whose validation split has given pixels."""
 
     def __init__(self, value: int):
-        self.images = InMemoryImages(torch.full((2, 1, 4, 4), value, dtype=torch.uint8))
+        self.images = InMemoryImages(torch.full((2, 1, 4, 4), value, dtype=torch.uint8), None)
 
     def prepare(self):
         """Has nothing to do."""
