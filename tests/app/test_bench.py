@@ -7,7 +7,8 @@ import torch
 
 from src.app.bench import Bench, Scored, in_hydra, overrides_of
 from src.app.explain import _guidance_axes, _labels
-from src.app.search import Candidate, affordable, rungs
+from src.app.search import Candidate, affordable, rungs, without_repeats
+from src.app.sweep.jobs import combinations
 from src.diffusion.sampler import DDIM, DDPM, Heun
 from src.diffusion.spacing import Trailing
 from src.evaluation.record import Record
@@ -107,6 +108,13 @@ def test_differences_on_common_noise_are_compared_image_by_image():
     # a part of the same images: the mean over 400 minus that over the first 100
     _, nested = scored(common[:100]).minus(scored(common))
     assert nested == pytest.approx(1.96 * math.sqrt(1 / 100 - 1 / 400), rel=0.2)
+
+
+def test_the_usual_grid_has_no_intervals_of_scale_one():
+    grid = ["guidance.scale=1,1.5", "guidance.interval=null,[0.2,5]", "sampler.steps=5,10"]
+    found = without_repeats([Candidate(*each) for each in combinations(grid)])
+    assert len(found) == 6
+    assert {c.varied[1] for c in found if c.varied[0] == "guidance.scale=1"} == {"guidance.interval=null"}
 
 
 def test_rungs_double():

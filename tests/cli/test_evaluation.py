@@ -1,6 +1,7 @@
 """src.evaluate with given images, src.explain and src.search, from the command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -305,6 +306,46 @@ def test_search_has_a_usual_grid(run):
         "guidance.interval=null,[0.2,5]",
         "sampler=ddim,ddpm,dpmpp_2m",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "varied"),
+    [
+        (["guidance=classifier_free"], {"weights", "guidance.scale", "guidance.interval"}),
+        (["guidance.scale=2"], {"weights", "guidance.interval"}),
+        (["guidance=none"], {"weights"}),
+        (["guidance=projected"], {"weights"}),
+        (["weights=raw", "guidance=null"], set()),
+    ],
+)
+def test_the_usual_grid_has_only_what_the_choices_allow(run, given, varied):
+    from src.app.bench import Bench
+    from src.app.search import usual_grid
+
+    given = [f"run={run}", "sampler=ddim", "sampler.steps=5", *given]
+    assert {option.partition("=")[0] for option in usual_grid(Bench(given), given)} == varied
+
+
+@pytest.mark.parametrize(
+    ("weights", "guidance", "varied"),
+    [
+        ("raw", None, {"guidance.scale", "guidance.interval"}),
+        ("imported", "AutoGuidance", set()),
+        ("ema", "ClassifierGuidance", {"weights"}),
+        ("ema", "ClassifierFree", {"weights", "guidance.scale", "guidance.interval"}),
+    ],
+)
+def test_the_usual_grid_keeps_to_what_the_run_has(run, monkeypatch, weights, guidance, varied):
+    from src.app.bench import Bench
+    from src.app.search import usual_grid
+
+    given = [f"run={run}", "sampler=ddim", "sampler.steps=5"]
+    bench = Bench(given)
+    loaded, merged, config = bench.load()
+    merged = merged.copy()
+    merged.guidance = guidance and {"_target_": f"src.diffusion.guidance.{guidance}"}
+    monkeypatch.setattr(bench, "load", lambda: (replace(loaded, weights=weights), merged, config))
+    assert {option.partition("=")[0] for option in usual_grid(bench, given)} == varied
 
 
 @pytest.mark.parametrize("name", ["explain", "search"])
