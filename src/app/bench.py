@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from src.app.build import class_of
 from src.app.evaluate import IMAGES, prepared_scores, with_bytes
 from src.app.load import load_with
 from src.app.messages import check_names
-from src.app.options import CONF, check_options
+from src.app.options import CONF, RUN_OPTIONS, check_options
 from src.app.overrides import trusted_folders, with_guidance, written_out
 from src.app.sweep.jobs import composed, option_of
 from src.data.codec import Pixels, TruncatedPixels
@@ -27,6 +28,8 @@ from src.metrics.uncertainty import Interval, Z
 
 LOADED_BYTES = 1 << 30
 """Weights of loaded variants that are kept at once."""
+PLACES = {*RUN_OPTIONS, "folder", "path", "file", "root", "cache"}
+"""Arguments that name a run or a file. A record is untrusted and may not choose them."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,9 @@ class Bench:
 
 
 def overrides_of(group: str, description: str) -> list[str] | None:
-    """The options that make the part of a record, e.g. "DDIM(eta=0.5)"; None where they are not known.
+    """The options that make the part of a record, e.g. "DDIM(eta=0.5)"; None where they are not known or not allowed.
+
+    A record is untrusted: see `parsed_part` for what it may set.
 
     Args:
         group: the group of the configuration, e.g. "sampler".
@@ -204,7 +209,7 @@ def overrides_of(group: str, description: str) -> list[str] | None:
     best: list[str] | None = None
     for path in sorted((CONF / group).glob("*.yaml")):
         node = OmegaConf.to_container(OmegaConf.load(path))
-        if str(node.get("_target_", "")).rpartition(".")[2] != name:
+        if str(node.get("_target_", "")).rpartition(".")[2] != name or PLACES & node.keys():
             continue
         differing = {key: value for key, value in arguments.items() if node.get(key, ...) != value}
         options = [
@@ -216,15 +221,21 @@ def overrides_of(group: str, description: str) -> list[str] | None:
 
 
 def parsed_part(description: str) -> tuple[str, dict[str, Any]] | None:
-    """Class and arguments of a described part; only those arguments that its class of this project has."""
+    """Class and arguments of a described part; None if it is not of this form, or not allowed.
+
+    Allowed are the values of `in_hydra`, for arguments that name no run and no file (`PLACES`).
+    """
     try:
         call = ast.parse(description, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        arguments = {word.arg: _literal(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError):
+        arguments = {str(word.arg): _literal(word.value) for word in call.keywords}
+        arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
+        for value in arguments.values():
+            in_hydra(value)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # as of `ast.literal_eval`
         return None
-    return call.func.id, {name: value for name, value in arguments.items() if not name.startswith("_")}
+    return None if PLACES & arguments.keys() else (call.func.id, arguments)
 
 
 def _literal(node: ast.expr) -> Any:
@@ -235,14 +246,21 @@ def _literal(node: ast.expr) -> Any:
 
 
 def in_hydra(value: Any) -> str:
-    """A value as Hydra reads it on the command line."""
+    """A value as Hydra reads it on the command line.
+
+    Raises:
+        ValueError: it is no number, bool, None, word of letters, digits and "_.+-", or list of these. Other texts could
+            be interpolations, e.g. of an environment variable.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(map(in_hydra, value))}]"
-    return str(value)
+    if isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"[\w.+-]+", value)):
+        return str(value)
+    raise ValueError(f"{value!r} is no number and no word")
 
 
 def guided(merged: DictConfig) -> bool:

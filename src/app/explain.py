@@ -5,12 +5,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_options, parsed_part
 from src.app.build import trusting
+from src.app.environment import redacted
 from src.app.evaluate import IMAGES
 from src.app.overrides import trusted_packages
 from src.data.source import SPLITS
@@ -21,6 +24,43 @@ from src.runs.files import digest_of, write_json
 from src.training import post_hoc
 
 OWN = ("record", "axes")
+
+
+def _by_score(reference: Any) -> Any:
+    """The entry `reference` of several scores; that of one score gets the name ""."""
+    if not isinstance(reference, dict) or any(isinstance(each, dict) for each in reference.values()):
+        return reference
+    return {"": reference}
+
+
+class TheirReference(TypedDict, total=False):
+    """What is read of a reference."""
+
+    split: str
+
+
+class TheirRecipe(TypedDict, total=False):
+    """What is read of the recipe of a record; an entry that is missing is not known."""
+
+    weights: str
+    ema_decay: float | None
+    steps: int
+    sampler: str
+    spacing: str
+    clipping: str
+    variance: str
+    guidance: str
+    labels: str
+    seed: int
+
+
+class TheirProtocol(TypedDict, total=False):
+    """What is read of the protocol of a record, which may be written by hand; see `protocol_of`."""
+
+    num_images: int
+    reference: Annotated[dict[str, TheirReference | None] | None, BeforeValidator(_by_score)]
+    recipe: TheirRecipe | None
+    quantisation: str
 
 
 @dataclass(frozen=True)
@@ -49,18 +89,20 @@ def explain_scores(arguments: Sequence[str]) -> int:
         0.
 
     Raises:
-        UserError: a mistake in the arguments, or a record without the score.
+        UserError: a mistake in the arguments, or a record without the score or with an entry of a wrong type.
     """
     own, overrides = own_options(arguments, OWN)
     with trusting(trusted_packages(overrides)):
         bench = Bench(overrides)
+        given = own.get("record") not in (None, "null")
+        other = Record.read(Path(own["record"])) if given else None
+        theirs = protocol_from(other, own["record"]) if other else {}
         loaded, merged, config = bench.load()
-        other = Record.read(Path(own["record"])) if own.get("record") not in (None, "null") else None
         wanted = None
         if own.get("axes") not in (None, "null"):
             wanted = [name.strip() for name in own["axes"].strip("[]").split(",")]
         usual = other is None
-        axes = usual_axes(loaded, merged, config) if usual else axes_of_record(loaded, config, other)
+        axes = usual_axes(loaded, merged, config) if usual else axes_of_record(loaded, config, theirs)
         unknown = set(wanted or ()) - {axis.name for axis in axes}
         if unknown and other is None:
             names = ", ".join(axis.name for axis in axes)
@@ -71,6 +113,27 @@ def explain_scores(arguments: Sequence[str]) -> int:
         bench.all_codecs = any(axis.name == "bytes" for axis in axes)
         _run(bench, loaded, axes, other)
     return 0
+
+
+def protocol_from(record: Record, path: str) -> TheirProtocol:
+    """The entries of a record's protocol that are used here.
+
+    Args:
+        record: the record.
+        path: its file, for errors.
+
+    Raises:
+        UserError: an entry has a wrong type.
+    """
+    try:
+        return TypeAdapter(TheirProtocol).validate_python(record.protocol, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("protocol", *first["loc"]) if part != "")
+        raise UserError(
+            f"record={path}: {where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}; correct it or leave"
+            " it out"
+        ) from None
 
 
 def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | None) -> None:
@@ -94,14 +157,14 @@ def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | 
         try:
             rows.append(_row(axis, bench.score(axis.options), base, gap))
         except UserError as error:
-            rows.append(_row(axis, error=str(error)))
+            rows.append(_row(axis, error=redacted(str(error))))
     possible = [axis for axis in axes if axis.options is not None]
     if other is not None and len(possible) > 1:
         together = Axis("all of them", "", "", tuple(o for axis in possible for o in joint(axis, possible)))
         try:
             rows.append(_row(together, bench.score(together.options), base, gap))
         except UserError as error:
-            rows.append(_row(together, error=str(error)))
+            rows.append(_row(together, error=redacted(str(error))))
     _print(rows, name, gap)
     content = {
         "score": name,
@@ -163,15 +226,16 @@ def _row(
 
 def _print(rows: Sequence[dict[str, Any]], name: str, gap: float | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("axis", "from", "to", name, "change", *(["share of gap"] if gap else []), "sampled")
     with_change = [row for row in rows if "change" in row and row["axis"] != "all of them"]
     ordered = sorted(with_change, key=lambda row: -abs(row["change"]))
     for row in [*ordered, *(row for row in rows if row not in ordered)]:
-        cells = [row["axis"], row["before"], row["after"]]
+        cells = [row["axis"], escape(row["before"]), escape(row["after"])]
         if "change" not in row:
-            table.add_row(*cells, f"[red]{row['error']}")
+            table.add_row(*cells, f"[red]{escape(row['error'])}")
             continue
         half = row["half_interval"]
         change = printed(row["change"], None if half is None else (-half, half))
@@ -223,10 +287,10 @@ def _other_weights(loaded: LoadedRun, config: DictConfig) -> tuple[str, tuple[st
     return "raw", ("weights=raw",)
 
 
-def axes_of_record(loaded: LoadedRun, config: DictConfig, other: Record) -> list[Axis]:
+def axes_of_record(loaded: LoadedRun, config: DictConfig, protocol: TheirProtocol) -> list[Axis]:
     """The axes along which a run's evaluation differs from the protocol of another record."""
     mine = loaded.record(0)
-    theirs: dict[str, Any] = other.protocol.get("recipe") or {}
+    theirs: TheirRecipe = protocol.get("recipe") or {}
     axes: list[Axis] = []
 
     def differ(name: str, key: str) -> bool:
@@ -234,8 +298,8 @@ def axes_of_record(loaded: LoadedRun, config: DictConfig, other: Record) -> list
 
     if differ("weights", "weights") or differ("weights", "ema_decay"):
         axes.append(_weights_axis(loaded, mine, theirs))
-    steps = int(theirs.get("steps", mine["steps"]))
     if differ("steps", "steps"):
+        steps = theirs["steps"]
         axes.append(Axis("steps", str(mine["steps"]), str(steps), (f"sampler.steps={steps}",)))
     if differ("sampler", "sampler"):
         made = overrides_of("sampler", theirs["sampler"])
@@ -249,31 +313,32 @@ def axes_of_record(loaded: LoadedRun, config: DictConfig, other: Record) -> list
         axes += _guidance_axes(mine["guidance"], theirs["guidance"])
     if differ("labels", "labels"):
         axes.append(Axis("labels", mine["labels"], theirs["labels"], _labels(theirs["labels"])))
-    quantisation = str(other.protocol.get("quantisation", loaded.recipe.codec.describe()))
+    quantisation = protocol.get("quantisation", loaded.recipe.codec.describe())
     if quantisation != loaded.recipe.codec.describe():
         how = "truncate" if "truncated" in quantisation else "round"
         axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
-    axes += _set_axes(loaded, config, other)
+    axes += _set_axes(config, protocol)
     seed = theirs.get("seed", config.seed)
     if seed != config.seed:
         axes.append(Axis("seed", str(config.seed), str(seed), (f"seed={seed}",)))
     return axes
 
 
-def _weights_axis(loaded: LoadedRun, mine: dict[str, Any], theirs: dict[str, Any]) -> Axis:
-    def words(record: dict[str, Any]) -> str:
-        decay = record.get("ema_decay")
-        return f"{record['weights']}" + (f" decay {decay:g}" if decay else "")
+def _weights_axis(loaded: LoadedRun, mine: dict[str, Any], theirs: TheirRecipe) -> Axis:
+    def words(weights: str, decay: float | None) -> str:
+        return weights + (f" decay {decay:g}" if decay else "")
 
     options: tuple[str, ...] | None = None
-    length = re.match(r"ema std=([\d.e-]+)", theirs["weights"])
-    if theirs["weights"] == "raw":
+    name = theirs.get("weights")
+    length = re.match(r"ema std=(\d+(?:\.\d+)?(?:e-?\d+)?)", name or "")
+    if name == "raw":
         options = ("weights=raw",)
     elif length and post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER):
         options = (f"weights={length[1]}",)
-    elif theirs["weights"] == "ema" and mine["weights"] == "raw":
+    elif name == "ema" and mine["weights"] == "raw":
         options = ("weights=ema",)
-    return Axis("weights", words(mine), words({**mine, **theirs}), options)
+    before = words(mine["weights"], mine["ema_decay"])
+    return Axis("weights", before, words(name or "not known", theirs.get("ema_decay")), options)
 
 
 def _guidance_axes(mine: str, theirs: str) -> list[Axis]:
@@ -301,26 +366,25 @@ def _guidance_axes(mine: str, theirs: str) -> list[Axis]:
 
 
 def _labels(description: str) -> tuple[str, ...] | None:
-    if "drawn" in description:
+    if "label drawn" in description:
         return ("labels=random",)
-    if " mod " in description and "entry" not in description:
+    if "label i mod " in description:
         return ("labels=balanced",)
-    entries = re.search(r"of (\[.*\])", description)
+    # numbers only: the record is untrusted
+    entries = re.search(r"of (\[[0-9]+(?:, ?[0-9]+)*\])$", description)
     return (f"labels={entries[1].replace(' ', '')}",) if entries else None
 
 
-def _set_axes(loaded: LoadedRun, config: DictConfig, other: Record) -> list[Axis]:
+def _set_axes(config: DictConfig, protocol: TheirProtocol) -> list[Axis]:
     axes = []
-    reference = other.protocol.get("reference") or {}
-    if "split" not in reference:  # of several scores: all have one split, or none is the axis
-        splits = {each["split"] for each in reference.values() if isinstance(each, dict)}
-        reference = next(iter(reference.values())) if len(splits) == 1 else {}
-    split = reference.get("split")
+    # of several scores: all have one split, or none is the axis
+    splits = {each.get("split") for each in (protocol.get("reference") or {}).values() if each}
+    split = splits.pop() if len(splits) == 1 else None
     before = config.reference or "train"
     if split and split != before:
         options = (f"reference={split}",) if split in SPLITS else None
         axes.append(Axis("reference", before, split, options))
-    mine, n = config.n or IMAGES, other.protocol.get("num_images")
+    mine, n = config.n or IMAGES, protocol.get("num_images")
     if n and n != mine:
         axes.append(Axis("n", str(mine), str(n), (f"n={n}",)))
     return axes

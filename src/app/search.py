@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.app.bench import Bench, Scored, own_options
-from src.app.build import trusting
+from src.app.build import class_of, trusting
+from src.app.environment import redacted
 from src.app.evaluate import IMAGES
 from src.app.overrides import trusted_packages, written_out
 from src.app.sweep.jobs import combinations, option_of
+from src.diffusion.guidance import ClassifierFree
 from src.errors import UserError
 from src.runs.files import digest_of, write_json
 from src.training import post_hoc
@@ -69,9 +71,12 @@ def search(arguments: Sequence[str]) -> int:
         raise UserError(f"budget={own['budget']}: give a share of the full grid in (0, 1]")
     overrides = [part for argument in overrides for part in written_out(argument)]
     with trusting(trusted_packages(overrides)):
-        if len(combinations(overrides)) < 2:
+        usual = len(combinations(overrides)) < 2
+        if usual:
             overrides += usual_grid(Bench(overrides), overrides)
         candidates = [Candidate(options, varied) for options, varied in combinations(overrides)]
+        if usual:
+            candidates = without_repeats(candidates)
         print(f"search      {len(candidates)} combinations")
         names = {option.partition("=")[0] for candidate in candidates for option in candidate.varied}
         if fixed := names & {"n", "seed", "run", "reference", "metrics", "bytes"}:
@@ -87,19 +92,41 @@ def search(arguments: Sequence[str]) -> int:
 def usual_grid(bench: Bench, given: Sequence[str]) -> list[str]:
     """Options with several values for a command line that has none: EMA length, guidance, interval, sampler, steps.
 
+    Weights are varied if the run has averages. Guidance is varied if it is none or classifier-free: its options would
+    replace another kind.
+
     Args:
         bench: the run.
         given: the options of the command line, which keep their values.
     """
-    loaded, _, _ = bench.load()
-    snapshots = post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER)
-    grid = {"weights": "0.05,0.1,0.15" if snapshots else "ema,raw"}
+    loaded, merged, config = bench.load()
+    names = {option_of(option) for option in given}
+    grid = {}
+    if post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER):
+        grid["weights"] = "0.05,0.1,0.15"
+    elif loaded.weights not in ("raw", "imported"):
+        grid["weights"] = "ema,raw"
     conditioning = loaded.recipe.conditioning
-    if conditioning is not None and conditioning.dropout:
+    if "guidance" in names:
+        varies = class_of(config.guidance) is ClassifierFree
+    else:
+        kind = class_of(merged.guidance)
+        varies = kind is None or (kind is ClassifierFree and not merged.guidance.get("rescale"))
+    if varies and conditioning is not None and conditioning.dropout:
         grid |= {"guidance.scale": "1,1.5,2,3", "guidance.interval": "null,[0.2,5]"}
     grid |= {"sampler": "ddim,ddpm,dpmpp_2m", "sampler.steps": "10,20,50"}
-    names = {option_of(option) for option in given}
     return [f"{name}={values}" for name, values in grid.items() if name not in names]
+
+
+def without_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One candidate for all intervals of classifier-free guidance with scale 1, which is none."""
+    found: dict[tuple[str, ...], Candidate] = {}
+    for candidate in candidates:
+        key = candidate.options
+        if "guidance.scale=1" in key:
+            key = tuple(option for option in key if option_of(option) != "guidance.interval")
+        found.setdefault(key, candidate)
+    return list(found.values())
 
 
 def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) -> None:
@@ -121,7 +148,7 @@ def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
                 candidate.scored = bench.score(candidate.varied, size)
                 candidate.cost = candidate.scored.evaluations
             except UserError as error:
-                candidate.error = str(error)
+                candidate.error = redacted(str(error))
         alive = ranked(bench, [candidate for candidate in alive if candidate.error is None])
         if not alive:
             raise UserError(f"no combination is possible: {candidates[0].error}")
@@ -179,6 +206,7 @@ def ranked(bench: Bench, candidates: Sequence[Candidate]) -> list[Candidate]:
 def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) -> None:
     """Prints and writes the result."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     full = ranked(bench, [c for c in candidates if c.scored and c.scored.n == n and c.error is None])
@@ -192,7 +220,7 @@ def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
             change, half = candidate.scored.minus(best.scored)
             difference = f"{change:+.3g} ± {half:.2g}"
         table.add_row(
-            " ".join(candidate.varied),
+            escape(" ".join(candidate.varied)),
             candidate.scored.text(),
             str(candidate.scored.n),
             str(candidate.cost),
@@ -200,7 +228,7 @@ def publish(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
         )
     for candidate in candidates:
         if candidate.error:
-            table.add_row(" ".join(candidate.varied), f"[red]{candidate.error}")
+            table.add_row(escape(" ".join(candidate.varied)), f"[red]{escape(candidate.error)}")
     Console(width=None if Console().is_terminal else 180).print(table)
     used = sum(c.scored.n * c.cost for c in candidates if c.scored)
     grid = n * sum(c.cost for c in candidates if c.scored)

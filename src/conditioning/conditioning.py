@@ -23,6 +23,7 @@ class Conditioning(ABC):
     Attributes:
         kinds: the kinds of condition the network must read, out of "labels", "tokens" and "image".
         period: number of images after which the conditions of a sampling run repeat; None if they do not.
+        reads_validation: whether the conditions of a sampling run come from the data's validation split.
 
     Raises:
         ValueError: dropout is out of range.
@@ -30,6 +31,7 @@ class Conditioning(ABC):
 
     kinds: frozenset[str] = frozenset()
     period: int | None = None
+    reads_validation: bool = False
 
     def __init__(self, dropout: float = 0.0):
         if not 0 <= dropout < 1:

@@ -32,6 +32,7 @@ class LowResolution(Conditioning):
     """
 
     kinds = frozenset({"image"})
+    reads_validation = True
 
     def __init__(
         self,

@@ -98,6 +98,10 @@ class ByText(Conditioning):
         """The width of a token's embedding."""
         return self.encoder.width
 
+    @property
+    def reads_validation(self):
+        return self.prompts is None
+
     def texts(self, indices):
         prompts = self._prompts()
         return [prompts[i % len(prompts)] for i in indices]

@@ -67,7 +67,9 @@ class _Several(Codec):
 
 
 class FeatureBank:
-    """Features by checkpoint, weights and recipe. Image i depends only on these and i, so that more images add to them.
+    """Features by checkpoint, weights, recipe and, if conditions come from it, the data's validation split.
+
+    Image i depends only on these and i, so that more images add to them.
 
     Args:
         folder: where they are kept; None for memory only.
@@ -127,7 +129,13 @@ class FeatureBank:
         path = loaded.found.checkpoint
         if path not in self._hashes:
             self._hashes[path] = file_sha256(path)
-        return {"checkpoint": self._hashes[path], **loaded.record(evaluations=0)}
+        identity = {"checkpoint": self._hashes[path], **loaded.record(evaluations=0)}
+        conditioning = loaded.recipe.conditioning
+        if conditioning is not None and conditioning.reads_validation:
+            # the data may have moved (data.root), or changed in their place
+            loaded.source.prepare()
+            identity["validation"] = loaded.source.fingerprint("validation")
+        return identity
 
     def _sample(
         self, loaded: LoadedRun, scores: ScoreSet, numbers: range, batch_size: int, codecs: Sequence[Codec]

@@ -7,7 +7,8 @@ import torch
 
 from src.app.bench import Bench, Scored, in_hydra, overrides_of
 from src.app.explain import _guidance_axes, _labels
-from src.app.search import Candidate, affordable, rungs
+from src.app.search import Candidate, affordable, rungs, without_repeats
+from src.app.sweep.jobs import combinations
 from src.diffusion.sampler import DDIM, DDPM, Heun
 from src.diffusion.spacing import Trailing
 from src.evaluation.record import Record
@@ -33,6 +34,15 @@ from src.metrics.uncertainty import by_influences
         ("sampler", "their own sampler", None),
         ("sampler", "Unknown(a=1)", None),
         ("sampler", "DDIM(eta=__import__('os'))", None),
+        ("sampler", "DDIM(eta='${oc.env:TOKEN}')", None),
+        ("sampler", "DDIM(eta=[0, '${oc.env:TOKEN}'])", None),
+        ("sampler", "DDIM(eta={'a': 1})", None),
+        ("sampler", "DDIM(eta='1,2')", None),
+        ("sampler", "DDIM(**{'eta': '${oc.env:TOKEN}'})", None),
+        ("sampler", "DDIM(folder='other')", None),
+        ("guidance", "AutoGuidance(run='/other', scale=2.0)", None),
+        ("guidance", "AutoGuidance(scale=2.0)", None),
+        ("guidance", "ClassifierFree(interval=['${oc.env:TOKEN}', 5.0])", None),
     ],
 )
 def test_a_part_of_a_record_becomes_options(group, description, options):
@@ -41,6 +51,9 @@ def test_a_part_of_a_record_becomes_options(group, description, options):
 
 def test_values_for_hydra():
     assert in_hydra([None, True, 1.5, "a"]) == "[null,true,1.5,a]"
+    for value in ("${oc.env:TOKEN}", "a b", "choice(1)", "", {}, b"a", ["a,b"]):
+        with pytest.raises(ValueError, match="no word"):
+            in_hydra(value)
 
 
 def test_strength_and_interval_of_guidance_are_separate_axes():
@@ -51,6 +64,8 @@ def test_strength_and_interval_of_guidance_are_separate_axes():
     assert (strength.name, interval.name) == ("guidance", "interval")
     assert set(strength.options) >= {"guidance.scale=3.0", "guidance.interval=null"}
     assert set(interval.options) >= {"guidance=classifier_free", "guidance.interval=[0.2,5.0]"}
+    (unsafe,) = _guidance_axes(text(2.0, None), text(3.0, ["${oc.env:TOKEN}", 5.0]))
+    assert unsafe.options is None
     (only,) = _guidance_axes("none", text(2.0, None))
     assert only.options == ("guidance=classifier_free",)
 
@@ -60,6 +75,8 @@ def test_labels_of_a_record():
     assert _labels("image i has label i mod 10") == ("labels=balanced",)
     assert _labels("image i has entry i mod 3 of [3, 5, 5]") == ("labels=[3,5,5]",)
     assert _labels("none") is None
+    assert _labels("image i has entry i mod 1 of [${oc.env:TOKEN}]") is None
+    assert _labels("image i has text i mod 2 of ['a', 'b'], encoded by CLIP") is None
 
 
 def test_options_of_a_variant_replace_those_of_all():
@@ -91,6 +108,13 @@ def test_differences_on_common_noise_are_compared_image_by_image():
     # a part of the same images: the mean over 400 minus that over the first 100
     _, nested = scored(common[:100]).minus(scored(common))
     assert nested == pytest.approx(1.96 * math.sqrt(1 / 100 - 1 / 400), rel=0.2)
+
+
+def test_the_usual_grid_has_no_intervals_of_scale_one():
+    grid = ["guidance.scale=1,1.5", "guidance.interval=null,[0.2,5]", "sampler.steps=5,10"]
+    found = without_repeats([Candidate(*each) for each in combinations(grid)])
+    assert len(found) == 6
+    assert {c.varied[1] for c in found if c.varied[0] == "guidance.scale=1"} == {"guidance.interval=null"}
 
 
 def test_rungs_double():

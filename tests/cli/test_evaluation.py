@@ -1,6 +1,7 @@
 """src.evaluate with given images, src.explain and src.search, from the command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,102 @@ def test_explain_finds_what_differs(command, run, tmp_path, capsys):
     assert "sampled     0 images" in capsys.readouterr().out
 
 
+def explained(command, run, tmp_path, recipe, **protocol):
+    """Exit status of src.explain with a record written by hand, and the content of explain.json."""
+    for old in run.glob("scores/explain_*/explain.json"):
+        old.unlink()
+    record = tmp_path / "theirs.json"
+    protocol = {"recipe": recipe, **protocol}
+    record.write_text(json.dumps({"scores": {"fd_digits": 3.0}, "protocol": protocol}))
+    options = ["n=64", "sampler=ddim", "sampler.steps=2", "metrics=fd_digits"]
+    status = command("explain", f"run={run}", f"record={record}", *options)
+    return status, "".join(path.read_text() for path in run.glob("scores/explain_*/explain.json"))
+
+
+def test_explain_resolves_nothing_from_a_record(command, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "hunter2secret")
+    recipe = {
+        "sampler": "DDIM(eta='${oc.env:TOKEN}')",
+        "spacing": "Leading(offset='${oc.env:TOKEN}')",
+        "clipping": "StaticClipping(bound='${oc.env:TOKEN}') [/red]",
+        "guidance": "AutoGuidance(run='${oc.env:TOKEN}', scale=2.0)",
+        "labels": "image i has entry i mod 1 of [${oc.env:TOKEN}]",
+        "weights": "ema std=${oc.env:TOKEN}",
+    }
+    status, written = explained(command, run, tmp_path, recipe)
+    assert status == 0
+    printed = capsys.readouterr()
+    assert "hunter2secret" not in printed.out + printed.err + written
+    rows = {row["axis"]: row for row in json.loads(written)["axes"]}
+    assert set(rows) == set(recipe)
+    assert all(row["error"] == "cannot be made from the record" for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("protocol", "entry"),
+    [
+        ({"recipe": {"steps": "18 steps"}}, "protocol.recipe.steps"),
+        ({"recipe": {"steps": 1.5}}, "protocol.recipe.steps"),
+        ({"recipe": {"weights": 0.07}}, "protocol.recipe.weights"),
+        ({"recipe": {"sampler": 3}}, "protocol.recipe.sampler"),
+        ({"recipe": {"labels": ["a"]}}, "protocol.recipe.labels"),
+        ({"recipe": {"seed": "${oc.env:TOKEN}"}}, "protocol.recipe.seed"),
+        ({"recipe": "x"}, "protocol.recipe"),
+        ({"reference": "cifar10"}, "protocol.reference"),
+        ({"reference": {"split": 3}}, "protocol.reference.split"),
+        ({"reference": {"fid": {"split": 3}}}, "protocol.reference.fid.split"),
+        ({"num_images": "50k"}, "protocol.num_images"),
+        ({"quantisation": {}}, "protocol.quantisation"),
+    ],
+)
+def test_a_record_with_a_mistyped_entry_is_one_line(command, run, tmp_path, capsys, protocol, entry):
+    status, written = explained(command, run, tmp_path, **{"recipe": {}, **protocol})
+    assert (status, written) == (2, "")
+    assert_one_line(capsys.readouterr().err, [f"record={tmp_path / 'theirs.json'}: {entry}: "])
+
+
+def test_missing_entries_of_a_record_are_not_known(command, run, tmp_path):
+    status, written = explained(command, run, tmp_path, {"ema_decay": 0.5}, reference={"data": "digits"})
+    assert status == 0
+    (row,) = json.loads(written)["axes"]
+    assert (row["axis"], row["after"]) == ("weights", "not known decay 0.5")
+    assert row["error"] == "cannot be made from the record"
+    # several scores, of which one has no reference
+    reference = {"fd_digits": {"data": "digits", "split": "test"}, "accuracy_digits": None}
+    status, written = explained(command, run, tmp_path, None, reference=reference)
+    assert status == 0
+    (row,) = json.loads(written)["axes"]
+    assert (row["axis"], row["after"]) == ("reference", "test")
+    assert "change" in row
+
+
+def test_errors_of_variants_show_no_values_of_the_environment(command, run, tmp_path, capsys, monkeypatch):
+    from src.app.bench import Bench
+    from src.app.environment import environment
+    from src.errors import UserError
+
+    monkeypatch.setenv("TOKEN", "hunter2secret")
+    score = Bench.score
+
+    def fails(self, extra=(), n=None):
+        if "sampler.steps=3" not in extra:
+            return score(self, extra, n)
+        with environment.revealed():
+            raise UserError(f"no file {environment('TOKEN')}")
+
+    monkeypatch.setattr(Bench, "score", fails)
+    status, written = explained(command, run, tmp_path, {"steps": 3})
+    assert status == 0
+    grid = ["sampler.steps=2,3", "n=64", "metrics=fd_digits", "budget=1"]
+    assert command("search", f"run={run}", *grid) == 0
+    printed = capsys.readouterr()
+    (path,) = run.glob("scores/search_*/search.json")
+    written += path.read_text()
+    path.unlink()
+    assert written.count("no file ${oc.env:TOKEN}") == 2
+    assert "hunter2secret" not in printed.out + printed.err + written
+
+
 def test_explain_without_a_record_tries_the_usual_axes(command, run, capsys):
     options = ["n=80", "sampler.steps=2", "metrics=fd_digits"]
     assert command("explain", f"run={run}", *options, "axes=[weights,bytes]") == 0
@@ -211,6 +308,51 @@ def test_search_has_a_usual_grid(run):
         "guidance.interval=null,[0.2,5]",
         "sampler=ddim,ddpm,dpmpp_2m",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "varied"),
+    [
+        (["guidance=classifier_free"], {"weights", "guidance.scale", "guidance.interval"}),
+        (["guidance.scale=2"], {"weights", "guidance.interval"}),
+        (["guidance=none"], {"weights"}),
+        (["guidance=projected"], {"weights"}),
+        (["weights=raw", "guidance=auto", "guidance.run=RUN"], set()),
+    ],
+)
+def test_the_usual_grid_has_only_what_the_choices_allow(run, given, varied):
+    from src.app.bench import Bench
+    from src.app.search import usual_grid
+
+    given = [
+        f"run={run}",
+        "sampler=ddim",
+        "sampler.steps=5",
+        *(each.replace("RUN", str(run)) for each in given),
+    ]
+    assert {option.partition("=")[0] for option in usual_grid(Bench(given), given)} == varied
+
+
+@pytest.mark.parametrize(
+    ("weights", "guidance", "varied"),
+    [
+        ("raw", None, {"guidance.scale", "guidance.interval"}),
+        ("imported", "AutoGuidance", set()),
+        ("ema", "ClassifierGuidance", {"weights"}),
+        ("ema", "ClassifierFree", {"weights", "guidance.scale", "guidance.interval"}),
+    ],
+)
+def test_the_usual_grid_keeps_to_what_the_run_has(run, monkeypatch, weights, guidance, varied):
+    from src.app.bench import Bench
+    from src.app.search import usual_grid
+
+    given = [f"run={run}", "sampler=ddim", "sampler.steps=5"]
+    bench = Bench(given)
+    loaded, merged, config = bench.load()
+    merged = merged.copy()
+    merged.guidance = guidance and {"_target_": f"src.diffusion.guidance.{guidance}"}
+    monkeypatch.setattr(bench, "load", lambda: (replace(loaded, weights=weights), merged, config))
+    assert {option.partition("=")[0] for option in usual_grid(bench, given)} == varied
 
 
 @pytest.mark.parametrize("name", ["explain", "search"])
