@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from src.app import export
 from src.app.load import load_with
 from src.diffusion.sampler import ReplayedNoise
 from tests.cli.test_training import checkpoint
@@ -145,6 +146,25 @@ def test_torch_program_is_loaded_without_this_framework(by_class, command, tmp_p
     card = (tmp_path / "out/README.md").read_text()
     assert "-1 for no class" in card
     assert "c_skip" in card
+
+
+def test_a_failed_check_leaves_nothing(run, command, tmp_path, monkeypatch, capsys):
+    def write(network, folder):
+        (folder / "network.pt2").touch()
+        return difference
+
+    monkeypatch.setattr(export.programs, "write_program", write)
+    before, difference = set(tmp_path.iterdir()), 0.1
+    assert command("export", f"run={run}", "format=torch", "out=out") == 2
+    assert "differs from the run's by 1.0e-01" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+    difference = 0.0
+    (tmp_path / "empty").mkdir()
+    for out in ("out", "empty"):
+        assert command("export", f"run={run}", "format=torch", f"out={out}") == 0
+        assert {path.name for path in (tmp_path / out).iterdir()} == {"network.pt2", "README.md"}
+        assert f'load("{out}/network.pt2")' in (tmp_path / out / "README.md").read_text()
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out", tmp_path / "empty"}
 
 
 @pytest.mark.slow
