@@ -118,12 +118,11 @@ def test_the_trial_is_silent_and_reads_no_weights(tmp_path, monkeypatch, caplog)
             module=None, trainer=SimpleNamespace(world_size=1), data=SimpleNamespace(source=None)
         )
 
-    monkeypatch.delenv(of_app.CHOSEN, raising=False)
+    monkeypatch.setenv(of_app.CHOSEN, "")  # restored after the test
     monkeypatch.setattr(of_app, "assemble", assembled)
     monkeypatch.setattr(of_app, "fitting_batch", lambda *_: 8)
     config = composed("train", "max_device_batch=auto", "init=another", "batch_size=32")
     assert of_app.with_fitting_batch(config, tmp_path).init == "another"
-    monkeypatch.delenv(of_app.CHOSEN)
     assert trials[0].init is None
     assert "repeated" not in caplog.text
 
