@@ -8,8 +8,10 @@ from omegaconf import DictConfig
 
 from src.app.assemble import assemble
 from src.errors import UserError
+from src.runs.output import silent
 from src.training.device_batch import fitting_batch
 from src.training.reading import read_checkpoint
+from src.training.sharded import NAME as SHARDED
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,13 @@ def with_fitting_batch(config: DictConfig, folder: Path) -> DictConfig:
         folder: the run's folder.
 
     Raises:
-        UserError: not even one image fits, or there are several machines, which might choose differently.
+        UserError: not even one image fits; there are several machines, which might choose differently; or the network
+            is divided among the devices, which the trial does not do.
     """
     if config.max_device_batch != "auto":
         return config
+    if config.trainer.get("strategy") == SHARDED:
+        raise UserError("max_device_batch=auto: trainer=fsdp divides the network; give a number")
     if config.trainer.num_nodes != 1:
         raise UserError("max_device_batch=auto: several machines need the same number; give it")
     fixed = config.copy()
@@ -46,7 +51,9 @@ def with_fitting_batch(config: DictConfig, folder: Path) -> DictConfig:
     else:
         trial = config.copy()
         trial.compile, trial.logger, trial.callbacks, trial.metrics = False, {}, {}, {}
-        experiment = assemble(trial, folder)
+        trial.init = None  # the memory does not depend on the weights
+        with silent():  # the training is assembled again, with all its messages
+            experiment = assemble(trial, folder)
         size = fitting_batch(experiment.module, experiment.trainer, experiment.data.source)
         fixed.max_device_batch = size
         whole = config.batch_size // experiment.trainer.world_size

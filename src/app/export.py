@@ -1,8 +1,10 @@
 """The job of `src.export`: a run's network in formats of other libraries, with a model card."""
 
 import logging
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
@@ -43,28 +45,35 @@ def export(config: DictConfig) -> dict[str, float]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={config.out}: it exists and is not empty; choose a new folder")
     loaded, _ = load_with(config)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        usage = WRITERS[config.format](loaded, out)
-    except ValueError as error:
-        raise UserError(f"format={config.format}: {error}") from None
-    finally:
-        if not any(out.iterdir()):
-            out.rmdir()
-    write_atomically(out / "README.md", card_of(loaded, config.format, usage).text().encode())
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    place = out.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # beside `out`, so that a refusal or a failed check leaves nothing, and the next attempt is not refused
+    with TemporaryDirectory(prefix=f".{place.name}_", dir=place.parent) as temporary:
+        folder = Path(temporary) / "exported"  # with the usual permissions, which the temporary one has not
+        folder.mkdir()
+        try:
+            usage = WRITERS[config.format](loaded, folder, out)
+        except ValueError as error:
+            raise UserError(f"format={config.format}: {error}") from None
+        write_atomically(folder / "README.md", card_of(loaded, config.format, usage).text().encode())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if place.exists():  # empty; it may be the working directory or a mount
+            for path in folder.iterdir():
+                shutil.move(path, place)
+        else:
+            folder.rename(place)
     log.info("%s", f"written     {out}, {size / 1e6:.1f} MB\n{usage}")
     return {}
 
 
-def to_diffusers(loaded: LoadedRun, out: Path) -> str:
-    """A folder of diffusers; returns how to use it."""
+def to_diffusers(loaded: LoadedRun, folder: Path, out: Path) -> str:
+    """Writes a folder of diffusers that will lie at `out`; returns how to use it."""
     recipe, denoiser = loaded.recipe, loaded.denoiser
     if recipe.codec.shape != recipe.codec.image_shape:
         raise ValueError("codec: DDPMPipeline and DDIMPipeline make pixels, and this run makes latents")
     bound = pipelines.bound_of(recipe.wrappers)
     name, _ = pipelines.scheduler_config(denoiser, recipe.sampler, recipe.spacing, bound)
-    pipelines.write_pipeline(denoiser, recipe.sampler, recipe.spacing, bound, out)
+    pipelines.write_pipeline(denoiser, recipe.sampler, recipe.spacing, bound, folder)
     if denoiser.network.num_classes:
         log.warning(
             "classes: DDPMPipeline and DDIMPipeline pass no classes; the model card has the loop that does"
@@ -76,15 +85,15 @@ def to_diffusers(loaded: LoadedRun, out: Path) -> str:
     return DDIM.format(out=out, steps=recipe.steps, eta=eta, clipped=bound is not None)
 
 
-def to_torch(loaded: LoadedRun, out: Path) -> str:
-    """A program of torch.export; returns how to use it."""
-    check_difference(programs.write_program(loaded.denoiser.network.cpu(), out))
+def to_torch(loaded: LoadedRun, folder: Path, out: Path) -> str:
+    """Writes a program of torch.export that will lie in `out`; returns how to use it."""
+    check_difference(programs.write_program(loaded.denoiser.network.cpu(), folder))
     return TORCH.format(out=out, file=programs.PROGRAM, inputs=inputs_of(loaded))
 
 
-def to_onnx(loaded: LoadedRun, out: Path) -> str:
-    """A model of ONNX; returns how to use it."""
-    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), out))
+def to_onnx(loaded: LoadedRun, folder: Path, out: Path) -> str:
+    """Writes a model of ONNX that will lie in `out`; returns how to use it."""
+    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), folder))
     return ONNX.format(out=out, file=programs.ONNX, inputs=inputs_of(loaded))
 
 

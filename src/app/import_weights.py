@@ -55,7 +55,7 @@ def import_weights(arguments: Sequence[str]) -> None:
     check_names("train", overrides, [CONF, *trusted_folders(overrides)])
     if not any(a.startswith("data=") for a in overrides):
         raise UserError("data is missing: name the images that the network was trained on, e.g. data=cifar10")
-    out = Path(options["out"])
+    out = Path(options["out"]).expanduser()
     if checkpoints_by_step(out / CHECKPOINTS):
         raise UserError(f"out={out}: this folder holds a run already; choose another")
     source = Path(options["source"]).expanduser()
@@ -171,8 +171,9 @@ def check_fit(config: DictConfig, network: Network, ours: dict[str, Tensor]) -> 
     """
     source = source_of(config)
     codec = codec_of(config, source)
-    channels, height, _ = codec.shape
-    if channels != network.channels or network.side not in (None, height):
+    channels, *sides = codec.shape
+    square = network.side is None or sides == [network.side] * 2
+    if channels != network.channels or not square:
         wanted = f"{network.channels} channels" + (
             f" and {network.side} pixels a side" if network.side else ""
         )

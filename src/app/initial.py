@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from src.app.options import effect_of
 from src.app.restore import config_of, weights_of
 from src.errors import UserError
 from src.runs.files import file_sha256
@@ -56,7 +57,7 @@ def initialise(network: nn.Module, config: DictConfig) -> dict[str, Any]:
         if unfit:
             log.warning("init: %d parts do not fit and start untrained: %s", len(unfit), _listed(unfit))
         for group in MEANING:
-            before, after = (_as_text(each.get(group)) for each in (own, config))
+            before, after = (_as_text(each.get(group), group) for each in (own, config))
             if before != after:
                 log.warning(
                     "init: the weights were trained with another %s: %s, now %s", group, before, after
@@ -91,9 +92,15 @@ def _listed(unfit: Mapping[str, str]) -> str:
     return ", ".join(words) + more
 
 
-def _as_text(node: Any) -> str:
-    if not node:
-        return "none"
-    numbers = OmegaConf.to_container(node, resolve=True)
-    words = [f"{name}={value}" for name, value in numbers.items() if name != "_target_"]
-    return f"{str(numbers.get('_target_')).rpartition('.')[2]}({', '.join(words)})"
+def _as_text(node: Any, group: str) -> str:
+    """The class of a group and the options that make it another experiment, so not where a cache lies."""
+    return _called(OmegaConf.to_container(node, resolve=True), group) if node else "none"
+
+
+def _called(options: dict[str, Any], name: str) -> str:
+    words = []
+    for key, value in options.items():
+        option = f"{name}.{key}"
+        if key != "_target_" and effect_of(option) == "experiment":
+            words.append(f"{key}={_called(value, option) if isinstance(value, dict) else value}")
+    return f"{str(options.get('_target_', '')).rpartition('.')[2]}({', '.join(words)})"

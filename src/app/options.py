@@ -482,7 +482,12 @@ def check_values(options: tuple[Option, ...], given: dict[str, str]) -> dict[str
             raise UserError(f"{option.name} is missing: give {option.name}=...")
         value = given.get(option.name, option.default)
         if option.kind is not str and option.name in given:
-            value = yaml.safe_load(value)
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(
+                    f"{option.name}={value}: this is no YAML; quote it, or give a plain value"
+                ) from None
         check_value(option.annotation(), value, option.name)
         values[option.name] = value
     return values

@@ -43,7 +43,7 @@ def unet_config(network: nn.Module) -> dict[str, Any]:
     ):
         if getattr(network, part) is not None:
             raise ValueError(
-                f"{option} has no counterpart in UNet2DModel: choose format=torch or format=onnx"
+                f"{option} has no counterpart in UNet2DModel, and format=torch and format=onnx refuse it too"
             )
     widths = [level[0].conv1.out_channels for level in network.encoder]
     if network.conv_in.out_channels != widths[0]:

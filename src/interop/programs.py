@@ -19,7 +19,7 @@ class Bare(nn.Module):
         network: reads at most labels.
 
     Raises:
-        ValueError: it reads tokens or images.
+        ValueError: it reads tokens or images, or the label of a second time.
     """
 
     def __init__(self, network: Network):
@@ -28,6 +28,8 @@ class Bare(nn.Module):
             raise ValueError(
                 f"conditioning: the network reads {', '.join(other)}, and only networks of labels are exported"
             )
+        if network.second_time:  # without its label, the program would be the flow alone
+            raise ValueError("model.second_time=true: networks with a second time are not exported")
         self.network = network
 
     def forward(self, x: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -51,7 +53,7 @@ def exported(network: Network) -> torch.export.ExportedProgram:
     """The network's graph for batches of any size, weights included.
 
     Raises:
-        ValueError: the network is conditioned on more than classes.
+        ValueError: the network is conditioned on more than classes, or has a second time.
     """
     inputs = example(network)
     batch = torch.export.Dim("batch", min=1)

@@ -76,6 +76,17 @@ def tolerated(what: str) -> Iterator[None]:
             log.error("%s failed: %s; training continues", what, text, exc_info=not expected)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within it, nothing is logged up to errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def lost_log(record: logging.LogRecord) -> None:
     """A `handleError` of log handlers: reports the first failure on standard error, and counts all of them."""
     _failures["log"] += 1

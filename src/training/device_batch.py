@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -164,9 +165,12 @@ class _Step:
 
 
 def _batch(module: DiffusionModule, source: ImageSource, size: int) -> Batch:
-    """The first images of the training stream."""
+    """The first images of the training stream; noise instead of latents, which a training reads from the cache."""
     data = ImageDataModule(source, module.batch_size, module.seed, accumulation=module.batch_size // size)
-    return next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))
+    if not module.codec.bounded:
+        batch = replace(batch, images=torch.randn(size, *module.codec.shape))
+    return batch
 
 
 def peak_memory() -> int:

@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import optuna
 import pytest
 
 from src.app.build import build
@@ -16,8 +17,6 @@ from src.app.sweep.run import run_sweep
 from src.errors import UserError
 from src.training.study import STUDY_FILE, repair, storage_of
 from src.training.trial import report_of
-
-optuna = pytest.importorskip("optuna")
 
 
 class Killed(BaseException):

@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from src.app import export
 from src.app.load import load_with
 from src.diffusion.sampler import ReplayedNoise
 from tests.cli.test_training import checkpoint
@@ -53,7 +55,6 @@ def assert_same_pixels(theirs, ours):
 
 
 def test_ddim_pipeline_makes_the_same_pixels_from_the_same_noise(run, command, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
     out = tmp_path / "out"
     assert command("export", f"run={run}", f"out={out}", "sampler.steps=10") == 0
     pipeline = diffusers.DDIMPipeline.from_pretrained(out)
@@ -80,7 +81,6 @@ def test_ddim_pipeline_makes_the_same_pixels_from_the_same_noise(run, command, t
 
 
 def test_ddpm_pipeline_makes_the_same_pixels_from_the_same_noise(run, command, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
     out = tmp_path / "out"
     options = ("sampler=ddpm", "sampler.steps=20", "variance=large", "spacing=leading")
     assert command("export", f"run={run}", f"out={out}", *options) == 0
@@ -101,7 +101,6 @@ def test_ddpm_pipeline_makes_the_same_pixels_from_the_same_noise(run, command, t
 
 @pytest.mark.parametrize("kind", ["run", "by_class"])
 def test_comes_back_bit_for_bit(kind, command, tmp_path, request):
-    pytest.importorskip("diffusers")
     run, out, back = request.getfixturevalue(kind), tmp_path / "out", tmp_path / "back"
     assert command("export", f"run={run}", f"out={out}") == 0
     assert command("import_weights", f"source={out}", f"out={back}", "data=digits", "step=4") == 0
@@ -121,7 +120,6 @@ def test_comes_back_bit_for_bit(kind, command, tmp_path, request):
 
 
 def test_class_conditional_networks_say_what_pipelines_lack(by_class, command, tmp_path, capsys):
-    pytest.importorskip("diffusers")
     assert command("export", f"run={by_class}", "out=out") == 0
     assert "pass no classes" in capsys.readouterr().out
     assert "class_labels=classes" in (tmp_path / "out/README.md").read_text()
@@ -147,10 +145,27 @@ def test_torch_program_is_loaded_without_this_framework(by_class, command, tmp_p
     assert "c_skip" in card
 
 
+def test_a_failed_check_leaves_nothing(run, command, tmp_path, monkeypatch, capsys):
+    def write(network, folder):
+        (folder / "network.pt2").touch()
+        return difference
+
+    monkeypatch.setattr(export.programs, "write_program", write)
+    before, difference = set(tmp_path.iterdir()), 0.1
+    assert command("export", f"run={run}", "format=torch", "out=out") == 2
+    assert "differs from the run's by 1.0e-01" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+    difference = 0.0
+    (tmp_path / "empty").mkdir()
+    for out in ("out", "empty"):
+        assert command("export", f"run={run}", "format=torch", f"out={out}") == 0
+        assert {path.name for path in (tmp_path / out).iterdir()} == {"network.pt2", "README.md"}
+        assert f'load("{out}/network.pt2")' in (tmp_path / out / "README.md").read_text()
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out", tmp_path / "empty"}
+
+
 @pytest.mark.slow
 def test_onnx_model_equals_the_network(by_class, command, tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     assert command("export", f"run={by_class}", "format=onnx", "out=out") == 0
     assert "relative difference" in capsys.readouterr().out
     assert (tmp_path / "out/network.onnx").is_file()
@@ -167,7 +182,6 @@ def test_onnx_model_equals_the_network(by_class, command, tmp_path, capsys):
     ],
 )
 def test_refusals_are_one_line(run, command, capsys, tmp_path, options, words):
-    pytest.importorskip("diffusers")
     (tmp_path / "file").touch()
     out = [] if "out=." in options else ["out=out"]
     assert command("export", f"run={run}", *out, *options) == 2
@@ -179,7 +193,6 @@ def test_refusals_are_one_line(run, command, capsys, tmp_path, options, words):
 
 def test_import_of_a_folder_in_the_first_layout_and_refusals(run, command, capsys, tmp_path):
     """As google/ddpm-cifar10-32: all files side by side."""
-    pytest.importorskip("diffusers")
     assert command("export", f"run={run}", "out=out") == 0
     flat, out = tmp_path / "flat", tmp_path / "out"
     flat.mkdir()

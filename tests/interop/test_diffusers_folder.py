@@ -1,5 +1,6 @@
 """Folders of diffusers: the transformer of DiT, and schedulers against the package's own levels."""
 
+import diffusers
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -10,8 +11,6 @@ from src.interop.diffusers_folder import folder_at, network_of, process_of, tran
 from src.interop.links import write_all
 from tests.interop.test_published import LABELS, ours_of
 from tests.test_conf import composed
-
-diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from azula.plugins.adm._src import unet
 from torch import nn
 
 from src.conditioning import Condition
@@ -44,7 +45,6 @@ GUIDED = {
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_openai_equals_the_authors_network(name):
-    unet = pytest.importorskip("azula.plugins.adm._src.unet")
     torch.manual_seed(0)
     sizes = {"model_channels": 64, "num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 2)}
     options = {"image_size": 8, "in_channels": 3, "out_channels": 3} | sizes | GUIDED[name]

@@ -1,12 +1,17 @@
 """max_device_batch=auto: the choice with a simulated memory, and a training with it."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from src.app import device_batch as of_app
+from src.data.digits import Digits
 from src.errors import UserError
 from src.training import device_batch
 from src.training.device_batch import largest_predicted, largest_that_runs, micro_batches
+from tests.test_conf import composed
 
 
 def test_micro_batches_divide_the_batch_of_a_device():
@@ -93,3 +98,37 @@ def test_a_training_keeps_its_global_batch_and_says_what_was_chosen(command, onl
     monkeypatch.setattr(of_app, "fitting_batch", lambda *_: pytest.fail("chosen anew"))
     assert command("train", f"ckpt={run}", "max_device_batch=auto", "trainer.max_steps=3") == 0
     assert "max_device_batch: 8" in (run / "config.yaml").read_text()
+
+
+def test_a_divided_network_is_refused(tmp_path):
+    config = composed("train", "trainer=fsdp", "max_device_batch=auto")
+    with pytest.raises(
+        UserError, match="max_device_batch=auto: trainer=fsdp divides the network; give a number"
+    ):
+        of_app.with_fitting_batch(config, tmp_path)
+
+
+def test_the_trial_is_silent_and_reads_no_weights(tmp_path, monkeypatch, caplog):
+    trials = []
+
+    def assembled(trial, folder):
+        trials.append(trial)
+        logging.getLogger("src.app").warning("repeated")
+        return SimpleNamespace(
+            module=None, trainer=SimpleNamespace(world_size=1), data=SimpleNamespace(source=None)
+        )
+
+    monkeypatch.setenv(of_app.CHOSEN, "")  # restored after the test
+    monkeypatch.setattr(of_app, "assemble", assembled)
+    monkeypatch.setattr(of_app, "fitting_batch", lambda *_: 8)
+    config = composed("train", "max_device_batch=auto", "init=another", "batch_size=32")
+    assert of_app.with_fitting_batch(config, tmp_path).init == "another"
+    assert trials[0].init is None
+    assert "repeated" not in caplog.text
+
+
+def test_latents_are_not_encoded_in_the_trial():
+    codec = SimpleNamespace(bounded=False, shape=(4, 2, 2))
+    batch = device_batch._batch(SimpleNamespace(batch_size=8, seed=0, codec=codec), Digits(), 4)
+    assert batch.images.shape == (4, 4, 2, 2)
+    assert batch.images.is_floating_point()

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+import schedulefree
 import torch
 from torch import nn
 
@@ -51,8 +52,6 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
 
 @pytest.mark.parametrize("kind", [MuonAdamW, ScheduleFreeAdamW])
 def test_state_is_restored_and_a_step_without_gradients_changes_nothing(kind):
-    if kind is ScheduleFreeAdamW:
-        pytest.importorskip("schedulefree")
     network = layers()
     optimizer = kind(network.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
@@ -70,7 +69,6 @@ def test_state_is_restored_and_a_step_without_gradients_changes_nothing(kind):
 
 
 def test_average_is_that_of_the_packages_eval_mode():
-    schedulefree = pytest.importorskip("schedulefree")
     network, other = layers(), layers()
     optimizer = ScheduleFreeAdamW(network.parameters(), lr=0.01)
     theirs = schedulefree.AdamWScheduleFree(other.parameters(), lr=0.01, betas=(0.9, 0.999))
@@ -87,8 +85,6 @@ def test_average_is_that_of_the_packages_eval_mode():
     "options", [("optimizer=muon", "model=dit_tiny", "model.width=32"), FREE], ids=["muon", "free"]
 )
 def test_resuming_is_exact_with_previews_and_validation(command, only_run, tmp_path, options):
-    if options is FREE:
-        pytest.importorskip("schedulefree")
     quick = [o for o in FEW if "dit" not in str(options) or "base_channels" not in o]
     assert command("train", *quick, *options, "trainer.max_steps=6") == 0
     whole = only_run().rename(tmp_path / "whole")

@@ -1,10 +1,9 @@
 """Runs a sweep: finds or makes its folder, checks all jobs, hands them to the launcher, and prints the tables."""
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from src.app.sweep.table import print_tables
 from src.errors import UserError
 from src.runs.files import Damaged, read_json, write_atomically
 from src.runs.folder import LOCK_FILE, check_contained, find_run, locked
-from src.runs.output import tolerated
+from src.runs.output import silent, tolerated
 from src.training.study import STUDY_FILE
 
 
@@ -295,7 +294,7 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
                 "precision": "32-true",
             }
             config.trainer |= here
-        with trusting(config.trust), _silent():
+        with trusting(config.trust), silent():
             from src.app.assemble import assemble
 
             OmegaConf.set_struct(config, False)
@@ -307,13 +306,3 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
         line = explain(error, job.entry_point, list(job.overrides), job.entry_point)
         return job, line or f"{type(error).__name__}: {error}"
     return job, None
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
