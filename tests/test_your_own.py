@@ -81,7 +81,10 @@ def test_external_classes_are_trained_resumed_sampled_and_scored(outside):
     assert set(json.loads(record.read_text())["scores"]) == {"brightness"}
 
 
-@pytest.mark.parametrize("name", ["src.train", "src.sample", "src.evaluate"])
+@pytest.mark.parametrize(
+    "name",
+    ["src.train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("src.sample", "src.evaluate"))],
+)
 def test_trust_is_not_read_from_the_run(outside, name):
     command = next(c for c in COMMANDS[1:] if c.split()[2] == name).replace("trust=[mylab] ", "")
     command = re.sub(r" sampler=midpoint| 'metrics=\[brightness\]'| '\+wrappers\.[^']*'", "", command)

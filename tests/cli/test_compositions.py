@@ -35,7 +35,18 @@ COMPOSITIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+SLOW = (
+    "no average, no clipping",
+    "bfloat16",
+    "a wrapper inside the clipping",
+    "no score",
+    "class-conditional",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMPOSITIONS]
+)
 def test_composition(command, only_run, name):
     assert command("train", *QUICK, *COMPOSITIONS[name]) == 0
     run = only_run()

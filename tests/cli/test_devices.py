@@ -63,7 +63,9 @@ def test_sampling(command, run, tmp_path):
             "metrics: a likelihood is computed by itself, with devices=1",
         ),
         ("evaluate", ["device=meta"], "several processes need device=auto or cpu"),
-        ("evaluate", ["metrics=kd_digits", "n=20", "device=cpu"], "subset_size"),
+        pytest.param(
+            *("evaluate", ["metrics=kd_digits", "n=20", "device=cpu"], "subset_size"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_two_processes_cannot_do_is_one_line(command, run, capfd, entry_point, options, words):

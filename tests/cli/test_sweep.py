@@ -68,6 +68,7 @@ def test_each_job_has_its_folder(sweep):
     assert "seed-1" in jobs[2].name
 
 
+@pytest.mark.slow
 def test_the_printed_commands_work(sweep):
     done, _, jobs = sweep
     (command,) = [
@@ -138,6 +139,7 @@ def test_each_job_has_its_wandb_run_in_the_sweeps_group(sweep):
         assert [item["trainer/global_step"] for item in history if "train/loss" in item] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow  # the runs of a sweep are read by a test above
 def test_data_logged_to_the_dashboard(tmp_path):
     done = start(tmp_path)
     assert done.returncode == 0, done.stderr

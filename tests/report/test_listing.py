@@ -72,7 +72,7 @@ def test_damaged_files_are_named_and_the_rest_is_read(tmp_path):
 @pytest.fixture
 def listed(tmp_path, command, capsys, monkeypatch):
     """Runs the command; the status, the names of the runs in order, and what was printed."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
 
     def call(*arguments):
         status = command("runs.__main__", *arguments)

@@ -127,6 +127,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, command, tmp_path):
             assert torch.equal(weight, half[key]), key
 
 
+@pytest.mark.slow
 def test_distillation_from_a_run(command, tmp_path, capfd):
     """Progressive and consistency distillation; a teacher that does not fit, or has changed, is refused."""
     teacher = tmp_path / "teacher"
