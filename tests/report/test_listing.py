@@ -154,7 +154,10 @@ def test_a_folder_that_leads_out_of_itself_is_not_read(tmp_path, listed):
     (run / "csv" / "version_0" / "metrics.csv").unlink()
     (run / "csv" / "version_0" / "metrics.csv").symlink_to(tmp_path / "secret.csv")
     _, _, output = listed()
-    assert "is a link out of the run folder" in output
+    column = "".join(
+        line.split("│")[1].strip() for line in output.splitlines() if "│" in line
+    )  # folded anywhere
+    assert "isalinkoutoftherunfolder" in column.replace(" ", "")
 
 
 def test_the_list_loads_no_torch(tmp_path):
