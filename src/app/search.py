@@ -51,7 +51,7 @@ class Candidate:
 
 
 def search(arguments: Sequence[str]) -> int:
-    """Searches the combinations of a command line and prints the best, with those that it cannot be told from.
+    """Searches the combinations of a command line and prints the best, with those that are not significantly worse.
 
     Args:
         arguments: the command line without the program's name.
