@@ -5,9 +5,9 @@
 
 Trains the experiment <name>_short in this process with --seeds seeds, which make the band, and every known mistake
 with --mistaken seeds. The first seed of a mistake becomes the pattern by which likely causes are named, the second
-tests this. False alarms are counted by leaving out: each correct training is compared with a band, and a limit, made of
-the others only. Writes src/training/bands/<name>.json and prints two tables. The values of a run are kept, and a run
-that exists is not repeated. After --minutes, no further training starts, and the band is made of those that exist.
+tests this. False alarms are counted with --fresh correct trainings that are not part of the band. Writes
+src/training/bands/<name>.json and prints two tables. The values of a run are kept, and a run that exists is not
+repeated. After --minutes, no further training starts, and the band is made of those that exist.
 """
 
 import argparse
@@ -52,7 +52,8 @@ from src.training.reference_bands import (
 )
 
 MISTAKEN = (200, 201)
-"""The seeds of each mistake; correct trainings have the seeds 0, 1, ..."""
+"""The seeds of each mistake; correct trainings have the seeds 0, 1, ..., fresh ones 1000, 1001, ..."""
+FRESH = 1000
 MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 40}
 FEWEST = 5
 """Smallest number of seeds of a band."""
@@ -286,23 +287,29 @@ def report(band: Band, mistaken: dict[str, list[Values]], marks: Sequence[int]) 
     print(f"\ncause among the two that are named, in the last seed: {named} of {len(steps)}")
 
 
-def band_of(name: str, correct: Sequence[Values], mistaken: dict[str, list[Values]], command: str) -> Band:
+def band_of(
+    name: str,
+    correct: Sequence[Values],
+    fresh: Sequence[Values],
+    mistaken: dict[str, list[Values]],
+    command: str,
+) -> Band:
     """The band of correct trainings, with the pattern of each mistake in its first seed."""
     config = config_of(name)
-    correct = [{value: steps for value, steps in run.items() if value != "images"} for run in correct]
-    alarms = 0
-    for k, run in enumerate(correct):
-        others = [*correct[:k], *correct[k + 1 :]]
-        alarms += largest_z(fit_curves(others), run) > limit_of(others)
+    correct, fresh = (
+        [{value: steps for value, steps in run.items() if value != "images"} for run in runs]
+        for runs in (correct, fresh)
+    )
+    curves, limit = fit_curves(correct), limit_of(correct)
     band = Band(
         recipe=recipe_of_losses(config),
         scoring=recipe_of_scores(config),
         every=WINDOW[name],
         images=config.batch_size,
         seeds=len(correct),
-        limit=limit_of(correct),
-        alarms=(alarms, len(correct)),
-        curves=fit_curves(correct),
+        limit=limit,
+        alarms=(sum(largest_z(curves, run) > limit for run in fresh), len(fresh)),
+        curves=curves,
         mistakes={},
         command=command,
     )
@@ -322,7 +329,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(WINDOW))
-    parser.add_argument("--seeds", type=int, default=20, help="correct trainings")
+    parser.add_argument("--seeds", type=int, default=30, help="correct trainings of the band")
+    parser.add_argument("--fresh", type=int, default=20, help="correct trainings that count false alarms")
     parser.add_argument("--mistaken", type=int, default=2, choices=(1, 2), help="seeds of each mistake")
     parser.add_argument("--runs", type=Path, default=Path("runs/bands"))
     parser.add_argument(
@@ -338,22 +346,30 @@ def main() -> None:
     steps, short = config_of(name).trainer.max_steps, MISTAKEN_STEPS[name]
     runs = Runs(arguments.runs, name, arguments.minutes)
     wanted = [(seed, None, None) for seed in range(arguments.seeds)]
+    wanted += [(FRESH + k, None, None) for k in range(arguments.fresh)]
     wanted += [(s, short, mistake) for s in MISTAKEN[: arguments.mistaken] for mistake in injections(name)]
     with Progress(console=Console(stderr=True)) as progress:
         found = {each: runs(*each) for each in progress.track(wanted, description="training")}
-    correct = [values for (_, _, mistake), values in found.items() if values and not mistake]
+    clean = {seed: values for (seed, _, mistake), values in found.items() if values and not mistake}
+    correct = [values for seed, values in clean.items() if seed < FRESH]
+    fresh = [values for seed, values in clean.items() if seed >= FRESH]
     if len(correct) < FEWEST:
         raise SystemExit(f"{len(correct)} correct trainings exist, a band needs {FEWEST}: call again")
     mistaken: dict[str, list[Values]] = {}
     for (_, _, mistake), values in found.items():
         if mistake and values:
             mistaken.setdefault(mistake, []).append(values)
-    band = band_of(name, correct, mistaken, f"python -m benchmarks.bands {name} --seeds {len(correct)}")
+    band = band_of(
+        name, correct, fresh, mistaken, f"python -m benchmarks.bands {name} --seeds {len(correct)}"
+    )
     band.write(FOLDER / f"{name}.json")
     outside, total = band.alarms
-    interval = binomtest(outside, total).proportion_ci(method="exact")
     print(f"{runs.seconds / 60:.1f} minutes of one core; {band.seeds} seeds, limit |z| {band.limit:.2f}")
-    print(f"false alarms: {outside} of {total} (95 % interval {interval.low:.0%} to {interval.high:.0%})\n")
+    if total:
+        interval = binomtest(outside, total).proportion_ci(method="exact")
+        print(
+            f"false alarms: {outside} of {total} (95 % interval {interval.low:.0%} to {interval.high:.0%})\n"
+        )
     report(band, mistaken, (steps // 5, short))
 
 

@@ -31,7 +31,7 @@ Values = dict[str, dict[int, float]]
 
 SMOOTHING = 2
 """Deviations are averaged over so many neighbouring steps on both sides."""
-MARGIN = 1.1
+MARGIN = 1.25
 """The limit exceeds the largest |z| of the band's own seeds, each compared with the others, by this factor."""
 SMALLEST_DEVIATION = 1e-3
 ALIKE = 0.5
@@ -67,7 +67,7 @@ class Band:
         images: images per step, over all devices.
         seeds: number of trainings.
         limit: largest |z| within the band.
-        alarms: number of correct trainings that left a band made of the others, and their number.
+        alarms: number of correct trainings, none of the band's own, that left the band, and their number.
         curves: by name: level_0 ... level_7 (training loss), gradient_norm, val_loss, val_loss_ema, ema_gain (their
             ratio) and the scores.
         mistakes: by name.

@@ -63,12 +63,14 @@ def started(folder: Path, *options: str, entry_point: str = "train") -> subproce
         )
 
 
-def finished(folder: Path, *options: str, entry_point: str = "train", status: int = 0) -> float:
+def finished(
+    folder: Path, *options: str, entry_point: str = "train", status: int = 0, limit: float = 600
+) -> float:
     """Runs a sweep to its end; returns its seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     process = started(folder, *options, entry_point=entry_point)
-    assert process.wait(600) == status, (folder / "log").read_text()[-3000:]
+    assert process.wait(limit) == status, (folder / "log").read_text()[-3000:]
     return time.monotonic() - begin
 
 
@@ -245,12 +247,12 @@ def _variable(pid: int, name: str) -> str | None:
 
 
 def throughput(steps: int) -> dict[str, Any]:
-    """12 single-thread jobs on two slots against one after the other in one process."""
-    options = (*PLAIN, *TWELVE, f"trainer.max_steps={steps}")
+    """12 single-thread jobs of the default training on two slots against one after the other in one process."""
+    options = ("callbacks=none", "metrics=none", "logger=csv", *TWELVE, f"trainer.max_steps={steps}")
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        two = finished(home / "two", *options, *SLOTS)
-        one = finished(home / "one", *options)
+        two = finished(home / "two", *options, *SLOTS, limit=3600)
+        one = finished(home / "one", *options, limit=3600)
         equal = same(weights_of(home / "two"), weights_of(home / "one"))
     return {
         "steps": steps,
@@ -368,7 +370,7 @@ def main() -> None:
     parser.add_argument("what", choices=("kills", "launchers", "ddp", "throughput", "start", "thousand"))
     parser.add_argument("--times", type=int, default=10, help="repetitions of `kills`")
     parser.add_argument("--first", type=int, default=0, help="number of the first one, which seeds the draws")
-    parser.add_argument("--steps", type=int, default=3000, help="of each job of `throughput`")
+    parser.add_argument("--steps", type=int, default=1000, help="of each job of `throughput`")
     parser.add_argument("--jobs", type=int, default=1000, help="of `thousand`")
     chosen = parser.parse_args()
     arguments = {
