@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 
 CONFIDENCE = 0.95
 
@@ -43,6 +44,24 @@ class Marginal:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """What the sum of the effects of two options does not explain.
+
+    Attributes:
+        options: two options, each with a value, e.g. (("schedule", "cosine"), ("parameterization", "v")).
+        mean: of the scores with both values; over seeds, of the mean over all other options.
+        effect: the mean with both values - the mean with the first - the mean with the second + the mean of all; 0 if
+            the options act independently.
+        results: how many results the mean is of.
+    """
+
+    options: tuple[tuple[str, str], tuple[str, str]]
+    mean: Mean
+    effect: Mean
+    results: int
+
+
+@dataclass(frozen=True)
 class Result:
     """One score.
 
@@ -62,7 +81,7 @@ def mean(values: Sequence[float]) -> Mean:
     from scipy.special import stdtrit
 
     n = len(values)
-    average = math.fsum(values) / n
+    average = _average(values)
     if n < 2:
         return Mean(average, None, n)
     deviation = math.sqrt(math.fsum((value - average) ** 2 for value in values) / (n - 1))
@@ -78,12 +97,7 @@ def marginal_means(results: Sequence[Result], higher_is_better: bool = False) ->
     """
     rows = []
     for option in dict.fromkeys(name for result in results for name in result.options):
-        blocks: dict[Hashable, dict[str, float]] = defaultdict(dict)
-        for result in results:
-            others = frozenset((k, v) for k, v in result.options.items() if k != option)
-            blocks[others, result.seed][result.options.get(option, "")] = result.score
-        values = {value for block in blocks.values() for value in block}
-        complete = {key: block for key, block in blocks.items() if len(block) == len(values)}
+        values, complete = _complete(results, (option,))
         if len(values) < 2 or not complete:
             continue
         means = {
@@ -93,8 +107,47 @@ def marginal_means(results: Sequence[Result], higher_is_better: bool = False) ->
         for value in order:
             gaps = {key: block[value] - block[order[0]] for key, block in complete.items()}
             difference = None if value == order[0] else _over_seeds(gaps)
-            rows.append(Marginal(option, value, means[value], difference, len(complete)))
+            rows.append(Marginal(option, value[0], means[value], difference, len(complete)))
     return rows
+
+
+def interactions(results: Sequence[Result]) -> list[Interaction]:
+    """The interaction of each pair of values of every two options, over complete blocks as in `marginal_means`."""
+    rows = []
+    for names in combinations(dict.fromkeys(name for result in results for name in result.options), 2):
+        pairs, complete = _complete(results, names)
+        if any(len({pair[place] for pair in pairs}) < 2 for place in (0, 1)) or not complete:
+            continue
+        for pair in pairs:
+            effects = {}
+            for key, block in complete.items():
+                first, second = (
+                    [score for other, score in block.items() if other[place] == pair[place]]
+                    for place in (0, 1)
+                )
+                effects[key] = block[pair] - _average(first) - _average(second) + _average([*block.values()])
+            both = _over_seeds({key: block[pair] for key, block in complete.items()})
+            options = ((names[0], pair[0]), (names[1], pair[1]))
+            rows.append(Interaction(options, both, _over_seeds(effects), len(complete)))
+    return rows
+
+
+Values = tuple[str, ...]
+Blocks = dict[tuple[Hashable, str], dict[Values, float]]
+
+
+def _complete(results: Sequence[Result], names: Sequence[str]) -> tuple[list[Values], Blocks]:
+    """All combinations of the values of these options, and the blocks (other options, seed) that have each of them."""
+    blocks: Blocks = defaultdict(dict)
+    several: list[dict[str, None]] = [{} for _ in names]
+    for result in results:
+        others = frozenset((name, value) for name, value in result.options.items() if name not in names)
+        values = tuple(result.options.get(name, "") for name in names)
+        blocks[others, result.seed][values] = result.score
+        for known, value in zip(several, values, strict=True):
+            known[value] = None
+    wanted = list(product(*several))
+    return wanted, {key: block for key, block in blocks.items() if len(block) == len(wanted)}
 
 
 def _over_seeds(blocks: Mapping[tuple[Hashable, str], float]) -> Mean:
@@ -102,7 +155,11 @@ def _over_seeds(blocks: Mapping[tuple[Hashable, str], float]) -> Mean:
     seeds = defaultdict(list)
     for (_, seed), value in blocks.items():
         seeds[seed].append(value)
-    return mean([math.fsum(values) / len(values) for values in seeds.values()])
+    return mean([_average(values) for values in seeds.values()])
+
+
+def _average(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def digits(value: float | None, half: float | None = None) -> str:

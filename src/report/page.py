@@ -14,7 +14,7 @@ from src.evaluation.record import Record
 from src.report import figures as fig
 from src.report.comparison import SEEDS, Cell, Comparison, Row, are_of_one_sweep
 from src.report.curves import Curve, curves_of, seconds_of
-from src.report.effects import Marginal, Mean, Result, digits, marginal_means, mean
+from src.report.effects import Marginal, Mean, Result, digits, interactions, marginal_means, mean
 from src.report.pictures import picture_groups
 from src.report.protocol import Column, interval_of
 from src.report.run import STATUSES, flat, read_run
@@ -103,6 +103,7 @@ def page(
         one_sweep=are_of_one_sweep(comparison.subjects),
         settings=_settings(comparison, lead),
         marginals=_marginals(comparison, lead),
+        interactions=interactions(_results(comparison, lead)) if lead else [],
         tables=_tables(comparison, lead),
         pictures=picture_groups(comparison.subjects),
         costs=_costs(comparison.subjects, curves),

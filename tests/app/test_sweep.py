@@ -21,7 +21,7 @@ from src.app.sweep import local
 from src.app.sweep.cluster import Ray, Slurm
 from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
 from src.app.sweep.local import Local
-from src.app.sweep.table import interactions, marginal_means
+from src.app.sweep.table import monitored, print_tables
 from src.errors import UserError
 from tests.conftest import ROOT
 
@@ -212,45 +212,32 @@ def test_a_ray_cluster_that_does_not_answer_is_refused_in_one_line(monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_marginal_means_and_their_intervals_over_seeds(tmp_path):
-    sweep = Sweep("train", tmp_path, ["schedule=a,b", "seed=0,1,2", "model=x"])
-    scores = {"a": (1.0, 2.0, 3.0), "b": (4.0, 4.0, 4.0)}
-    outcomes = {}
-    for job in sweep.jobs:
-        schedule, seed = (option.partition("=")[2] for option in job.varied)
-        outcomes[job.number] = {"scores": {"fid": scores[schedule][int(seed)], "kid": 0.0}}
-    a, b = marginal_means(sweep.jobs, outcomes)
-    assert (a.option, a.score, a.mean, a.jobs) == ("schedule=a", "fid", 2.0, 3)
-    assert a.interval == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975; 2), standard deviation 1
-    assert (b.mean, b.interval) == (4.0, 0.0)
-    # a failed job leaves the others' means
-    del outcomes[0]
-    assert marginal_means(sweep.jobs, outcomes)[0].mean == 2.5
-    assert marginal_means(sweep.jobs, {}) == []
+def test_results_of_a_sweep_are_its_first_scores(tmp_path):
+    sweep = Sweep("train", tmp_path, ["schedule=a,b", "seed=0,1", "model=x"])
+    outcomes = {job.number: {"scores": {"fid": float(job.number), "kid": 0.0}} for job in sweep.jobs}
+    del outcomes[2]  # failed
+    name, results = monitored(sweep.jobs, outcomes)
+    assert name == "fid"
+    assert [(r.options, r.seed, r.score) for r in results] == [
+        ({"schedule": "a"}, "0", 0.0),
+        ({"schedule": "a"}, "1", 1.0),
+        ({"schedule": "b"}, "1", 3.0),
+    ]
+    assert monitored(sweep.jobs, {}) == ("", [])
 
 
-def test_interactions_of_two_options(tmp_path):
-    """Against a two-way analysis by hand: an additive table has none."""
-    sweep = Sweep("train", tmp_path, ["schedule=a,b", "model=x,y", "seed=0,1"])
-    table = {("a", "x"): 1.0, ("a", "y"): 2.0, ("b", "x"): 3.0, ("b", "y"): 8.0}
-    outcomes = {}
-    for job in sweep.jobs:
-        schedule, model, seed = (option.partition("=")[2] for option in job.varied)
-        outcomes[job.number] = {"scores": {"fid": table[schedule, model] + int(seed)}}
-    found = {row.options: row for row in interactions(sweep.jobs, outcomes)}
-    assert len(found) == 4
-    row = found["model=x", "schedule=b"]
-    # rows: 1.5 and 5.5, columns: 2 and 5, whole: 3.5
-    assert (row.mean, row.jobs) == (3.5, 2)
-    assert row.effect == pytest.approx(3 - 5.5 - 2 + 3.5)
-    assert row.effect_interval == pytest.approx(0)  # the same for both seeds
-    assert row.interval == pytest.approx(12.706205 * 0.5**0.5 / 2**0.5, rel=1e-6)  # t(0.975; 1)
-    # without one combination there is no interaction, and the other means stay
-    outcomes = {number: outcome for number, outcome in outcomes.items() if number not in (0, 1)}
-    found = {row.options: row for row in interactions(sweep.jobs, outcomes)}
-    assert len(found) == 3
-    assert found["model=y", "schedule=b"].effect is None
-    assert interactions(sweep.jobs, {}) == []
+def test_the_table_prints_intervals_of_records_and_what_matters(tmp_path, capsys):
+    sweep = Sweep("train", tmp_path, ["schedule=a,b", "model=x,y"])
+    outcomes = {job.number: {"scores": {"fid": 10.0 + job.number}} for job in sweep.jobs}
+    job = sweep.jobs[0]
+    job.folder.mkdir(parents=True)
+    record = {"scores": {"fid": 10.0}, "intervals": {"fid": [9.5, 10.5]}, "protocol": {}}
+    (job.folder / "scores.json").write_text(json.dumps(record))
+    print_tables(sweep, outcomes, pairs=True)
+    shown = capsys.readouterr().out
+    assert "10.0 ± 0.5" in shown
+    for words in ("schedule=b", "difference from the best", "interactions"):
+        assert words in shown
 
 
 def test_a_job_with_more_devices_than_there_are_is_refused(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.report.effects import Result, digits, marginal_means, mean
+from src.report.effects import Result, digits, interactions, marginal_means, mean
 
 
 def results(values, seeds=(0, 1)):
@@ -71,6 +71,32 @@ def test_an_option_without_a_complete_block_is_left_out():
 def test_the_best_value_is_the_highest_if_higher_is_better():
     rows = marginal_means(results({("cosine", "1"): [0.5], ("linear", "1"): [0.9]}), higher_is_better=True)
     assert rows[0].value == "linear"
+
+
+def test_interactions_against_a_two_way_analysis_by_hand():
+    table = {("a", "x"): 1.0, ("a", "y"): 2.0, ("b", "x"): 3.0, ("b", "y"): 8.0}
+    found = interactions(results({pair: [score, score + 1] for pair, score in table.items()}))
+    assert len(found) == 4
+    (row,) = [row for row in found if row.options == (("schedule", "b"), ("lr", "x"))]
+    # of seed 0, rows: 1.5 and 5.5, columns: 2 and 5, whole: 3.5; the same effect for both seeds
+    assert (row.mean.value, row.results) == (3.5, 2)
+    assert row.effect.value == pytest.approx(3 - 5.5 - 2 + 3.5)
+    assert row.effect.half == pytest.approx(0)
+    assert row.mean.half == pytest.approx(stats.t.ppf(0.975, 1) * 0.5**0.5 / 2**0.5)
+
+
+def test_an_additive_table_has_no_interaction():
+    table = {(a, b): [float(i + 2 * j)] for i, a in enumerate("abc") for j, b in enumerate("xy")}
+    found = interactions(results(table))
+    assert len(found) == 6
+    assert all(row.effect.value == pytest.approx(0) and row.effect.half is None for row in found)
+
+
+def test_a_seed_without_all_pairs_has_no_part_in_interactions():
+    table = {("a", "x"): [1.0, 7.0], ("a", "y"): [2.0, 7.0], ("b", "x"): [3.0, 7.0], ("b", "y"): [8.0]}
+    found = interactions(results(table))
+    assert [row.results for row in found] == [1] * 4
+    assert interactions(results({("a", "x"): [1.0], ("b", "y"): [2.0]})) == []
 
 
 @pytest.mark.parametrize(
