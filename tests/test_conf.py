@@ -33,7 +33,7 @@ from tests.tiny_encoder import replace_font_and_encoder
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
 # These groups override other groups and describe no object.
-PRESETS = {"experiment", "debug", "preset"}
+PRESETS = {"experiment", "debug", "preset", "speedrun"}
 
 # Overrides for choices that are invalid with the defaults.
 NEEDS = {
@@ -259,6 +259,23 @@ PAPERS = {
         "optimizer.lr": 2e-4,
         "ema.decay": 0.9999,
         "trainer.max_steps": 800_000,
+    },
+    "mean_flow_cifar10": {
+        "schedule": "RectifiedFlow",
+        "parameterization": "Velocity",
+        "loss": "MeanFlowLoss",
+        "loss.share": 0.75,
+        "loss.power": 0.75,
+        "time_sampling.mean": -2,
+        "time_sampling.std": 2,
+        "model": "ResamplingUNet",
+        "model.dropout": 0.2,
+        "batch_size": 1024,
+        "optimizer.lr": 6e-4,
+        "lr_schedule.warmup_steps": 200 * 50_000 // 1024 + 1,
+        "ema.decay": 0.99995,
+        "trainer.max_steps": 800_000,
+        "sampler.steps": 1,
     },
     "rectified_flow_cifar10": {
         "schedule": "RectifiedFlow",
@@ -501,6 +518,19 @@ def test_the_default_score_fits_the_data():
     for data in choices("data"):
         (name,) = OmegaConf.load(CONF / "metrics" / f"{data}.yaml").defaults
         assert composed("train", f"data={data}").metrics == OmegaConf.load(CONF / "metrics" / f"{name}.yaml")
+
+
+def test_every_row_of_the_speed_run_fits_together_and_differs_from_the_baseline(assembled):
+    seen = {}
+    for row in choices("speedrun"):
+        _, config = assembled(f"speedrun={row}", "metrics=fd_fashion_mnist")
+        assert config.budget
+        # the same protocol, and as many evaluations
+        assert (config.sampler._target_, config.sampler.steps) == ("src.diffusion.sampler.DDIM", 20)
+        assert config.callbacks.track_fidelity.n == 1000
+        text = OmegaConf.to_yaml(config)
+        assert text not in seen, f"{row} is {seen[text]}"
+        seen[text] = row
 
 
 def test_overrides_take_precedence_over_the_experiment():

@@ -14,11 +14,13 @@ from functools import partial
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.app.environment import environment
+from src.app.options import CONF
 from src.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +28,8 @@ T = TypeVar("T")
 # Where classes may come from. The name alone is not enough: through torch.nn.modules.module.torch one reaches all of
 # torch, so the resolved object's own module is checked too.
 ALLOWED_PACKAGES = ("src.", "torch.optim.", "lightning.pytorch.")
+# Groups whose files choose and set options of other groups.
+OF_SEVERAL_GROUPS = ("experiment", "speedrun", "preset", "debug")
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
@@ -205,14 +209,14 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
         hints = get_type_hints(target.__init__)
     except NameError:  # some libraries name types that are there for type checkers only
         hints = {}
-    for name, value in numbers.items():
-        if name in ("_target_", "_partial_"):
-            continue
-        if name not in parameters and not open_ended:
-            known = ", ".join(p for p in parameters if p not in ("self", "args", "kwargs"))
-            raise UserError(
-                f"{option}.{name}: {target.__name__} has no such option; it has {known or 'none'}"
-            )
+    options = {name: value for name, value in numbers.items() if name not in ("_target_", "_partial_")}
+    if unknown := [] if open_ended else [name for name in options if name not in parameters]:
+        known = ", ".join(p for p in parameters if p not in ("self", "args", "kwargs"))
+        raise UserError(
+            f"{option}.{unknown[0]}: {target.__name__} has no such option; it has {known or 'none'}"
+            f"{_left_over(option, unknown)}"
+        )
+    for name, value in options.items():
         if _is_node(value):
             kinds = _classes(hints.get(name))
             if not kinds:
@@ -220,6 +224,22 @@ def _check_values(target: type, numbers: Mapping[str, Any], option: str) -> None
             _check(value, kinds, f"{option}.{name}")
         elif typed and name in hints:
             check_value(hints[name], value, f"{option}.{name}")
+
+
+def _left_over(option: str, names: Sequence[str]) -> str:
+    """What to say of options that an experiment has set for another choice of their group; empty if none has."""
+    if not HydraConfig.initialized():  # the check before a sweep
+        return ""
+    for group, choice in HydraConfig.get().runtime.choices.items():
+        path = CONF / group / f"{choice}.yaml"
+        if group in OF_SEVERAL_GROUPS and path.is_file():
+            node = OmegaConf.select(OmegaConf.load(path), option) or {}
+            if left := [f"~{option}.{name}" for name in names if name in node]:
+                own = f"its own choice of {option.partition('.')[0]}"
+                return (
+                    f". {group}={choice} sets it for {own}: add {' '.join(left)}, or choose another {group}"
+                )
+    return ""
 
 
 def _classes(hint: Any) -> tuple[type, ...]:

@@ -167,6 +167,14 @@ TRAIN = (
         "validate_every", 500, "optimiser steps between two validation losses", int, least=1, effect="none"
     ),
     Option(
+        "budget",
+        None,
+        "seconds of training, of processor time on a CPU: sets trainer.max_steps from a few steps on this machine",
+        float,
+        optional=True,
+        effect="none",
+    ),
+    Option(
         "bands",
         "auto",
         "warn if losses or scores leave the reference band of this recipe: auto (if there is one), none, or its name",

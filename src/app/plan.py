@@ -3,20 +3,18 @@
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.app.assemble import Experiment, assemble
+from src.app.budget import WARM_UP, StopWatch, probe, with_steps_of_budget
 from src.app.build import trusting
 from src.app.device_batch import with_fitting_batch
 from src.app.messages import check_names
@@ -29,13 +27,10 @@ from src.generation.recipe import Generated
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import Checkpoints
 
-# Steps that are timed, after those that are not: at least so many, and so many seconds, but not more than LONGEST.
-PROBED, WARM_UP, SECONDS, LONGEST = 12, 4, 4.0, 300
 # Evaluations of the network that are timed for previews and scores.
 EVALUATIONS = 3
 # Copies of the weights in a checkpoint besides the weights: two moments of Adam.
 MOMENTS = 2
-QUIET = ("sample_images", "track_fidelity", "checkpoints", "progress")
 
 
 @dataclass(frozen=True)
@@ -111,21 +106,13 @@ def measured(config: DictConfig) -> Cost:
         UserError: the parts do not fit together.
     """
     with trusting(config.trust), tempfile.TemporaryDirectory() as folder:
-        config = with_fitting_batch(config, Path(folder))
+        config = with_steps_of_budget(with_fitting_batch(config, Path(folder)), Path(folder))
         full = assemble(config, Path(folder))  # with its callbacks, of which the intervals are read
-        short = config.copy()
-        short.trainer.max_steps = WARM_UP + LONGEST
-        short.logger = {}
-        short.validate_every = 10**9
-        for name in QUIET:
-            (short.callbacks or {}).pop(name, None)
-        experiment = assemble(short, Path(folder))
-        device = experiment.trainer.strategy.root_device
+        device = full.trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        watch = _StopWatch(device)
-        experiment.trainer.callbacks.append(watch)
-        experiment.trainer.fit(experiment.module, experiment.data)
+        watch = StopWatch(device)
+        experiment = probe(config, Path(folder), watch)
         step = statistics.fmean(watch.seconds[WARM_UP:])  # slow steps, e.g. those that log, count too
         saving = watch.time(partial(experiment.trainer.save_checkpoint, Path(folder, "probe.ckpt")))
         experiment.module.to(device)
@@ -152,7 +139,7 @@ def measured(config: DictConfig) -> Cost:
 
 
 def _callbacks(
-    full: Experiment, experiment: Experiment, config: DictConfig, watch: "_StopWatch"
+    full: Experiment, experiment: Experiment, config: DictConfig, watch: StopWatch
 ) -> dict[str, float]:
     """Hours of validations, previews and scores."""
     steps = config.trainer.max_steps
@@ -201,7 +188,7 @@ def _saves(full: Experiment, steps: int) -> int:
 
 
 def _drawing(
-    callback: SampleImages | TrackFidelity, denoiser: Denoiser, watch: "_StopWatch"
+    callback: SampleImages | TrackFidelity, denoiser: Denoiser, watch: StopWatch
 ) -> tuple[float, Tensor]:
     """Seconds in which a callback draws its images, from a few evaluations of the network; and one batch of images."""
     n = min(callback.n, callback.batch_size)
@@ -234,43 +221,6 @@ def _flops(experiment: Experiment) -> int:
         denoiser.output(x0, level, condition)
     network.train(was_training)
     return counter.get_total_flops()
-
-
-class _StopWatch(Callback):
-    """Times optimiser steps."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: list[float] = []
-        self._last: float | None = None
-        self._step = 0
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def time(self, function: Any) -> float:
-        """Seconds of a function, the faster of two calls."""
-        found = []
-        for _ in range(2):
-            begin = self.now()
-            function()
-            found.append(self.now() - begin)
-        return min(found)
-
-    def on_train_start(self, *arguments: Any) -> None:
-        self._last = self.now()
-
-    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        if trainer.global_step == self._step:  # a micro-batch
-            return
-        self._step = trainer.global_step
-        now = self.now()
-        self.seconds.append(now - self._last)
-        self._last = now
-        timed = self.seconds[WARM_UP:]
-        trainer.should_stop = len(timed) >= PROBED and sum(timed) >= SECONDS
 
 
 def span(hours: float) -> str:

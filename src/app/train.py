@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.app.assemble import Experiment, assemble, has_several_processes, write_config
+from src.app.budget import with_steps_of_budget
 from src.app.build import resolve
 from src.app.device_batch import with_fitting_batch
 from src.app.environment import redacted
@@ -51,7 +52,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if folder.is_relative_to(Path.cwd()):  # shorter to read and to type
         folder = folder.relative_to(Path.cwd())
     with locked(folder) if is_first_process(has_several_processes(config)) else nullcontext():
-        config = with_fitting_batch(config, folder)
+        config = with_steps_of_budget(with_fitting_batch(config, folder), folder)
         experiment = assemble(config, folder)
         experiment.check_resume()  # a refused training leaves the folder as it was
         return fit(experiment, config, folder)

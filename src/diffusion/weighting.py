@@ -127,10 +127,10 @@ class EDM(Weighting):
 class LearnedUncertainty(Weighting, nn.Module):
     """loss / exp(u) + u, with u(noise level) learned together with the network: EDM2's balancing of noise levels.
 
-    Karras et al. 2024 (arXiv:2312.02696, eq. 14-22). At the optimum exp(u) is the expected loss, so that loss / exp(u)
-    is 1 on average at every noise level. u is linear in random Fourier features of ln(sigma/alpha)/4, starts at 0, and
-    is used in training mode only, so that validation losses stay comparable. |ln(sigma/alpha)| is clamped to 20, so
-    that it is finite for pure noise.
+    Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 16 and 21). At the optimum exp(u) is the expected loss, so that
+    loss / exp(u) is 1 on average at every noise level. u is linear in random Fourier features of ln(sigma/alpha)/4,
+    starts at 0, and is used in training mode only, so that validation losses stay comparable. |ln(sigma/alpha)| is
+    clamped to 20, so that it is finite for pure noise.
 
     Args:
         weighting: the weighting of the losses to balance; EDM's in the paper.

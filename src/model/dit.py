@@ -44,7 +44,7 @@ class DiT(Network):
         qk_norm: normalise queries and keys.
         rotary: rotate queries and keys by row and column, besides the fixed embedding of the positions.
         swiglu: SwiGLU feed-forward layers, of equal size.
-        bottleneck: channels to which a patch is projected before it is projected to `width` (JiT, sec. 4); None for
+        bottleneck: channels to which a patch is projected before it is projected to `width` (JiT); None for
             one projection.
         class_tokens: number of tokens of the class, added from block `class_tokens_from` on and removed at the end
             (JiT); only with classes.

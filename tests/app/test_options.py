@@ -35,7 +35,7 @@ def test_effects(name, effect):
 
 
 def test_what_trains_is_an_experiment_and_what_watches_is_not():
-    groups = set(groups_of("train")) - {"experiment", "preset", "debug", "trainer"}
+    groups = set(groups_of("train")) - {"experiment", "preset", "debug", "speedrun", "trainer"}
     free = {group for group in groups if effect_of(group) in ("none", "once")}
     assert free == {
         "callbacks",

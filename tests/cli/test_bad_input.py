@@ -16,6 +16,10 @@ BAD = {
         ["+trainer.max_steps=2"],
         ["trainer.max_steps", "without the plus"],
     ),
+    "options that an experiment sets for another loss": (
+        ["experiment=mean_flow_digits", "loss=consistency"],
+        ["loss.share", "no such option", "experiment=mean_flow_digits sets it", "~loss.share ~loss.power"],
+    ),
     "patches that do not divide the images": (
         ["model=dit_tiny", "model.patch_size=3"],
         ["model.patch_size=3", "8 pixels", "choose 1 or 2"],

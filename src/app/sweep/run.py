@@ -284,7 +284,8 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
         if job.entry_point != "train":
             return replace(job, devices=config.devices), None
         devices = config.trainer.devices
-        job = replace(job, steps=config.trainer.max_steps, devices=devices if isinstance(devices, int) else 1)
+        steps = None if config.budget else config.trainer.max_steps
+        job = replace(job, steps=steps, devices=devices if isinstance(devices, int) else 1)
         if elsewhere:
             here = {
                 "accelerator": "cpu",

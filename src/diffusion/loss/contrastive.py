@@ -9,7 +9,7 @@ from .denoising import DenoisingLoss
 
 
 class ContrastiveLoss(DenoisingLoss):
-    """Contrastive flow matching (Stoica et al. 2025, arXiv:2506.05350, eq. 4), for conditional training.
+    """Contrastive flow matching (Stoica et al. 2025, arXiv:2506.05350), for conditional training.
 
         loss = error(F, target) - share error(F, target of another image and its noise)
 

@@ -82,9 +82,10 @@ class ConsistencyLoss(Distilling):
         (sqrt(mean_pixels (x0(x_t, t) - x0(x_r, r))^2 + huber^2) - huber) / (t - r),    r = t (1 - 2^-stage)
 
     without a gradient of the second term. The stage is 1 at first and grows by one every `every` steps up to `stages`,
-    as in easy consistency tuning (ECT, Geng et al. 2024, arXiv:2406.14548); distance and weight are those of improved
-    consistency training (Song & Dhariwal 2023, arXiv:2310.14189). x_r has the image and noise of x_t; a teacher makes
-    a step of DDIM from x_t (consistency distillation, Song et al. 2023, arXiv:2303.01469, alg. 2).
+    the constant mapping of easy consistency tuning (ECT, Geng et al. 2024, arXiv:2406.14548), whose recipe shortens r
+    further at small t and starts from a diffusion model (`init`); distance and weight are those of improved consistency
+    training (Song & Dhariwal 2023, arXiv:2310.14189). x_r has the image and noise of x_t; a teacher makes a step of
+    DDIM from x_t (consistency distillation, Song et al. 2023, arXiv:2303.01469, alg. 2).
 
     In the algebra of flow maps this is the target ((t - r) v + r u(x_r, r, 0)) / t of u(x_t, t, 0). A network with a
     second time is given that of clean data.

@@ -34,7 +34,7 @@ class AverageVelocityLoss(Loss):
         denoiser: the denoiser whose network is trained; with a second time.
         time_sampling: the distribution of times.
         share: the expected share of images with s < t, in (0, 1].
-        power, constant: of the adaptive weight (Geng et al. 2025, arXiv:2505.13447, eq. 22 and below).
+        power, constant: of the adaptive weight (Geng et al. 2025, arXiv:2505.13447, eq. 22).
 
     Raises:
         ValueError: an argument is out of range, or the denoiser is unfit for few-step training.
@@ -94,20 +94,22 @@ class AverageVelocityLoss(Loss):
 
 
 class MeanFlowLoss(AverageVelocityLoss):
-    """MeanFlow: target = v - (t - s) (v d/dx + d/dt) u (Geng et al. 2025, arXiv:2505.13447, eq. 10 and 11).
+    """MeanFlow: target = v - (t - s) (v d/dx + d/dt) u (Geng et al. 2025, arXiv:2505.13447, eq. 9 to 11).
 
     t and s are the larger and the smaller of two drawn times. The derivative is one Jacobian-vector product in forward
     mode. The target is affine in v, so the velocity of the data may replace the marginal one: the conditional mean of
-    the target is the same.
+    the target is the same. The images with s = t are at the first of two times; in the authors' code, at the larger.
 
     Args:
         denoiser: the denoiser whose network is trained; with a second time.
-        time_sampling: the distribution of both times; logit-normal with mean -0.4 and std 1 in the paper for ImageNet.
-        share: the expected share of images with s < t; 0.25 in the paper for ImageNet, 0.75 for CIFAR-10.
+        time_sampling: the distribution of both times; logit-normal with mean -0.4 and std 1 in the paper for ImageNet,
+            -2 and 2 for CIFAR-10.
+        share: the expected share of images with s < t; 0.25 in the paper for ImageNet, 0.75 for CIFAR-10, and 0.5 in
+            improved MeanFlow.
         power, constant: of the adaptive weight; power 1 in the paper for ImageNet, 0.75 for CIFAR-10.
         tangent: the velocity along which u is derived: "data" (alpha' x0 + sigma' eps, the paper), or "network",
-            u(x_t, t, t) of the network (improved MeanFlow, Geng et al. 2025, arXiv:2512.02012), which has no noise
-            and costs one more evaluation.
+            u(x_t, t, t) of the network (improved MeanFlow, Geng et al. 2025, arXiv:2512.02012, alg. 1), which has no
+            noise and costs one more evaluation.
     """
 
     name = "mean_flow"
@@ -153,7 +155,7 @@ class ShortcutLoss(AverageVelocityLoss):
     Args:
         denoiser: the denoiser whose network is trained; with a second time.
         time_sampling: the distribution of times of the images with s = t.
-        share: the expected share of images with s < t; 0.25 in the paper.
+        share: the expected share of images with s < t.
         power, constant: of the adaptive weight; the paper has none (power 0).
         steps: steps of the grid, a power of 2; 128 in the paper.
 
