@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.app.assemble import Experiment, assemble, has_several_processes
 from src.app.automatic import device_of
@@ -82,6 +82,7 @@ def probe(config: DictConfig, folder: Path, watch: StopWatch) -> Experiment:
         watch: gets the times of the steps.
     """
     short = config.copy()
+    OmegaConf.set_struct(short, False)
     short.trainer.max_steps = max(config.trainer.max_steps, WARM_UP + LONGEST)
     short.logger, short.ckpt = {}, None
     short.validate_every, short.bands = 10**9, "none"
