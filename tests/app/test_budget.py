@@ -21,18 +21,18 @@ def test_a_budget_is_trained_and_a_continued_run_keeps_its_steps(
 ):
     probed(monkeypatch, start=2.0, step=0.1)
     options = [*QUICK, "callbacks=none", "metrics=none"]
-    assert command("train", *options, "budget=2.5") == 0
+    assert command("train", *options, "budget=2.56") == 0
     run = only_run()
-    # the start takes 2 s of the 2.5; the rest are steps of 0.1 s
+    # the start takes 2 s of the 2.56; the rest are steps of 0.1 s
     steps = budget.WARM_UP + 5
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == steps
     assert (run / "checkpoints" / f"step_{steps:08}.ckpt").is_file()
 
     probed(monkeypatch, start=0.0, step=0.01)  # a faster machine would make more steps
-    assert command("train", f"ckpt={run}", "budget=2.5") == 2
+    assert command("train", f"ckpt={run}", "budget=2.56") == 2
     assert f"is at step {steps} already" in capsys.readouterr().err
     assert command("train", f"ckpt={run}", "budget=9") == 2
-    assert "budget=9: this training began with budget=2.5; give trainer.max_steps" in capsys.readouterr().err
+    assert "budget=9: this training began with budget=2.56; give trainer.max_steps" in capsys.readouterr().err
     assert command("train", f"ckpt={run}", f"trainer.max_steps={steps + 2}") == 0
     assert (run / "checkpoints" / f"step_{steps + 2:08}.ckpt").is_file()
 
