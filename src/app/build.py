@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.app.environment import environment
-from src.app.options import CONF
 from src.errors import UserError
 
 T = TypeVar("T")
@@ -230,11 +230,12 @@ def _left_over(option: str, names: Sequence[str]) -> str:
     """What to say of options that an experiment has set for another choice of their group; empty if none has."""
     if not HydraConfig.initialized():  # the check before a sweep
         return ""
-    for group, choice in HydraConfig.get().runtime.choices.items():
-        path = CONF / group / f"{choice}.yaml"
-        if group in OF_SEVERAL_GROUPS and path.is_file():
-            node = OmegaConf.select(OmegaConf.load(path), option) or {}
-            if left := [f"~{option}.{name}" for name in names if name in node]:
+    runtime = HydraConfig.get().runtime
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    for group, choice in runtime.choices.items():
+        for path in (folder / group / f"{choice}.yaml" for folder in folders if group in OF_SEVERAL_GROUPS):
+            node = OmegaConf.select(OmegaConf.load(path), option) if path.is_file() else None
+            if left := [f"~{option}.{name}" for name in names if name in (node or {})]:
                 own = f"its own choice of {option.partition('.')[0]}"
                 return (
                     f". {group}={choice} sets it for {own}: add {' '.join(left)}, or choose another {group}"
