@@ -69,6 +69,7 @@ def scores_of(folder: Path, options: list[str], sampler: str, steps: tuple[int, 
     missing = [str(number) for number in steps if number not in found()]
     if missing:
         chosen = [f"sampler={sampler}", f"sampler.steps={','.join(missing)}"]
+        chosen += ["clipping=none"] if sampler == "flow_map" else []
         run(
             "evaluate", "-m", f"run={folder}", *chosen, "n=1000", "metrics=fd_digits", f"runs={folder.parent}"
         )
