@@ -1,0 +1,370 @@
+"""Fashion-MNIST: this project's DDPM beside denoising-diffusion-pytorch, trained on the same batches.
+
+    python -m benchmarks.fashion_mnist reference     # the scores of real images; fills the cache of the reference
+    python -m benchmarks.fashion_mnist ours          # experiment=ddpm_fashion_mnist
+    python -m benchmarks.fashion_mnist package       # needs pip install denoising-diffusion-pytorch
+    python -m benchmarks.fashion_mnist samples       # images of both at the end, as .npz
+    python -m benchmarks.fashion_mnist scores        # FID, KID and fd_fashion_mnist of these
+    python -m benchmarks.fashion_mnist details       # over training steps, raw weights, DDIM steps
+    python -m benchmarks.fashion_mnist tables        # Markdown
+
+Each stage continues where it was interrupted and skips what exists; several may be named, and are done in this order.
+Everything is in --runs. FID and KID need `make inception`. The CPU time of each part is printed by `tables`.
+
+Equal in both: images and their order, batches, number of parameters (nearly), schedule (linear, T = 1000), target
+(eps), loss, dropout, Adam, learning rate with its warm-up, gradient clipping, the largest decay of the average, number
+of steps, float32, and the sampler: DDIM from t = 1000 in equal strides, with x0 clipped. Not equal: the layers, and the
+warm-up of the average, which is each project's own.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks import denoising_diffusion_pytorch as package
+from src.data.fashion_mnist import FashionMNIST
+from src.evaluation.record import Record
+from src.generation.pictures import image_grid, read_images
+from src.model import UNet
+from src.runs.files import digest_of, read_json, replacing, write_json
+from src.runs.folder import CHECKPOINTS, SCORES_FILE, checkpoints_by_step
+
+STAGES = ("reference", "ours", "package", "samples", "scores", "details", "tables")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder of results depends on, apart from the lengths."""
+
+    base_channels: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """Generated images.
+
+    Attributes:
+        code: "ours" or "package".
+        step: training steps.
+        weights: "ema" or "raw".
+        steps: of DDIM.
+        n: number of images.
+    """
+
+    code: str
+    step: int
+    weights: str
+    steps: int
+    n: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.code}_{self.step}_{self.weights}_ddim{self.steps}_{self.n}"
+
+
+def our_parameters(base_channels: int) -> int:
+    """The number of parameters of `unet_small` with this width."""
+    with torch.device("meta"):
+        return package.parameters_of(
+            UNet(28, 1, base_channels=base_channels, channel_multipliers=package.MULTIPLIERS, groups=8)
+        )
+
+
+class Benchmark:
+    """The stages.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.at = arguments
+        self.runs: Path = arguments.runs
+        settings = asdict(Settings(arguments.base_channels, arguments.batch_size, arguments.seed))
+        path = self.runs / "settings.json"
+        if not path.exists():
+            write_json(path, settings)
+        stored = read_json(path, dict[str, Any])
+        for name, value in settings.items():
+            if stored[name] != value:
+                option = name.replace("_", "-")
+                raise SystemExit(f"--{option} {value}: {self.runs} has {stored[name]}; choose another --runs")
+
+    # training
+
+    def ours(self) -> None:
+        """Trains `experiment=ddpm_fashion_mnist` through the command line."""
+        folder, at = self.runs / "ours", self.at
+        found = checkpoints_by_step(folder / CHECKPOINTS)
+        if found and package.step_of(found[-1]) >= at.steps:
+            return
+        options = [f"ckpt={folder}"] if found else self._first_options(folder)
+        with self._cost("ours: training"):
+            self._command("train", *options, f"trainer.max_steps={at.steps}")
+
+    def _first_options(self, folder: Path) -> list[str]:
+        at = self.at
+        options = [
+            f"model.base_channels={at.base_channels}",
+            f"batch_size={at.batch_size}",
+            f"seed={at.seed}",
+        ]
+        options += [f"callbacks.checkpoints.every={at.save_every}", "callbacks.checkpoints.keep=1000"]
+        options += ["metrics=none", "~callbacks.sample_images", f"validate_every={at.save_every}"]
+        return ["experiment=ddpm_fashion_mnist", "logger=csv", *options, f"hydra.run.dir={folder}"]
+
+    def package(self) -> None:
+        """Trains the package's parts on the batches of `ours`."""
+        with self._cost("package: training"):
+            at = self.at
+            package.train(
+                self._package_width(), at.steps, at.batch_size, at.seed, at.save_every, self.runs / "package"
+            )
+
+    def _package_width(self) -> int:
+        return package.closest_width(our_parameters(self.at.base_channels))
+
+    # images
+
+    def sampled(self, images: Images) -> Path:
+        """The .npz of generated images, which are made if they do not exist."""
+        path = self.runs / "samples" / f"{images.name}.npz"
+        if path.exists():
+            return path
+        folder = self.runs / "samples" / images.name
+        with self._cost(f"{images.code}: sampling {images.name}"):
+            if images.code == "ours":
+                checkpoint = self.runs / "ours" / CHECKPOINTS / f"step_{images.step}.ckpt"
+                chosen = [f"weights={images.weights}", f"sampler.steps={images.steps}"]
+                chosen += [f"n={images.n}", f"out={folder}", f"batch_size={package.AT_ONCE}"]
+                self._command("sample", f"run={checkpoint}", *chosen)
+            else:
+                checkpoint = self.runs / "package" / f"step_{images.step}.pt"
+                diffusion = package.load(checkpoint, self._package_width(), images.weights, images.steps)
+                package.sample(diffusion, images.n, self.at.seed, folder / "images")
+        pixels = read_images(folder / "images", range(images.n), 1)
+        return write_npz(path, pixels)
+
+    def samples(self) -> None:
+        """The images of both trainings at their end."""
+        for images in self.final():
+            self.sampled(images)
+
+    def final(self) -> list[Images]:
+        """What FID and KID are computed of."""
+        return [
+            Images(code, self.at.steps, "ema", self.at.ddim_steps, self.at.n) for code in ("ours", "package")
+        ]
+
+    # scores
+
+    def reference(self) -> None:
+        """Scores real images of the test set, n and details_n of them, in place of generated ones."""
+        for n in sorted({self.at.n, self.at.details_n}):
+            self.cheap(self._real("test", n))
+        self.inception(self._real("test", self.at.n))
+
+    def _real(self, split: str, n: int) -> Path:
+        path = self.runs / "samples" / f"{split}_{n}.npz"
+        return path if path.exists() else write_npz(path, FashionMNIST().split(split).images(range(n)))
+
+    def scores(self) -> None:
+        """FID, KID and fd_fashion_mnist of the images of both."""
+        for images in self.final():
+            self.cheap(self.sampled(images))
+            self.inception(self.sampled(images))
+
+    def inception(self, images: Path) -> Record:
+        """FID and KID against the training images, or the first of them."""
+        n = self.at.reference_images
+        reference = str(self._real("train", n)) if n else "fashion_mnist"
+        return self._scored(images, "[fid,kid]", reference, f"inception_{n or 'all'}")
+
+    def cheap(self, images: Path) -> Record:
+        """fd_fashion_mnist against all training images."""
+        return self._scored(images, "fd_fashion_mnist", "fashion_mnist", "classifier")
+
+    def _scored(self, images: Path, metrics: str, reference: str, name: str) -> Record:
+        place = self.runs / "records" / name
+        if found := self._record(images, name):
+            return found
+        with self._cost(f"scoring {images.stem}: {metrics}"):
+            given = [f"images={images}", f"reference={reference}", f"metrics={metrics}"]
+            self._command("evaluate", *given, f"runs={place}", f"cache={self.runs / 'cache'}")
+        return self._record(images, name)
+
+    def _record(self, images: Path, name: str) -> Record | None:
+        pattern = f"scores/{images.stem}_*/{SCORES_FILE}"
+        found = next(iter((self.runs / "records" / name).glob(pattern)), None)
+        return None if found is None else Record.read(found)
+
+    def details(self) -> None:
+        """fd_fashion_mnist over training steps, of raw weights and over the steps of DDIM."""
+        wanted = [*self.over_training(), *self.of_weights(), *self.over_ddim()]
+        for images in track(wanted, "details", console=Console(stderr=True)):
+            self.cheap(self.sampled(images))
+
+    def _detail(self, code: str, step: int, weights: str = "ema", steps: int | None = None) -> Images:
+        return Images(code, step, weights, steps or self.at.ddim_steps, self.at.details_n)
+
+    def over_training(self) -> list[Images]:
+        """By code and training steps."""
+        marks = range(self.at.curve_every, self.at.steps + 1, self.at.curve_every)
+        return [self._detail(code, step) for step in marks for code in ("ours", "package")]
+
+    def of_weights(self) -> list[Images]:
+        """Averaged and raw weights."""
+        return [
+            self._detail(code, self.at.steps, weights)
+            for code in ("ours", "package")
+            for weights in ("ema", "raw")
+        ]
+
+    def over_ddim(self) -> list[Images]:
+        """By code and DDIM's steps."""
+        return [
+            self._detail(code, self.at.steps, steps=steps)
+            for steps in self.at.table_steps
+            for code in ("ours", "package")
+        ]
+
+    # tables
+
+    def tables(self) -> None:
+        """Prints what exists."""
+        ours, width = our_parameters(self.at.base_channels), self._package_width()
+        with torch.device("meta"):
+            theirs = package.parameters_of(package.unet(width))
+        print(f"parameters: ours {ours:,}, package {theirs:,} (dim={width})\n")
+        self._print_final()
+        for title, part, wanted in (
+            ("training steps", "step", self.over_training()),
+            ("weights", "weights", self.of_weights()),
+            ("steps of DDIM", "steps", self.over_ddim()),
+        ):
+            print(f"\nfd_fashion_mnist of {self.at.details_n:,} images\n\n| {title} | ours | package |")
+            print("| --- | --- | --- |")
+            for value in dict.fromkeys(getattr(images, part) for images in wanted):
+                row = [images for images in wanted if getattr(images, part) == value]
+                cells = (self._cell(self.runs / "samples" / f"{images.name}.npz") for images in row)
+                print(f"| {value} | {' | '.join(cells)} |")
+        print("\n| part | CPU minutes |\n| --- | --- |")
+        for path in sorted((self.runs / "costs").glob("*.json")):
+            cost = read_json(path, dict[str, Any])
+            print(f"| {cost['part']} | {cost['seconds'] / 60:.1f} |")
+        made = [self.runs / "samples" / f"{images.name}.npz" for images in self.final()]
+        if self.at.picture and all(path.exists() for path in made):
+            side_by_side(*(first_images(path, 64) for path in made)).save(self.at.picture)
+
+    def _cell(self, images: Path) -> str:
+        record = self._record(images, "classifier")
+        return record.printed("fd_fashion_mnist") if record else ""
+
+    def _print_final(self) -> None:
+        against = f"{self.at.reference_images or 60_000:,} training images"
+        print(f"{self.at.n:,} images; FID and KID against {against}\n")
+        print("| images | FID | KID | fd_fashion_mnist |\n| --- | --- | --- | --- |")
+        rows = {images.code: self.runs / "samples" / f"{images.name}.npz" for images in self.final()}
+        for name, path in {**rows, "test images": self._real("test", self.at.n)}.items():
+            inception = self._record(path, f"inception_{self.at.reference_images or 'all'}")
+            cells = [inception.printed(score) if inception else "" for score in ("fid", "kid")]
+            print(f"| {name} | {' | '.join(cells)} | {self._cell(path)} |")
+
+    # commands
+
+    def _command(self, entry_point: str, *options: str) -> None:
+        """Runs an entry point; its output goes to this terminal."""
+        line = [sys.executable, "-m", f"src.{entry_point}", *options]
+        if subprocess.run(line, env=os.environ).returncode:
+            raise SystemExit(f"failed: python {' '.join(line[1:])}")
+
+    @contextmanager
+    def _cost(self, part: str) -> Iterator[None]:
+        """Adds the CPU seconds of this process and its commands to <runs>/costs, also after an interrupt."""
+        start = cpu_seconds()
+        try:
+            yield
+        finally:
+            path = self.runs / "costs" / f"{digest_of(part)}.json"
+            before = read_json(path, dict[str, Any])["seconds"] if path.exists() else 0.0
+            write_json(path, {"part": part, "seconds": before + cpu_seconds() - start})
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its finished commands."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def write_npz(path: Path, pixels: Tensor) -> Path:
+    """Writes images, uint8 (n, C, H, W), as <path>, an .npz with arr_0 (n, H, W, C); returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.savez(file, pixels.permute(0, 2, 3, 1).numpy())
+    return path
+
+
+def first_images(path: Path, n: int) -> Tensor:
+    """The first images of an .npz file, uint8 (n, C, H, W)."""
+    return torch.from_numpy(np.load(path)["arr_0"][:n]).permute(0, 3, 1, 2)
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
+    """Two grids of images with a gap."""
+    grids = [image_grid(images) for images in (left, right)]
+    picture = Image.new("L", (grids[0].width + grids[1].width + 16, grids[0].height), "white")
+    picture.paste(grids[0], (0, 0))
+    picture.paste(grids[1], (grids[0].width + 16, 0))
+    return picture
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--runs", type=Path, default=Path("runs/fashion_mnist"))
+    parser.add_argument("--steps", type=int, default=8000, help="training steps of each")
+    parser.add_argument("--base-channels", type=int, default=32, help="of our network; 32 is unet_small")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--n", type=int, default=10_000, help="images for FID and KID")
+    parser.add_argument("--ddim-steps", type=int, default=50)
+    parser.add_argument("--reference-images", type=int, default=0, help="first training images; 0 for all")
+    parser.add_argument("--details-n", type=int, default=1000, help="images of each score of `details`")
+    parser.add_argument(
+        "--curve-every", type=int, default=1000, help="training steps; a multiple of save-every"
+    )
+    parser.add_argument("--table-steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--picture", type=Path, help="where `tables` draws the first images of both")
+    arguments = parser.parse_args(given)
+    if {*arguments.stages} - {"reference", "ours"} and not find_spec("denoising_diffusion_pytorch"):
+        raise SystemExit("pip install denoising-diffusion-pytorch, which these stages need")
+    benchmark = Benchmark(arguments)
+    for stage in STAGES:
+        if stage in arguments.stages:
+            getattr(benchmark, stage)()
+
+
+if __name__ == "__main__":
+    main()
