@@ -152,7 +152,9 @@ class Benchmark:
         folder = self.runs / "samples" / images.name
         with self._cost(f"{images.code}: sampling {images.name}"):
             if images.code == "ours":
-                checkpoint = self.runs / "ours" / CHECKPOINTS / f"step_{images.step}.ckpt"
+                folder_of_run = self.runs / "ours" / CHECKPOINTS
+                found = {package.step_of(path): path for path in checkpoints_by_step(folder_of_run)}
+                checkpoint = found[images.step]
                 chosen = [f"weights={images.weights}", f"sampler.steps={images.steps}"]
                 chosen += [f"n={images.n}", f"out={folder}", f"batch_size={package.AT_ONCE}"]
                 self._command("sample", f"run={checkpoint}", *chosen)

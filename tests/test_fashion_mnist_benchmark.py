@@ -46,7 +46,7 @@ def test_a_stage_continues_a_training_and_skips_a_finished_one(tmp_path, monkeyp
         steps = options[-1].partition("=")[2]
         folder = tmp_path / "ours" / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"step_{steps}.ckpt").touch()
+        (folder / f"step_{int(steps):08d}.ckpt").touch()
 
     monkeypatch.setattr(fashion_mnist.Benchmark, "_command", train)
     for steps in ("20", "20", "30"):
