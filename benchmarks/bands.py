@@ -2,6 +2,7 @@
 
     python -m benchmarks.bands digits [--runs runs/bands]
     python -m benchmarks.bands fashion_mnist --seeds 12 --mistaken 1
+    python -m benchmarks.bands digits_class --seeds 8 --fresh 5   # mistakes in the class labels only
 
 Trains the experiment <name>_short in this process with --seeds seeds, which make the band, and every known mistake
 with --mistaken seeds. The first seed of a mistake becomes the pattern by which likely causes are named, the second
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,7 @@ from src.app.assemble import assemble
 from src.app.bands import recipe_of_losses, recipe_of_scores
 from src.app.options import CONF
 from src.data.codec import Pixels
-from src.data.stream import TrainingStream
+from src.data.stream import Batch, FixedOrder, TrainingStream
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import denoising
 from src.diffusion.noise_level import NoiseLevel
@@ -54,10 +55,10 @@ from src.training.reference_bands import (
 MISTAKEN = (200, 201)
 """The seeds of each mistake; correct trainings have the seeds 0, 1, ..., fresh ones 1000, 1001, ..."""
 FRESH = 1000
-MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 40}
+MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 40, "digits_class": 100}
 FEWEST = 5
 """Smallest number of seeds of a band."""
-WINDOW = {"digits": 20, "fashion_mnist": 10}
+WINDOW = {"digits": 20, "fashion_mnist": 10, "digits_class": 20}
 
 Patch = Callable[[], Any]
 
@@ -101,8 +102,51 @@ def _freeze(module: DiffusionModule) -> None:
         parameter.requires_grad_(False)
 
 
+def _relabelled(change: Callable[[torch.Tensor], torch.Tensor], *sets: type) -> tuple[Patch, ...]:
+    """Patches by which the batches of these sets have other class labels."""
+
+    def changed(batch: Batch) -> Batch:
+        return replace(batch, condition=replace(batch.condition, labels=change(batch.condition.labels)))
+
+    return tuple(
+        replacing(each, "__getitems__", lambda f: lambda self, positions: changed(f(self, positions)))
+        for each in sets
+    )
+
+
+def label_injections() -> dict[str, Injection]:
+    """The known mistakes in class labels, by name."""
+
+    def next_class(labels: torch.Tensor) -> torch.Tensor:
+        return (labels + 1) % 10
+
+    def of_next_image(labels: torch.Tensor) -> torch.Tensor:
+        return labels.roll(1)
+
+    return {
+        "class labels + 1 in training": Injection(
+            "class labels of the training set are shifted by one",
+            patches=_relabelled(next_class, TrainingStream),
+        ),
+        "class labels + 1 everywhere": Injection(
+            "class labels are shifted by one, in training and in validation",
+            patches=_relabelled(next_class, TrainingStream, FixedOrder),
+        ),
+        "class labels of the next image in training": Injection(
+            "class labels of the training set are those of other images",
+            patches=_relabelled(of_next_image, TrainingStream),
+        ),
+        "class labels of the next image everywhere": Injection(
+            "class labels are those of other images, in training and in validation",
+            patches=_relabelled(of_next_image, TrainingStream, FixedOrder),
+        ),
+    }
+
+
 def injections(name: str) -> dict[str, Injection]:
     """The known mistakes, by name."""
+    if name == "digits_class":
+        return label_injections()
     target, other = (Eps, V()) if name == "digits" else (V, Eps())
     meant = target.__name__.lower()
     wrong = type(other).__name__.lower()
