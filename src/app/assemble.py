@@ -40,6 +40,7 @@ from src.app.parts import (
     source_of,
 )
 from src.app.recipes import recipe_of
+from src.app.regularization import check_pairs, regularizer_of
 from src.app.stored import upgrade
 from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
@@ -144,6 +145,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         codec=codec,
         conditioning=conditioning,
         coupling=coupling_of(config, conditioning),
+        regularizer=regularizer_of(config, loss, codec),
     )
     recipe = None
     if not isinstance(denoiser, NoiseClassifier):
@@ -164,13 +166,23 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         packages=("src", *config.trust),
         assembly=tuple(
             f"src.app.{name}"
-            for name in ("assemble", "parts", "conditions", "recipes", "guides", "optimizers", "initial")
+            for name in (
+                "assemble",
+                "parts",
+                "conditions",
+                "recipes",
+                "guides",
+                "optimizers",
+                "initial",
+                "regularization",
+            )
         ),
     )
     trainer = trainer_of(config, folder, [*callbacks, resume, StopOnSignal()])
     check_sharded(trainer, module, config.compile)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
+    check_pairs(module.regularizer, config.batch_size // (trainer.world_size * accumulation))
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
     data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)

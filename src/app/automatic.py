@@ -32,6 +32,8 @@ def settle(config: DictConfig) -> list[str]:
     if config.compile == "auto":
         if issubclass(class_of(config.get("loss")) or object, MeanFlowLoss):
             config.compile, why = False, "loss=mean_flow takes a forward-mode derivative"
+        elif config.get("regularizer"):
+            config.compile, why = False, "regularizer reads hidden activations"
         else:
             config.compile, why = compile_of(device, config.trainer.max_steps)
         lines.append(f"compile     {str(config.compile).lower()}: {why}")

@@ -150,9 +150,10 @@ def check_sharded(trainer: Trainer, module: DiffusionModule, compiled: bool) -> 
         )
     if compiled:
         raise UserError("trainer=fsdp: compile=true is not supported with it; leave it out")
-    if len(list(module.loss.parameters())) > len(list(network.parameters())):
+    if len(list(module.parameters())) > len(list(network.parameters())):
         raise UserError(
-            "trainer=fsdp: this loss has weights of its own, e.g. a learned weighting; choose another"
+            "trainer=fsdp: this loss or its regularizer has weights of its own, e.g. a learned weighting; choose"
+            " another"
         )
     if type(network).after_optimizer_step is not Network.after_optimizer_step:
         raise UserError(

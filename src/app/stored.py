@@ -44,6 +44,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "init_weights": "ema",
     "init_partial": False,
     "coupling": {"_target_": "src.training.coupling.Independent"},
+    "regularizer": None,
 }
 
 # Options that sources have got since.

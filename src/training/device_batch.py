@@ -157,7 +157,7 @@ class _Step:
         with self.precision.forward_context():
             loss = self.module.training_step(batch, 0)["loss"]
         loss.backward()
-        clip_or_skip(self.optimizer, self.module.loss.parameters(), float("inf"))
+        clip_or_skip(self.optimizer, self.module.parameters(), float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device.type == "cuda":

@@ -5,7 +5,7 @@ global batch and sliced by position, so resuming, sharding and callbacks do not 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from src.randomness import draws_at, generator, key, seed_defaults
 from src.training.coupling import Coupling
 from src.training.ema import EMA
 from src.training.nonfinite import clip_or_skip
+from src.training.regularizer import Regularizer
 
 # Validation draws do not depend on the run's seed, so that curves of different seeds can be compared.
 VALIDATION_SEED = 0
@@ -45,6 +46,7 @@ class DiffusionModule(LightningModule):
         codec: encodes the images for the network.
         conditioning: selects the condition passed to the network; None for unconditional training.
         coupling: reorders the noise of a training batch; None for its own order.
+        regularizer: a term added to the training loss, whose parameters are trained too; or None.
 
     Attributes:
         gradient_norm: gradient norm of the latest optimiser step before clipping, shape (), on the device; not finite
@@ -63,6 +65,7 @@ class DiffusionModule(LightningModule):
         codec: Codec,
         conditioning: Conditioning | None = None,
         coupling: Coupling | None = None,
+        regularizer: Regularizer | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -74,6 +77,7 @@ class DiffusionModule(LightningModule):
         self.codec = codec
         self.conditioning = conditioning
         self.coupling = coupling
+        self.regularizer = regularizer
         self.gradient_norm = torch.zeros(())
         self.is_updating = False
         self._remembered: list[Tensor] = []
@@ -105,7 +109,8 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns `loss` and, for callbacks, detached tensors of shape (b,): `losses`, the loss of each image, on the
-        device, and `times`, its time as a quantile of the schedule's range, in [0, 1]."""
+        device, and `times`, its time as a quantile of the schedule's range, in [0, 1]; with a regulariser also
+        `regularizer`, its term, shape ()."""
         x0, positions = self.encode(batch), batch.positions
         draws = draws_at(positions, self.batch_size, self._draws)
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
@@ -118,14 +123,21 @@ class DiffusionModule(LightningModule):
             eps = self.coupling(x0, eps, condition)
         # Dropout uses the default generator, which is therefore seeded by the position in the training stream.
         seed_defaults(key(self.seed, "dropout", int(positions[0])), x0.device)
-        losses = self.loss(x0, draws, eps, condition)
+        network, regularizer = self.denoiser.network, self.regularizer
+        with nullcontext() if regularizer is None else regularizer.observing(network) as hidden:
+            losses = self.loss(x0, draws, eps, condition)
         self._remember(positions, draws, losses.detach())
         losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)
         loss = losses.mean()
+        results = {"losses": losses.detach(), "times": self.loss.quantile(draws)}
+        if regularizer is not None:
+            term = regularizer(hidden, x0)
+            loss = loss + term
+            results["regularizer"] = term.detach()
         # The factor is 1, or NaN if the loss is not finite. In that case the gradients are NaN too, and the gradient
         # reduction propagates this to all ranks without another collective.
         loss = loss * (1 + 0 * loss.detach())
-        return {"loss": loss, "losses": losses.detach(), "times": self.loss.quantile(draws)}
+        return {"loss": loss, **results}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `val/loss` (raw weights), `val/loss_ema` and the measures of the loss.
@@ -203,7 +215,7 @@ class DiffusionModule(LightningModule):
         """Clips the global norm and stores it; a step whose norm is not finite is skipped."""
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision=16-mixed
-        self.gradient_norm = clip_or_skip(optimizer, self.loss.parameters(), limit, scaler)
+        self.gradient_norm = clip_or_skip(optimizer, self.parameters(), limit, scaler)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Also lets the network constrain its weights, before averages and checkpoints are made of them."""
@@ -214,7 +226,7 @@ class DiffusionModule(LightningModule):
         self.is_updating = False
 
     def configure_optimizers(self):
-        optimizer = self.make_optimizer(self.loss.parameters())
+        optimizer = self.make_optimizer(self.parameters())
         if self.make_lr_schedule is None:
             return optimizer
         lr_schedule = self.make_lr_schedule(optimizer)

@@ -120,9 +120,10 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
         unknown.append(
             "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
         )
+    coupled = _couples(now["config"])
     for name in ("world_size", "accumulation"):
-        if then[name] != now[name] and _couples(now["config"]):
-            experiment.append(f"{name}: {then[name]} -> {now[name]}, on which the coupling depends")
+        if then[name] != now[name] and coupled:
+            experiment.append(f"{name}: {then[name]} -> {now[name]}, on which {coupled} depends")
         elif then[name] != now[name]:
             rounding.append(name)
     for name in _different(then["machine"], now["machine"]):
@@ -132,9 +133,13 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
     return Comparison(experiment, code, unknown, rounding)
 
 
-def _couples(config: dict[str, Any]) -> bool:
-    """Whether the noise of an image depends on the others of its micro-batch."""
-    return not str(config.get("coupling._target_", "Independent")).endswith("Independent")
+def _couples(config: dict[str, Any]) -> str:
+    """The group that makes the loss of an image depend on the others of its micro-batch; empty if none does."""
+    if not str(config.get("coupling._target_", "Independent")).endswith("Independent"):
+        return "coupling"
+    if str(config.get("regularizer._target_")).endswith("Dispersive"):
+        return "regularizer"
+    return "loss" if str(config.get("loss._target_")).endswith("ContrastiveLoss") else ""
 
 
 def _unknown_callbacks(config: dict[str, Any]) -> dict[str, str]:

@@ -23,6 +23,7 @@ class TrainingCurves(EverySteps):
       the time range), `train/images_per_second`;
     - values at the last step: `train/gradient_norm` (before clipping), `train/learning_rate`, `train/samples`,
       `train/passes` (samples divided by the size of the training set);
+    - with a regulariser, its term in the last micro-batch of the first device: `train/regularizer`;
     - after each validation: `val/loss` (raw weights) and `val/loss_ema`.
 
     Args:
@@ -41,6 +42,7 @@ class TrainingCurves(EverySteps):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.add(outputs["losses"], outputs["times"])
+        self._term: Tensor | None = outputs.get("regularizer")
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def add(self, losses: Tensor, times: Tensor) -> None:
@@ -71,6 +73,8 @@ class TrainingCurves(EverySteps):
         for quarter, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
             if count:
                 curves[f"train/loss_q{quarter}"] = total / count
+        if self._term is not None:
+            curves["train/regularizer"] = float(self._term)
         for logger in trainer.loggers:
             logger.log_metrics(curves, step=trainer.global_step)
         trainer.progress_bar_metrics["loss"] = curves["train/loss"]

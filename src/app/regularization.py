@@ -1,0 +1,51 @@
+"""Terms of the training loss that read hidden activations, and changes of the training images."""
+
+import torch
+from omegaconf import DictConfig
+
+from src.app.build import build
+from src.data.codec import Codec
+from src.diffusion.loss import Loss, TimedLoss
+from src.errors import UserError
+from src.randomness import key
+from src.training.regularizer import Regularizer
+
+
+def regularizer_of(config: DictConfig, loss: Loss, codec: Codec) -> Regularizer | None:
+    """The chosen term of the loss, tried on one image.
+
+    Args:
+        config: composed; `compile` is settled.
+        loss: evaluates the network whose activations are read.
+        codec: gives the shape of what the network sees.
+
+    Raises:
+        UserError: the term does not suit the network, or the loss does not evaluate the network once for a batch.
+    """
+    if not config.regularizer:
+        return None
+    if not isinstance(loss, TimedLoss):
+        raise UserError(
+            f"regularizer: {type(loss).__name__} evaluates the network several times, or for parts of a batch; choose"
+            " regularizer=none, or a loss of one time, e.g. loss=denoising"
+        )
+    if config.compile:
+        raise UserError(
+            "compile=true: a compiled network has no hidden activations to read; choose compile=false"
+        )
+    torch.manual_seed(key(config.seed, "regularizer", 0))
+    network = loss.denoiser.network
+    return build(config.regularizer, Regularizer, "regularizer", network=network, image_shape=codec.shape)
+
+
+def check_pairs(regularizer: Regularizer | None, micro_batch: int) -> None:
+    """Checks that a term of pairs of images has pairs.
+
+    Raises:
+        UserError: there is one image in each micro-batch.
+    """
+    if regularizer is not None and regularizer.needs_pairs and micro_batch < 2:
+        raise UserError(
+            f"regularizer: {type(regularizer).__name__} compares images, and a micro-batch of a device has"
+            f" {micro_batch}; choose a larger batch_size or max_device_batch"
+        )
