@@ -168,6 +168,8 @@ def test_leaf_is_one_class_and_its_options(group):
         "weighting",
         "distance",
         "time_sampling",
+        "regularizer",
+        "augmentation",
         "spacing",
         "clipping",
         "restoration",
@@ -393,6 +395,8 @@ def test_choice_builds_its_object(group, choice, assembled):
         pytest.skip("needs a CUDA device")
     if OmegaConf.is_missing(OmegaConf.load(CONF / group / f"{choice}.yaml"), "run"):
         pytest.skip("needs a second run: tests/cli/test_guidance.py")
+    if override == "regularizer=repa":
+        pytest.skip("needs an encoder: tests/training/test_repa.py")
     if override == "codec=autoencoder_kl":
         pytest.skip("needs an autoencoder: tests/data/test_autoencoder.py")
     parts, config = assembled(override, *needs(group, choice))

@@ -40,7 +40,7 @@ from src.app.parts import (
     source_of,
 )
 from src.app.recipes import recipe_of
-from src.app.regularization import check_pairs, regularizer_of
+from src.app.regularization import augmentation_of, check_pairs, regularizer_of
 from src.app.stored import upgrade
 from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
@@ -145,6 +145,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         codec=codec,
         conditioning=conditioning,
         coupling=coupling_of(config, conditioning),
+        augmentation=augmentation_of(config, loss, codec),
         regularizer=regularizer_of(config, loss, codec),
     )
     recipe = None
@@ -199,6 +200,8 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     tracker = next((c for c in callbacks if isinstance(c, TrackFidelity)), None)
     if tracker is not None:
         summary += f"\nscore       {tracker.cost(config.trainer.max_steps)}"
+    if module.regularizer is not None:
+        summary += f"\nregularizer {module.regularizer.describe()}"
     if init is not None:
         summary += (
             f"\ninit        {init['checkpoint']}, step {init['training_steps']:,}, {init['weights']} weights"

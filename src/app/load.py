@@ -146,7 +146,7 @@ def load(
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     on = pick_device(device)
-    parts_of_network = ("model", "data", "codec", "conditioning", "ema")
+    parts_of_network = ("model", "data", "codec", "conditioning", "augmentation", "ema")
     key = (found, weights, on, outputs, OmegaConf.to_yaml(OmegaConf.masked_copy(config, parts_of_network)))
     kept: dict[str, Any] = shared("network", key, dict)
     parts = parts_of(config, outputs, kept.get("network"))

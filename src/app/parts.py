@@ -94,8 +94,8 @@ def denoiser_of(
         raise UserError(str(error)) from None
 
 
-# Options of the network that follow the conditioning, and cannot be given.
-OF_CONDITIONING = ("num_classes", "token_channels", "condition_channels")
+# Options of the network that follow the conditioning or the augmentation, and cannot be given.
+OF_CONDITIONING = ("num_classes", "token_channels", "condition_channels", "augment_channels")
 
 
 def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | None, outputs: int) -> Network:
@@ -106,6 +106,7 @@ def network_of(config: DictConfig, codec: Codec, conditioning: Conditioning | No
         "num_classes": getattr(conditioning, "num_classes", 0),
         "token_channels": getattr(conditioning, "token_channels", 0),
         "condition_channels": channels if reads_images else 0,
+        "augment_channels": getattr(class_of(config.get("augmentation")), "channels", 0),
         "channels": channels,
         "image_size": height if height == width else [height, width],
     }

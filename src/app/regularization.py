@@ -3,12 +3,46 @@
 import torch
 from omegaconf import DictConfig
 
-from src.app.build import build
+from src.app.build import build, class_of, takes
+from src.conditioning import GeometricAugmentation
 from src.data.codec import Codec
 from src.diffusion.loss import Loss, TimedLoss
 from src.errors import UserError
 from src.randomness import key
+from src.training.coupling import OptimalTransport
 from src.training.regularizer import Regularizer
+
+
+def augmentation_of(config: DictConfig, loss: Loss, codec: Codec) -> GeometricAugmentation | None:
+    """What transforms the training images.
+
+    Args:
+        config: composed.
+        loss: with the network, which reads how an image was transformed.
+        codec: of the images.
+
+    Raises:
+        UserError: it does not suit the network, the images, the loss or the coupling.
+    """
+    augmentation = build(config.augmentation, GeometricAugmentation, "augmentation")
+    if augmentation is None:
+        return None
+    network = loss.denoiser.network
+    if "augment" not in network.reads:
+        raise UserError(
+            f"augmentation: {type(getattr(network, 'module', network)).__name__} does not read how an image was"
+            " transformed; choose augmentation=none, or e.g. model=unet_tiny, unet_ddpmpp or dit_tiny"
+        )
+    if not codec.bounded:
+        raise UserError("augmentation moves pixels, and this training has latents; choose augmentation=none")
+    if getattr(loss, "teacher", None) is not None:
+        raise UserError("augmentation: the teacher loss.run was trained without; choose augmentation=none")
+    if issubclass(class_of(config.coupling) or object, OptimalTransport):
+        raise UserError(
+            "coupling=optimal_transport makes the noise depend on the augmentation, which it does not in sampling;"
+            " choose coupling=independent, or augmentation=none"
+        )
+    return augmentation
 
 
 def regularizer_of(config: DictConfig, loss: Loss, codec: Codec) -> Regularizer | None:
@@ -32,6 +66,10 @@ def regularizer_of(config: DictConfig, loss: Loss, codec: Codec) -> Regularizer 
     if config.compile:
         raise UserError(
             "compile=true: a compiled network has no hidden activations to read; choose compile=false"
+        )
+    if not codec.bounded and takes(config.regularizer, "weights"):
+        raise UserError(
+            "regularizer=repa reads pixels, and this training has latents; choose regularizer=none"
         )
     torch.manual_seed(key(config.seed, "regularizer", 0))
     network = loss.denoiser.network

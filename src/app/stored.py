@@ -44,6 +44,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "init_weights": "ema",
     "init_partial": False,
     "coupling": {"_target_": "src.training.coupling.Independent"},
+    "augmentation": None,
     "regularizer": None,
 }
 
@@ -61,6 +62,8 @@ NUMBERS_ONLY = {"callbacks", "logger", "trainer"}
 LONGEST = 1_000_000
 """Characters of all stored texts."""
 LONGEST_LIST = 1000
+# Groups on which the shapes of the weights depend.
+GROUPS_OF_NETWORK = ("data", "codec", "conditioning", "augmentation", "model", "variance")
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +214,7 @@ def _check_network(config: dict[str, Any], weights: Mapping[str, torch.Tensor]) 
         return
     prefix = "loss.denoiser.network."
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items() if name.startswith(prefix)}
-    used = {name: config.get(name) for name in ("data", "codec", "conditioning", "model", "variance")}
+    used = {name: config.get(name) for name in GROUPS_OF_NETWORK}
     parts = OmegaConf.create({**used, "labels": None, "guidance": None})
     source = source_of(parts)
     codec = codec_of(parts, source)

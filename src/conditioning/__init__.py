@@ -1,5 +1,6 @@
 """Conditions of images, and how networks are conditioned in training and sampling."""
 
+from .augmentation import GeometricAugmentation
 from .condition import NO_CLASS, Condition
 from .conditioning import ByClass, Conditioning
 from .low_resolution import LowResolution
@@ -11,6 +12,7 @@ __all__ = [
     "ByText",
     "Condition",
     "Conditioning",
+    "GeometricAugmentation",
     "LowResolution",
     "TextEncoder",
     "TextTable",

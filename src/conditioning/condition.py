@@ -12,7 +12,8 @@ NO_CLASS = -1
 
 @dataclass(eq=False)  # not frozen: Lightning's precision plugins rebuild it field by field
 class Condition:
-    """The condition of a batch of B images: any of class labels, token embeddings and images.
+    """The condition of a batch of B images: any of class labels, token embeddings, images and
+    augmentations.
 
     `Condition()` is empty: the images are unconditional.
 
@@ -21,16 +22,18 @@ class Condition:
         tokens: text embeddings, shape (B, L, D).
         mask: valid tokens, bool, shape (B, L); an image without any True has no text.
         image: an additional input image of the network, shape (B, C, H, W).
+        augment: what was done to training images, shape (B, K); None or zeros for nothing, as in sampling.
     """
 
     labels: Tensor | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None
     image: Tensor | None = None
+    augment: Tensor | None = None
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of condition present, out of "labels", "tokens" and "image"."""
+        """The kinds of condition present, out of "labels", "tokens", "image" and "augment"."""
         return frozenset(
             f.name for f in fields(self) if f.name != "mask" and getattr(self, f.name) is not None
         )
@@ -58,7 +61,7 @@ class Condition:
         return Condition(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in kept})
 
     def drop(self, which: Tensor) -> "Condition":
-        """A copy with the condition of some images dropped: no class, no tokens, an image of zeros.
+        """A copy with the condition of some images dropped: no class, no tokens, an image of zeros. Augmentations stay.
 
         Args:
             which: the images whose condition is dropped, bool, shape (B,).
@@ -71,7 +74,7 @@ class Condition:
             mask = mask & ~which.to(mask.device, non_blocking=True)[:, None]
         if image is not None:
             image = image.masked_fill(which.to(image.device, non_blocking=True)[:, None, None, None], 0)
-        return Condition(labels, self.tokens, mask, image)
+        return Condition(labels, self.tokens, mask, image, self.augment)
 
     def dropped(self) -> "Condition":
         """A copy with the conditions of all images dropped."""
@@ -84,7 +87,7 @@ class Condition:
         return Condition(*(None if part[0] is None else torch.cat(part) for part in parts))
 
     def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.labels, self.tokens, self.mask, self.image
+        return self.labels, self.tokens, self.mask, self.image, self.augment
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         return Condition(*(None if part is None else function(part) for part in self._parts()))

@@ -157,7 +157,9 @@ def write_pipeline(
     name, numbers = scheduler_config(denoiser, sampler, spacing, bound)
     with torch.device("cpu"):
         unet = diffusers.UNet2DModel(**config)
-    unet.load_state_dict(unet_to_diffusers(denoiser.network.state_dict()))
+    # augmentations are zero in sampling
+    state = {k: w for k, w in denoiser.network.state_dict().items() if k != "augment_embedding.weight"}
+    unet.load_state_dict(unet_to_diffusers(state))
     pipeline = diffusers.DDIMPipeline if name == "DDIMScheduler" else diffusers.DDPMPipeline
     scheduler = getattr(diffusers, name)(**numbers)
     pipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

@@ -18,7 +18,7 @@ class Network(nn.Module, ABC):
     Attributes:
         image_shape: (C, H, W) of the input, not necessarily square; None if it accepts any shape.
         out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
-        reads: the kinds of condition it uses, out of "labels", "tokens" and "image".
+        reads: the kinds of condition it uses, out of "labels", "tokens", "image" and "augment".
         classifies: whether the output is logits of shape (B, classes), for `loss=classification`.
         checkpointing: whether `run` recomputes activations in the backward pass.
         second_time: whether it is given the label of a second time.

@@ -49,8 +49,30 @@ def second_label(label: Tensor, to_label: Tensor | None, supported: bool) -> Ten
     return label if to_label is None else to_label
 
 
+def augmentation_layer(augment_channels: int, channels: int) -> nn.Linear | None:
+    """A linear map of augmentations, initialised to zero; zeros give zero. None for 0 augment_channels."""
+    if not augment_channels:
+        return None
+    layer = nn.Linear(augment_channels, channels, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def with_augmentation(embedding: Tensor, condition: "Condition | None", layer: nn.Linear | None) -> Tensor:
+    """The embedding plus that of the condition's augmentation, if it has one.
+
+    Raises:
+        ValueError: there is one, but the network has no layer for it.
+    """
+    if condition is None or condition.augment is None:
+        return embedding
+    if layer is None:
+        raise ValueError("the network reads no augmentation: build it with augment_channels > 0")
+    return embedding + layer(condition.augment.to(embedding.dtype))
+
+
 class ConditionEmbedding(nn.Module):
-    """The sum of the embeddings of the time, the class and a second time.
+    """The sum of the embeddings of the time, the class, a second time and an augmentation.
 
     Args:
         dim: width of the sinusoidal embedding of a time, an even number, at least 4.
@@ -65,6 +87,7 @@ class ConditionEmbedding(nn.Module):
         self.time = TimeEmbedding(dim, channels, frequency_shift)
         self.classes = nn.Embedding(num_classes + 1, channels) if num_classes else None
         self.second_time: TimeEmbedding | None = None
+        self.augmentation: nn.Linear | None = None
 
     def add_second_time(self) -> None:
         """Adds the embedding of a second time, initialised to zero.
@@ -74,15 +97,20 @@ class ConditionEmbedding(nn.Module):
         self.second_time = TimeEmbedding(self.dim, self.channels, self.time.frequency_shift)
         zero(self.second_time.linear2)
 
+    def add_augmentation(self, augment_channels: int) -> None:
+        """Adds the embedding of an augmentation, initialised to zero; called last, as `add_second_time`."""
+        self.augmentation = augmentation_layer(augment_channels, self.channels)
+
     def forward(self, label: Tensor, condition: "Condition | None", to_label: Tensor | None) -> Tensor:
         """The embedding, shape (B, channels); see `Network.forward` for the arguments.
 
         Raises:
-            ValueError: a class or a second time is given, but the network does not support it.
+            ValueError: a class, a second time or an augmentation is given, but the network does not support it.
         """
         embedding = self.time(label)
         rows = class_rows(condition, self.num_classes, label)
         if self.classes is not None:
             embedding = embedding + self.classes(rows)
+        embedding = with_augmentation(embedding, condition, self.augmentation)
         to_label = second_label(label, to_label, self.second_time is not None)
         return embedding if self.second_time is None else embedding + self.second_time(to_label)

@@ -51,6 +51,7 @@ class DiT(Network):
         class_tokens_from: the first block that has these tokens, counted from 0.
         frequency_shift: of the time embedding: 1, or 0 as in the authors' code, see `sinusoidal_embedding`.
         second_time: also embed the label of a second time, initialised to zero.
+        augment_channels: size of an augmentation that the network reads; 0 for none. Initialised to zero.
         checkpointing: recompute the activations of each block in the backward pass, to save memory.
 
     Raises:
@@ -79,6 +80,7 @@ class DiT(Network):
         class_tokens_from: int = 0,
         frequency_shift: int = 1,
         second_time: bool = False,
+        augment_channels: int = 0,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -87,7 +89,7 @@ class DiT(Network):
         _check(width, depth, heads, mlp_ratio, norm, rotary, bottleneck, class_tokens, class_tokens_from)
         self.image_shape = (channels, *size)
         self.out_channels = channels if out_channels is None else out_channels
-        self.reads = frozenset({"labels"} if num_classes else ())
+        self.reads = frozenset(["labels"] * bool(num_classes) + ["augment"] * bool(augment_channels))
         self.num_classes, self.patch_size, self.checkpointing = num_classes, patch_size, checkpointing
         self.class_tokens_from, self.second_time = class_tokens_from, second_time
 
@@ -116,6 +118,7 @@ class DiT(Network):
         self._initialise()
         if second_time:
             self.embedding.add_second_time()
+        self.embedding.add_augmentation(augment_channels)
 
     def _initialise(self) -> None:
         """Xavier for linear layers and patches, std 0.02 for embeddings, zero for modulations and the output."""

@@ -163,6 +163,7 @@ class ResamplingUNet(LevelUNet):
         norm_eps: epsilon of every group normalisation; 1e-5 in the published ADM networks.
         frequency_shift: of the time embedding: 1, or 0 as in the published ADM networks, see `sinusoidal_embedding`.
         second_time: also embed the label of a second time, initialised to zero.
+        augment_channels: size of an augmentation that the network reads; 0 for none. Initialised to zero.
         checkpointing: recompute the activations of each block in the backward pass, to save memory.
 
     Raises:
@@ -192,13 +193,14 @@ class ResamplingUNet(LevelUNet):
         norm_eps: float = 1e-6,
         frequency_shift: int = 1,
         second_time: bool = False,
+        augment_channels: int = 0,
         checkpointing: bool = False,
     ):
         super().__init__()
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
-        self.reads = frozenset({"labels"} if num_classes else ())
+        self.reads = frozenset(["labels"] * bool(num_classes) + ["augment"] * bool(augment_channels))
         self.num_classes, self.checkpointing, self.second_time = num_classes, checkpointing, second_time
 
         check_base_channels(base_channels)
@@ -236,6 +238,7 @@ class ResamplingUNet(LevelUNet):
         self.conv_out = zero(nn.Conv2d(width, self.out_channels, 3, padding=1))
         if second_time:
             self.embedding.add_second_time()
+        self.embedding.add_augmentation(augment_channels)
 
     def forward(self, x, label, condition=None, to_label=None):
         """See `Network`. Class labels of -1 (`NO_CLASS`) or num_classes mean "no class".

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from src.conditioning import Condition
 from src.model.base import Network, height_and_width
 from src.model.blocks import Downsample, ResidualBlock, Upsample, group_norm, xavier, zero
+from src.model.condition_embedding import augmentation_layer, with_augmentation
 from src.model.embedding import TimeEmbedding
 from src.model.sizes import check_attention, check_base_channels, check_groups, check_levels
 
@@ -45,6 +46,7 @@ class UNet(Network):
         pooled_text: also add a linear map of the mean of the tokens to the time embedding.
         condition_channels: channels of an image in the condition, which is a further input of the first convolution;
             0 for none.
+        augment_channels: size of an augmentation that the network reads; 0 for none. Initialised to zero.
 
     Raises:
         ValueError: dropout is out of range, the image size cannot be halved once per level, the groups do not divide
@@ -68,6 +70,7 @@ class UNet(Network):
         token_channels: int = 0,
         pooled_text: bool = False,
         condition_channels: int = 0,
+        augment_channels: int = 0,
     ):
         super().__init__()
         if not 0 <= dropout < 1:
@@ -77,6 +80,7 @@ class UNet(Network):
         self.out_channels = channels if out_channels is None else out_channels
         self.num_classes, self.second_time = num_classes, second_time
         read = {"labels": num_classes, "tokens": token_channels, "image": condition_channels}
+        read["augment"] = augment_channels
         self.reads = frozenset(kind for kind, size in read.items() if size)
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -118,6 +122,7 @@ class UNet(Network):
         self.conv_condition = None
         if condition_channels:  # the convolution of concatenated channels is a sum of two; last, as above
             self.conv_condition = xavier(nn.Conv2d(condition_channels, base_channels, 3, padding=1))
+        self.augment_embedding = augmentation_layer(augment_channels, embedding_channels)
 
     def _add_encoder(
         self,
@@ -183,6 +188,7 @@ class UNet(Network):
             embedding = embedding + self.second_time_embedding(to_label)
         elif to_label is not None:
             raise ValueError("the network has no second time: build it with second_time=true")
+        embedding = with_augmentation(embedding, condition, self.augment_embedding)
         text = self._text(x, condition)
         if self.text_embedding is not None:
             embedding = embedding + self.text_embedding(_mean_of_text(*text))

@@ -6,6 +6,7 @@ global batch and sliced by position, so resuming, sharding and callbacks do not 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
-from src.conditioning import Conditioning
+from src.conditioning import Condition, Conditioning, GeometricAugmentation
 from src.data.codec import Codec
 from src.data.stream import Batch
 from src.diffusion.denoiser import Denoiser
@@ -46,6 +47,7 @@ class DiffusionModule(LightningModule):
         codec: encodes the images for the network.
         conditioning: selects the condition passed to the network; None for unconditional training.
         coupling: reorders the noise of a training batch; None for its own order.
+        augmentation: transforms the training images, and tells the network how; or None.
         regularizer: a term added to the training loss, whose parameters are trained too; or None.
 
     Attributes:
@@ -65,6 +67,7 @@ class DiffusionModule(LightningModule):
         codec: Codec,
         conditioning: Conditioning | None = None,
         coupling: Coupling | None = None,
+        augmentation: GeometricAugmentation | None = None,
         regularizer: Regularizer | None = None,
     ):
         super().__init__()
@@ -77,6 +80,7 @@ class DiffusionModule(LightningModule):
         self.codec = codec
         self.conditioning = conditioning
         self.coupling = coupling
+        self.augmentation = augmentation
         self.regularizer = regularizer
         self.gradient_norm = torch.zeros(())
         self.is_updating = False
@@ -112,6 +116,9 @@ class DiffusionModule(LightningModule):
         device, and `times`, its time as a quantile of the schedule's range, in [0, 1]; with a regulariser also
         `regularizer`, its term, shape ()."""
         x0, positions = self.encode(batch), batch.positions
+        augment = None
+        if self.augmentation is not None:
+            x0, augment = self.augmentation(x0, positions, self.seed, self.batch_size)
         draws = draws_at(positions, self.batch_size, self._draws)
         eps = draws_at(positions, self.batch_size, lambda k: self._noise(k, x0))
         condition = None
@@ -119,6 +126,8 @@ class DiffusionModule(LightningModule):
             condition = self.conditioning.of_training(
                 batch.condition, x0, positions, self.seed, self.batch_size
             )
+        if augment is not None:
+            condition = replace(Condition() if condition is None else condition, augment=augment)
         if self.coupling is not None:
             eps = self.coupling(x0, eps, condition)
         # Dropout uses the default generator, which is therefore seeded by the position in the training stream.

@@ -75,6 +75,11 @@ class Regularizer(nn.Module, ABC):
             x0: the encoded images, shape (B, C, H, W).
         """
 
+    def describe(self) -> str:
+        """What reads which layer, in a line."""
+        shape = " x ".join(map(str, self.hidden_shape))
+        return f"{type(self).__name__} of {self.layer}, {shape} activations"
+
     @contextmanager
     def observing(self, network: nn.Module) -> Iterator[list[Any]]:
         """Within it, the layer's outputs are appended to the list."""

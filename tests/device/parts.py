@@ -10,6 +10,7 @@ from src.app.conditions import conditioning_of
 from src.app.options import CONF
 from src.app.parts import codec_of, denoiser_of, loss_of, source_of
 from src.app.recipes import recipe_of
+from src.app.regularization import augmentation_of, regularizer_of
 from src.conditioning import Condition
 from src.data.stream import Batch
 from src.diffusion.loss import Loss
@@ -48,7 +49,11 @@ def parts(*overrides: str) -> Parts:
     conditioning = conditioning_of(config, source, codec)
     denoiser = denoiser_of(config, codec, conditioning)
     loss = loss_of(config, denoiser)
-    module = DiffusionModule(loss, torch.optim.Adam, None, None, 0, BATCH, codec, conditioning)
+    module = DiffusionModule(
+        *(loss, torch.optim.Adam, None, None, 0, BATCH, codec, conditioning),
+        augmentation=augmentation_of(config, loss, codec),
+        regularizer=regularizer_of(config, loss, codec),
+    )
     return Parts(loss, recipe_of(config, 0, denoiser, codec, conditioning), module)
 
 

@@ -34,6 +34,7 @@ GROUPS = (
 EVERYWHERE = "parameterization=v"
 # Progressive distillation needs a second run: tests/training/test_few_step.py
 CASES = [f"{group}={choice}" for group in GROUPS for choice in choices(group) if choice != "progressive"]
+CASES += ["regularizer=dispersive", "augmentation=edm"]
 
 
 @pytest.mark.parametrize("case", CASES)
