@@ -53,6 +53,7 @@ ONLY_IN = {
     "torch_fidelity": {"metrics", "tools"},
     "diffusers": {"interop", "data"},
     "transformers": {"data"},
+    "timm": {"training"},
 }
 
 

@@ -387,6 +387,7 @@ EFFECTS: dict[str, Effect] = {
     "loss.run": "none",  # the loss compares its teacher with that of the checkpoint
     "loss.checkpoint": "none",
     "loss.weights": "none",
+    "regularizer.weights": "none",  # the term compares their hash with that of the checkpoint
     "data.path": "none",
     "launcher": "once",
     "hparams_search": "once",

@@ -80,8 +80,12 @@ def expanded(path: Path) -> Path:
         ) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, option: str = "metrics.features.weights") -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file or a PyTorch state dict. Code in the file is not executed.
+
+    Args:
+        path: the file.
+        option: the option that names it, for messages.
 
     Raises:
         UserError: the file is neither.
@@ -91,11 +95,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # the unpickler can raise any exception on arbitrary bytes
-        raise UserError(
-            f"metrics.features.weights: {path} is neither a safetensors file nor a PyTorch state dict"
-        ) from None
+        raise UserError(f"{option}: {path} is neither a safetensors file nor a PyTorch state dict") from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"metrics.features.weights: {path} is not a state dict of tensors")
+        raise UserError(f"{option}: {path} is not a state dict of tensors")
     return dict(weights)
 
 
