@@ -524,6 +524,14 @@ def test_the_default_score_fits_the_data():
         assert composed("train", f"data={data}").metrics == OmegaConf.load(CONF / "metrics" / f"{name}.yaml")
 
 
+def test_jit_on_imagenet_fits_together(assembled, monkeypatch):
+    monkeypatch.setattr("src.data.image_folder.ImageFolder.check", lambda self: None)  # 1,000 folders
+    experiment, _ = assembled(
+        "experiment=jit_imagenet256", "data.root=${oc.env:PICTURES}", "data.image_size=64", "model.width=192"
+    )
+    assert experiment.module.denoiser.network.image_shape == (3, 64, 64)
+
+
 def test_every_row_of_the_speed_run_fits_together_and_differs_from_the_baseline(assembled):
     seen = {}
     for row in choices("speedrun"):
@@ -576,6 +584,8 @@ def test_two_steps(group, choice, command, only_run, tmp_path, monkeypatch):
     """Every experiment and debug preset trains, previews and saves: on 8x8 images, with a small network."""
     if choice == "dit_imagenet256":
         pytest.skip("needs an autoencoder: tests/data/test_autoencoder.py")
+    if choice == "jit_imagenet256":
+        pytest.skip("patches of 16x16 pixels: test_jit_on_imagenet_fits_together")
     replace_font_and_encoder(monkeypatch)
     network = composed("train", f"{group}={choice}").model._target_.rpartition(".")[2]
     status = command(
