@@ -98,8 +98,8 @@ def with_steps_of_budget(config: DictConfig, folder: Path) -> DictConfig:
     """The configuration with `trainer.max_steps` from `budget`, which is logged; without a budget as it is.
 
     A step is loss, gradients, optimiser, average and data. On the CPU its processor time counts, over all threads, so
-    that other processes do not change the number by much; on other devices its time. Start-up counts, e.g. compiling.
-    A training that is continued keeps its number.
+    that other processes do not change the number by much; on other devices its time. Start-up counts, e.g. compiling,
+    but on the CPU not the compiler's own processes. A training that is continued keeps its number.
 
     Args:
         config: conf/train.yaml, composed; left as it is.
