@@ -145,6 +145,9 @@ def test_a_failed_job_says_why_and_a_killed_one_stays_open(tmp_path, monkeypatch
     assert errors == {0: "lr=-1: too small", 1: "RuntimeError: CUDA out of memory"}
     assert [job.number for job in sweep.waiting(rerun_failed=False)] == [2, 3]
     assert [job.number for job in sweep.waiting(rerun_failed=True)] == [0, 1, 2, 3]
+    assert sweep.unfinished() == 4
+    sweep.jobs[2].close({"fid": 1.0})
+    assert sweep.unfinished() == 3
 
 
 def test_a_job_with_checkpoints_continues_and_the_last_one_is_dropped(tmp_path):

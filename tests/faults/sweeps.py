@@ -135,15 +135,20 @@ def kills(times: int, first: int) -> dict[str, Any]:
             at = draw.uniform(0.25, 0.6) * record["undisturbed_s"]
             launcher = started(folder, *options)
             time.sleep(at)
+            ended_before = launcher.poll() is not None
             os.kill(launcher.pid, signal.SIGKILL)
             launcher.wait()
+            if ended_before:
+                print(f"repetition {repetition}: ended before the kill, does not count", file=sys.stderr)
+                continue
             second = started(folder, *options)
             time.sleep(draw.uniform(8, 14))
             victims = running_jobs(folder)
             if victims:
                 os.kill(draw.choice(victims), signal.SIGKILL)
-            second.wait(600)
-            finished(folder, *options)
+            # A job of the first launcher that was killed is run again; one of the second has failed.
+            if second.wait(600):
+                finished(folder, *options)
             ids = [(job / "wandb_run_id").read_text() for job in jobs_of(folder).values()]
             events = [len(list(job.glob("wandb/offline-run-*"))) for job in jobs_of(folder).values()]
             problems = {

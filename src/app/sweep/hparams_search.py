@@ -301,6 +301,12 @@ class SearchedSweep(Sweep):
             study.tell(number, **({"state": TrialState.FAIL} if failed else {"values": means}))
         return True
 
+    def unfinished(self) -> int:
+        """How many jobs have failed, and how many trials were killed; trials that were pruned have ended."""
+        rows = trials_of(_study(self.folder, self.directions, self.search))
+        killed = sum(row["state"] == "running" for row in rows)
+        return killed + sum("error" in outcome for outcome in self.outcomes().values())
+
     def print_trials(self) -> None:
         """Prints the trials and the best of them, and writes search.json."""
         study = _study(self.folder, self.directions, self.search)

@@ -197,6 +197,10 @@ class Sweep:
         found = ((job.number, job.outcome()) for job in self.jobs)
         return {number: outcome for number, outcome in found if outcome is not None}
 
+    def unfinished(self) -> int:
+        """How many jobs have failed, were killed, or have not run."""
+        return sum("scores" not in (job.outcome() or {}) for job in self.jobs)
+
     def waiting(self, rerun_failed: bool) -> list[Job]:
         """The jobs without an outcome, and on request those that failed."""
         outcomes = self.outcomes()

@@ -57,7 +57,7 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
         arguments: the command line without the program's name and without -m.
 
     Returns:
-        How many jobs have failed.
+        How many jobs have failed, or were killed.
 
     Raises:
         UserError: an impossible option, or a sweep's folder that belongs to another command.
@@ -91,9 +91,8 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     with locked(folder):
         sweep.write()
         _run(sweep, launcher, config)
-    outcomes = sweep.outcomes()
     report_sweep(sweep)
-    return sum("error" in outcome for outcome in outcomes.values())
+    return sweep.unfinished()
 
 
 def _split(entry_point: str, arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
