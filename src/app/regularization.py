@@ -36,7 +36,7 @@ def augmentation_of(config: DictConfig, loss: Loss, codec: Codec) -> GeometricAu
     if not codec.bounded:
         raise UserError("augmentation moves pixels, and this training has latents; choose augmentation=none")
     if getattr(loss, "teacher", None) is not None:
-        raise UserError("augmentation: the teacher loss.run was trained without; choose augmentation=none")
+        raise UserError("augmentation has not been tried with a teacher (loss.run); choose augmentation=none")
     if issubclass(class_of(config.coupling) or object, OptimalTransport):
         raise UserError(
             "coupling=optimal_transport makes the noise depend on the augmentation, which it does not in sampling;"
