@@ -61,6 +61,8 @@ NEEDS = {
     "trainer=fsdp": ["callbacks=none", "trainer.accelerator=cpu"],
     "loss=classification": ["conditioning=class", "model=encoder_tiny"],
     "model=encoder_tiny": ["conditioning=class", "loss=classification"],
+    "loss=reconstruction": ["model=autoencoder_kl"],
+    "model=autoencoder_kl": ["loss=reconstruction"],
     "variance=learned": ["loss=hybrid"],
     "variance=learned_range": ["loss=hybrid"],
     "guidance": ["conditioning=class", "conditioning.dropout=0.1"],
@@ -582,7 +584,7 @@ def test_restorations(choice):
 )
 def test_two_steps(group, choice, command, only_run, tmp_path, monkeypatch):
     """Every experiment and debug preset trains, previews and saves: on 8x8 images, with a small network."""
-    if choice == "dit_imagenet256":
+    if choice in ("dit_imagenet256", "latent_digits"):
         pytest.skip("needs an autoencoder: tests/data/test_autoencoder.py")
     if choice == "jit_imagenet256":
         pytest.skip("patches of 16x16 pixels: test_jit_on_imagenet_fits_together")

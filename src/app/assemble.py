@@ -44,7 +44,7 @@ from src.app.regularization import augmentation_of, check_pairs, regularizer_of
 from src.app.stored import upgrade
 from src.conditioning import Conditioning
 from src.data.datamodule import ImageDataModule, per_device_batch
-from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.autoencoder import Autoencoder
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.loss import MeanFlowLoss
 from src.errors import UserError
@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training, ready to run. A classifier has no recipe; `init` records the run that its weights come from."""
+    """A training, ready to run. A classifier or autoencoder has no recipe; `init` records the run of its weights."""
 
     module: DiffusionModule
     data: ImageDataModule
@@ -149,7 +149,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
         regularizer=regularizer_of(config, loss, codec),
     )
     recipe = None
-    if not isinstance(denoiser, NoiseClassifier):
+    if denoiser.makes_images:
         recipe = recipe_of(config, config.generation.seed, denoiser, codec, conditioning)
         warn_of_amplified_errors(denoiser, recipe)
         warn_of_missing_signal(denoiser, recipe)
@@ -280,7 +280,7 @@ def callbacks_of(
 ) -> list[Callback]:
     """The callbacks in the order in which they act: the average first, since the others use it up to date.
 
-    Without a recipe there are no previews and no scores.
+    Without a recipe there are no scores, and no previews but the reconstructions of an autoencoder.
     """
     scores = scores_of(config, recipe, config.per_class) if recipe else None
 
@@ -315,7 +315,7 @@ def callbacks_of(
         chosen = "_target_" in node  # a debug preset may set numbers of a callback that was not chosen
         if not chosen or (name == "track_fidelity" and scores is None):
             continue
-        if name == "sample_images" and recipe is None:
+        if name == "sample_images" and recipe is None and not isinstance(denoiser, Autoencoder):
             continue
         option = f"callbacks.{name}"
         given = joined.get(name) or joined_arguments(node, class_of(node), folder / CHECKPOINTS)
@@ -402,10 +402,13 @@ def summary_of(config: DictConfig, denoiser: Denoiser, trainer: Trainer, accumul
     parameters = sum(p.numel() for p in denoiser.network.parameters())
     devices = trainer.world_size
     per_device = config.batch_size // (devices * accumulation)
+    process = f"{describe(denoiser.parameterization)} on {type(denoiser.schedule).__name__}"
+    if isinstance(denoiser, Autoencoder):
+        process = f"latents of {' x '.join(map(str, denoiser.network.latent_shape))}"
     hardware = f"{trainer.accelerator.__class__.__name__}, {trainer.precision}"
     return (
         f"network     {type(denoiser.network).__name__}, {parameters:,} parameters\n"
-        f"process     {describe(denoiser.parameterization)} on {type(denoiser.schedule).__name__}\n"
+        f"process     {process}\n"
         f"batch       {config.batch_size} = {devices} devices x {accumulation} micro-batches x {per_device}\n"
         f"training    {config.trainer.max_steps:,} steps on {hardware}"
     )

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
+from src.app.autoencoder import load_autoencoder, write_autoencoder
 from src.app.load import load_with
 from src.errors import UserError
 from src.evaluation.record import Record
@@ -44,7 +45,10 @@ def export(config: DictConfig) -> dict[str, float]:
     out = Path(config.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={config.out}: it exists and is not empty; choose a new folder")
-    loaded, _ = load_with(config)
+    autoencoder = load_autoencoder(config)
+    if autoencoder is not None and config.format != "diffusers":
+        raise UserError(f"format={config.format}: an autoencoder is written with format=diffusers")
+    loaded = None if autoencoder else load_with(config)[0]
     place = out.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     # beside `out`, so that a refusal or a failed check leaves nothing, and the next attempt is not refused
@@ -52,10 +56,14 @@ def export(config: DictConfig) -> dict[str, float]:
         folder = Path(temporary) / "exported"  # with the usual permissions, which the temporary one has not
         folder.mkdir()
         try:
-            usage = WRITERS[config.format](loaded, folder, out)
+            if autoencoder is not None:
+                usage, card = write_autoencoder(autoencoder, folder, out)
+            else:
+                usage = WRITERS[config.format](loaded, folder, out)
+                card = card_of(loaded, config.format, usage).text()
         except ValueError as error:
             raise UserError(f"format={config.format}: {error}") from None
-        write_atomically(folder / "README.md", card_of(loaded, config.format, usage).text().encode())
+        write_atomically(folder / "README.md", card.encode())
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if place.exists():  # empty; it may be the working directory or a mount
             for path in folder.iterdir():

@@ -13,6 +13,7 @@ from src.app.options import RUN_OPTIONS
 from src.app.restore import Restored, config_of, load_weights, parts_of
 from src.conditioning import Conditioning
 from src.data.codec import Codec
+from src.diffusion.autoencoder import Autoencoder
 from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.denoiser import BaseDenoiser, Conditioned, Denoiser
 from src.diffusion.guidance import AutoGuidance, ClassifierGuidance
@@ -128,6 +129,8 @@ def second_run(
 
 def check_fit(parts: Restored, guided: Denoiser, codec: Codec) -> None:
     """Raises ValueError if a second run sees other images, or other noise levels, than the guided one."""
+    if isinstance(parts.denoiser, Autoencoder):
+        raise ValueError("it is an autoencoder; choose a diffusion run")
     if parts.codec.shape != codec.shape:
         theirs, ours = (" x ".join(map(str, c.shape)) for c in (parts.codec, codec))
         raise ValueError(

@@ -13,6 +13,7 @@ from src.app.recipes import recipe_of
 from src.app.restore import config_of, load_weights, parts_of
 from src.app.shared import shared
 from src.data.source import ImageSource
+from src.diffusion.autoencoder import Autoencoder
 from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.restoration import Restoration
 from src.diffusion.variance import Variance
@@ -150,6 +151,11 @@ def load(
     key = (found, weights, on, outputs, OmegaConf.to_yaml(OmegaConf.masked_copy(config, parts_of_network)))
     kept: dict[str, Any] = shared("network", key, dict)
     parts = parts_of(config, outputs, kept.get("network"))
+    if isinstance(parts.denoiser, Autoencoder):
+        raise UserError(
+            f"run={found.folder}: this run is an autoencoder, which makes no images; write it with python -m src.export"
+            " run=... out=<folder>, and train with codec=autoencoder_kl codec.folder=<folder>"
+        )
     if isinstance(parts.denoiser, NoiseClassifier):
         raise UserError(
             f"run={found.folder}: this run is a classifier, which makes no images; choose a diffusion run, and guide it"

@@ -12,10 +12,11 @@ from src.app.options import CONF, RUN_OPTIONS
 from src.conditioning import Conditioning
 from src.data.codec import Codec
 from src.data.source import ImageSource
+from src.diffusion.autoencoder import Autoencoder
 from src.diffusion.classifier import NoiseClassifier
 from src.diffusion.denoiser import BaseDenoiser, Denoiser
 from src.diffusion.distance import Distance, Squared
-from src.diffusion.loss import ClassificationLoss, Loss
+from src.diffusion.loss import ClassificationLoss, Loss, ReconstructionLoss
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.schedule import Schedule
 from src.diffusion.spacing import Spacing
@@ -58,7 +59,15 @@ def source_named(name: str) -> ImageSource:
 
 
 def codec_of(config: DictConfig, source: ImageSource) -> Codec:
-    """What stands between the images' bytes and the network."""
+    """What stands between the images' bytes and the network.
+
+    Raises:
+        UserError: it does not fit the images, or has no folder.
+    """
+    if OmegaConf.is_missing(config.codec, "folder"):
+        raise UserError(
+            "codec.folder is missing: give codec.folder=<folder of an AutoencoderKL>; see docs/latents.md"
+        )
     return build(config.codec, Codec, "codec", image_shape=source.image_shape)
 
 
@@ -69,7 +78,7 @@ def denoiser_of(
     outputs: int | None = None,
     network: nn.Module | None = None,
 ) -> Denoiser:
-    """The network with its schedule and the meaning of its output, freshly initialised; or a classifier.
+    """The network with its schedule and the meaning of its output, freshly initialised; or what trains as one.
 
     Args:
         config: composed.
@@ -86,7 +95,11 @@ def denoiser_of(
     variance = build(config.variance, Variance, "variance")
     if network is None:
         network = network_of(config, codec, conditioning, outputs or variance.outputs)
+    if network.autoencodes and not codec.bounded:
+        raise UserError("codec: an autoencoder is trained on pixels; choose codec=pixels")
     try:
+        if network.autoencodes:
+            return Autoencoder(network, schedule, parameterization)
         if network.classifies:
             return NoiseClassifier(network, schedule, parameterization)
         return Denoiser(network, schedule, parameterization, variance)
@@ -158,16 +171,20 @@ def loss_of(config: DictConfig, denoiser: Denoiser, teacher: BaseDenoiser | None
     Raises:
         UserError: a part was chosen that has no effect on this loss.
     """
-    found = class_of(config.loss)
-    classifies = found is not None and issubclass(found, ClassificationLoss)
-    if classifies and not isinstance(denoiser, NoiseClassifier):
-        raise UserError(
-            "loss: this network is no classifier; choose e.g. model=encoder_tiny, or loss=denoising"
-        )
-    if isinstance(denoiser, NoiseClassifier) and not classifies:
-        raise UserError(
-            "loss: this network is a classifier; choose loss=classification, or e.g. model=unet_tiny"
-        )
+    found = class_of(config.loss) or object
+    for kind, loss, choice, model in (
+        (NoiseClassifier, ClassificationLoss, "classification", "encoder_tiny"),
+        (Autoencoder, ReconstructionLoss, "reconstruction", "autoencoder_kl"),
+    ):
+        if issubclass(found, loss) and not isinstance(denoiser, kind):
+            raise UserError(
+                f"loss={choice}: {_name(denoiser.network)} is no network for it; choose e.g. model={model}, or"
+                " loss=denoising"
+            )
+        if isinstance(denoiser, kind) and not issubclass(found, loss):
+            raise UserError(
+                f"loss: {_name(denoiser.network)} is a network for loss={choice}; choose it, or e.g. model=unet_tiny"
+            )
     parts: dict[str, Any] = {"denoiser": denoiser}
     if takes(config.loss, "time_sampling"):
         parts["time_sampling"] = build(config.time_sampling, TimeSampling, "time_sampling")

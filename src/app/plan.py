@@ -155,11 +155,11 @@ def _callbacks(
             condition = (
                 None if module.conditioning is None else module.conditioning.of_data(batch.condition, x0)
             )
-            once = watch.time(lambda: denoiser(x0, level, condition)) / len(x0)
+            once = watch.time(lambda: denoiser.evaluate(x0, level, condition)) / len(x0)
             passes = 1 if module.ema is None else 2
             hours["validations"] = once * images * passes * (steps // config.validate_every) / 3600
         for callback in full.trainer.callbacks:
-            if isinstance(callback, SampleImages):
+            if isinstance(callback, SampleImages) and callback.recipe is not None:
                 seconds, times = _drawing(callback, denoiser, watch)[0], steps // callback.every
                 hours["previews"] += seconds * times / 3600
             if isinstance(callback, TrackFidelity):
@@ -218,7 +218,7 @@ def _flops(experiment: Experiment) -> int:
     was_training = network.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()
-        denoiser.output(x0, level, condition)
+        denoiser.evaluate(x0, level, condition)
     network.train(was_training)
     return counter.get_total_flops()
 

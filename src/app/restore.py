@@ -35,7 +35,7 @@ class Restored:
     """The parts of a run; the denoiser's weights are those of the checkpoint after `load_weights`.
 
     Attributes:
-        denoiser: a denoiser, or a `NoiseClassifier`.
+        denoiser: a denoiser, a `NoiseClassifier` or an `Autoencoder`.
     """
 
     source: ImageSource

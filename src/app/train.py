@@ -17,6 +17,8 @@ from src.app.device_batch import with_fitting_batch
 from src.app.environment import redacted
 from src.app.options import effect_of
 from src.app.overrides import given_again, in_override, own_arguments
+from src.diffusion.autoencoder import Autoencoder
+from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.runs.files import write_json
@@ -100,7 +102,8 @@ def fit(experiment: Experiment, config: DictConfig, folder: Path) -> dict[str, f
         scored = replace(latest, scores=scores) if latest else Record(scores, {})
         scored.write(folder / SCORES_FILE)
         log.info(
-            "%s", closing_summary(folder, trainer.global_step, scored, config, experiment.recipe is not None)
+            "%s",
+            closing_summary(folder, trainer.global_step, scored, config, experiment.module.denoiser),
         )
         if latest is not None:
             return {**scores, "evaluations": latest.protocol["recipe"]["network_evaluations"]}
@@ -114,7 +117,7 @@ def keep_error(folder: Path, line: str, is_global_zero: bool) -> None:
             write_json(folder / ERROR_FILE, {"error": redacted(line)})
 
 
-def closing_summary(folder: Path, step: int, scored: Record, config: DictConfig, makes_images: bool) -> str:
+def closing_summary(folder: Path, step: int, scored: Record, config: DictConfig, denoiser: Denoiser) -> str:
     """The results of a training, and the exact commands that continue from it."""
     results = {
         name: scored.printed(name) if scored.interval(name) else f"{value:.4g}"
@@ -133,10 +136,15 @@ def closing_summary(folder: Path, step: int, scored: Record, config: DictConfig,
         run, ckpt = (shlex.quote(f"{option}={in_override(folder)}") for option in ("run", "ckpt"))
         trust = f"'trust=[{','.join(config.trust)}]' " if config.trust else ""
         following = ["Next:"]
-        if makes_images:
+        if denoiser.makes_images:
             following.append(f"  python -m src.sample {trust}{run} sampler=ddim sampler.steps=50 n=64 seed=0")
             if config.metrics:
                 following.append(f"  python -m src.evaluate {trust}{run}")
+        elif isinstance(denoiser, Autoencoder):
+            following += [
+                f"  python -m src.export {trust}{run} out=autoencoder",
+                "  python -m src.train codec=autoencoder_kl codec.folder=autoencoder data=...",
+            ]
         else:
             guide = shlex.quote(f"guidance.run={in_override(folder)}")
             following.append(

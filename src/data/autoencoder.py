@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
@@ -109,6 +110,8 @@ class AutoencoderKL(Codec):
         self.sha256 = _digest([_file_digest(self.folder / name) for name in (CONFIG, WEIGHTS)])
         self.scale = float(config.get("scaling_factor", 1.0) if scale is None else scale)
         self.shift = float((config.get("shift_factor") or 0.0) if shift is None else shift)
+        if not 0 < self.scale < math.inf or not math.isfinite(self.shift):
+            raise ValueError(f"scale must be above 0 and shift finite, got {self.scale:g} and {self.shift:g}")
         if sha256 not in (None, self.sha256):
             raise UserError(
                 f"codec.folder={folder}: this autoencoder ({self.sha256[:12]}) is not that of the run's latents"
@@ -136,7 +139,8 @@ class AutoencoderKL(Codec):
         for name in (CONFIG, WEIGHTS):
             if not (self.folder / name).is_file():
                 raise UserError(
-                    f"codec.folder={folder}: no {name} in it; name the folder of an AutoencoderKL"
+                    f"codec.folder={folder}: no {name} in it; name the folder of an AutoencoderKL, e.g. one that"
+                    " python -m src.export wrote of an autoencoder's run"
                 )
         try:
             config = json.loads((self.folder / CONFIG).read_bytes())
@@ -158,11 +162,20 @@ class AutoencoderKL(Codec):
         from diffusers import AutoencoderKL as Network
 
         try:
-            found = Network.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+            options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+            options["low_cpu_mem_usage"] = False  # without a warning where accelerate is not installed
+            found, loaded = Network.from_pretrained(self.folder, **options)
         except Exception as error:  # of several packages
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
             raise UserError(f"codec.folder={self.folder}: diffusers cannot load it ({reason})") from None
-        return found.eval().requires_grad_(False).to(self.device)
+        if unfit := sorted(loaded["missing_keys"]) + sorted(
+            loaded["unexpected_keys"]
+        ):  # diffusers only warns
+            raise UserError(
+                f"codec.folder={self.folder}: {WEIGHTS} does not fit {CONFIG} in {len(unfit)} weights, e.g. {unfit[0]};"
+                " name an intact folder"
+            )
+        return found.float().eval().requires_grad_(False).to(self.device)
 
     def to(self, device):
         self.device = torch.device(device)
@@ -211,6 +224,15 @@ class AutoencoderKL(Codec):
         if stored != self._origin():  # of a file that was renamed
             raise UserError(f"{path}: its latents are of another autoencoder or scale; delete it")
         log.info("latents     %s: mean %s, std %s", split, *(_short(found[name]) for name in ("mean", "std")))
+        spread = (
+            (found["std"].square() + (found["mean"] - found["mean"].mean()).square()).mean().sqrt().item()
+        )
+        if split == "train" and not 0.5 < spread < 2:
+            log.warning(
+                "codec.scale=%.4g: the latents have a standard deviation of %.3g, and schedules assume about 1; choose"
+                " codec.scale=%.4g",
+                *(self.scale, spread, self.scale / max(spread, 1e-12)),
+            )
         return LatentImages(images, found["latents"], found.get("mirrored"))
 
     def _origin(self) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class ImageDataModule(LightningDataModule):
         self.workers = workers
         self.accumulation = accumulation
         self.codec = codec
+        self._encoded: dict[Split, ImageSet] = {}
         self._resumed: int | None = None
         self._start = 0
         self._start_step = 0
@@ -106,7 +107,11 @@ class ImageDataModule(LightningDataModule):
                 self._split(split)
 
     def _split(self, split: Split) -> ImageSet:
-        return self.source.split(split) if self.codec is None else self.codec.encoded(self.source, split)
+        if self.codec is None:
+            return self.source.split(split)
+        if split not in self._encoded:
+            self._encoded[split] = self.codec.encoded(self.source, split)
+        return self._encoded[split]
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches, from the sample after those that the loaded checkpoint has consumed.

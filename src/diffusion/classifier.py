@@ -25,6 +25,8 @@ class NoiseClassifier(Denoiser):
         parameterization: gives c_in and the label; its target is not used.
     """
 
+    makes_images = False
+
     def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Parameterization):
         BaseDenoiser.__init__(self)  # without the checks of a denoiser's output
         self.network, self.schedule, self.parameterization = network, schedule, parameterization

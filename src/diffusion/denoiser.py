@@ -56,12 +56,14 @@ class BaseDenoiser(nn.Module, ABC):
         evaluated_images: number of images passed through the network so far, including guidance's second pass.
         identity: a description for records, of a denoiser that is an argument of another one.
         second_time: whether it predicts steps from t to s, with s given as `to`.
+        makes_images: whether samplers make images of it; a classifier and an autoencoder only train as denoisers do.
     """
 
     schedule: Schedule
     variance: Variance
     identity: str | None = None
     second_time: bool = False
+    makes_images: bool = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ class Network(nn.Module, ABC):
         out_channels: channels of the output: C, or 2 C if it also predicts the reverse step's variance.
         reads: the kinds of condition it uses, out of "labels", "tokens", "image" and "augment".
         classifies: whether the output is logits of shape (B, classes), for `loss=classification`.
+        autoencodes: whether it is an autoencoder, for `loss=reconstruction`.
         checkpointing: whether `run` recomputes activations in the backward pass.
         second_time: whether it is given the label of a second time.
     """
@@ -28,6 +29,7 @@ class Network(nn.Module, ABC):
     out_channels: int
     reads: frozenset[str] = frozenset()
     classifies = False
+    autoencodes = False
     checkpointing: bool = False
     second_time: bool = False
 

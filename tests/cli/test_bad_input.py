@@ -71,6 +71,20 @@ BAD = {
         ["model=encoder_tiny", "conditioning=class"],
         ["loss", "loss=classification"],
     ),
+    "an autoencoder's loss for a denoiser": (["loss=reconstruction"], ["loss", "model=autoencoder_kl"]),
+    "a denoiser's loss for an autoencoder": (["model=autoencoder_kl"], ["loss", "loss=reconstruction"]),
+    "an autoencoder that halves an odd side": (
+        ["experiment=autoencoder_digits", "model.channel_multipliers=[1,2,2,2,2]"],
+        ["image_size 8", "at most 4 channel_multipliers"],
+    ),
+    "an autoencoder that does not compress": (
+        ["experiment=autoencoder_digits", "model.latent_channels=5"],
+        ["model.latent_channels=5", "choose 1 to 4"],
+    ),
+    "an autoencoder with classes": (
+        ["experiment=autoencoder_digits", "conditioning=class"],
+        ["does not read labels", "conditioning=none"],
+    ),
     "a classifier without classes": (
         ["experiment=classifier_digits", "conditioning=none"],
         ["2 classes", "conditioning=class"],

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from src.data.autoencoder import WEIGHTS
 from src.data.source import InMemoryImages
 from src.data.stream import TrainingStream
 from src.errors import UserError
@@ -73,8 +75,6 @@ def test_latents_by_the_formula_and_from_the_cache(tmp_path, monkeypatch):
     chosen = images[stream.indices(positions)]
     chosen[flips] = chosen[flips].flip(-1)
     torch.testing.assert_close(made.encode(batch.images), made.encode(chosen))
-    from safetensors.torch import load_file
-
     stored = load_file(file)
     torch.testing.assert_close(stored["mean"], (0.7 * mean).double().mean(dim=(0, 2, 3)))
     assert json.loads(bytes(stored["origin"].tolist())) == made.pinned()
@@ -88,6 +88,8 @@ def test_latents_by_the_formula_and_from_the_cache(tmp_path, monkeypatch):
     ("changes", "options", "words"),
     [
         ({}, {"sha256": "0" * 64}, "is not that of the run's latents"),
+        ({}, {"scale": 0.0}, "scale must be above 0"),
+        ({"scaling_factor": float("nan")}, {}, "scale must be above 0"),
         ({"in_channels": 3}, {}, "takes images of 3 channels"),
         ({"block_out_channels": (8,) * 5}, {}, "divides sides by 16"),
     ],
@@ -98,8 +100,23 @@ def test_refusals(changes, options, words, tmp_path):
             kind = "DownEncoderBlock2D" if side == "down" else "UpDecoderBlock2D"
             changes = changes | {f"{side}_block_types": (kind,) * 5}
     write_autoencoder(tmp_path / "vae", **changes)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises((UserError, ValueError), match=words):
         codec(tmp_path / "vae", tmp_path, **options)
+
+
+def test_missing_weights_are_refused_and_a_wrong_scale_is_reported(tmp_path, caplog):
+    write_autoencoder(tmp_path / "vae")
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    made = codec(tmp_path / "vae", tmp_path, scale=100.0)
+    with caplog.at_level("WARNING"):
+        spread = made.encoded(source_of(images), "train").latents.std(correction=0).item()
+    assert f"choose codec.scale={100 / spread:.4g}" in caplog.text
+    weights = load_file(made.folder / WEIGHTS)
+    name = "decoder.conv_in.weight"
+    del weights[name]
+    save_file(weights, made.folder / WEIGHTS)
+    with pytest.raises(UserError, match=f"does not fit config.json in 1 weights, e.g. {name}"):
+        codec(tmp_path / "vae", tmp_path).decode(torch.zeros(1, 2, 4, 4))
 
 
 def test_run_in_latents_is_sampled_with_its_own_autoencoder_only(command, only_run, tmp_path, capsys):

@@ -24,8 +24,17 @@ def _choices(group):
 
 SCHEDULES, PARAMETERIZATIONS = _choices("schedule"), _choices("parameterization")
 WEIGHTINGS, TIME_SAMPLINGS = _choices("weighting"), _choices("time_sampling")
-# classifiers have no variance: tests/cli/test_guidance.py; those of few steps are in tests/diffusion/test_few_step.py
-OTHER_LOSSES = {"classification", "mean_flow", "shortcut", "consistency", "progressive", "contrastive"}
+# classifiers have no variance: tests/cli/test_guidance.py; those of few steps are in tests/diffusion/test_few_step.py,
+# that of autoencoders in tests/cli/test_latents.py
+OTHER_LOSSES = {
+    "classification",
+    "reconstruction",
+    "mean_flow",
+    "shortcut",
+    "consistency",
+    "progressive",
+    "contrastive",
+}
 LOSSES = [choice for choice in _choices("loss") if choice not in OTHER_LOSSES]
 VARIANCES, DISTANCES = _choices("variance"), _choices("distance")
 # these schedules end in pure noise, where eps and the score do not determine x0

@@ -7,6 +7,7 @@ from .denoising import DenoisingLoss
 from .distillation import ConsistencyLoss, Distilling, ProgressiveLoss
 from .few_step import AverageVelocityLoss, MeanFlowLoss, ShortcutLoss
 from .hybrid import HybridLoss
+from .reconstruction import ReconstructionLoss
 from .variational import VariationalLoss
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Loss",
     "MeanFlowLoss",
     "ProgressiveLoss",
+    "ReconstructionLoss",
     "ShortcutLoss",
     "TimedLoss",
     "VariationalLoss",

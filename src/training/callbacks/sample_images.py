@@ -10,8 +10,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from src.data.source import ImageSource
+from src.diffusion.autoencoder import Autoencoder
 from src.errors import UserError
-from src.generation.pictures import captioned_grid
+from src.generation.pictures import captioned_grid, image_rows
 from src.generation.recipe import Recipe
 from src.runs.output import tolerated
 from src.training.callbacks.every import EverySteps
@@ -21,12 +22,13 @@ class SampleImages(EverySteps):
     """Generates a grid of images every N steps, always from the same noise, with the averaged weights.
 
     The grid is written to <folder>/step_<k>.png and logged as `samples` to W&B, with the names of the classes as its
-    caption, and to TensorBoard. A preview that fails does not end the training (`tolerated`).
+    caption, and to TensorBoard. A preview that fails does not end the training (`tolerated`). Of an autoencoder, n
+    images of the validation split are shown above their reconstructions.
 
     Args:
-        recipe: the sampling recipe.
+        recipe: the sampling recipe; None for an autoencoder.
         folder: the output folder.
-        source: the data, for the names of the classes.
+        source: the data, for the names of the classes and the images of an autoencoder.
         every: optimiser steps between two grids.
         n: number of images in a grid; where each column shows one class, the rows are full and the grid may have fewer.
         device_batch: number of images that fit on a device.
@@ -38,7 +40,7 @@ class SampleImages(EverySteps):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Recipe | None,
         folder: Path,
         source: ImageSource,
         device_batch: int = 256,
@@ -53,15 +55,14 @@ class SampleImages(EverySteps):
         self.recipe = recipe
         self.folder = Path(folder)
         self.source = source
-        self.columns = recipe.columns(n)
+        self.columns = None if recipe is None else recipe.columns(n)
         self.n = n - n % (self.columns or 1)
         self.batch_size = batch_size or device_batch
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
             with tolerated("preview"):
-                texts = self.recipe.texts(range(self.n))
-                self._show(trainer, captioned_grid(self._images(module), texts, self.columns))
+                self._show(trainer, self._grid(module))
 
     def _show(self, trainer: Trainer, grid: Image) -> None:
         with tolerated("preview file"):
@@ -69,15 +70,26 @@ class SampleImages(EverySteps):
             grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                caption = self.recipe.caption(self.n, self.source.class_names)
+                caption = "images above their reconstructions"
+                if self.recipe is not None:
+                    caption = self.recipe.caption(self.n, self.source.class_names)
                 logger.log_image("samples", [grid], step=trainer.global_step, caption=[caption])
             elif isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(grid.convert("RGB"))
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")
 
+    def _grid(self, module: LightningModule) -> Image:
+        images = self._images(module)
+        if self.recipe is None:
+            return image_rows(*images.chunk(2))
+        return captioned_grid(images, self.recipe.texts(range(self.n)), self.columns)
+
     def _images(self, module: LightningModule) -> Tensor:
+        """The images of the grid, uint8; of an autoencoder originals, then as many reconstructions."""
         try:
             with module.averaged() as denoiser:
+                if self.recipe is None:
+                    return self._reconstructions(denoiser, module)
                 made = self.recipe.images(denoiser, range(self.n), self.batch_size)
                 return torch.cat([batch.images.cpu() for batch in made])
         except (RuntimeError, MemoryError) as error:
@@ -87,6 +99,15 @@ class SampleImages(EverySteps):
             raise UserError(
                 f"out of memory with {size} images per batch; lower callbacks.sample_images.batch_size"
             ) from None
+
+    @torch.no_grad()
+    def _reconstructions(self, autoencoder: Autoencoder, module: LightningModule) -> Tensor:
+        held_out = self.source.split("validation")
+        images = held_out if len(held_out) else self.source.split("train")
+        originals = images.images(range(min(self.n, len(images))))
+        x = module.codec.encode(originals.to(module.device)).to(module.dtype)
+        made = [autoencoder.reconstruct(part)[0] for part in x.split(self.batch_size)]
+        return torch.cat([originals, module.codec.decode(torch.cat(made)).cpu()])
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
