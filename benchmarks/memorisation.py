@@ -12,7 +12,6 @@ image is a copy: their p values must be uniform.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import binomtest, kstest
@@ -168,7 +168,7 @@ def never_seen(copying: Run, other: Run, folder: Path, n: int) -> dict[str, floa
         out = folder / run.name / "images"
         if not out.exists():
             command("src.sample", f"run={folder / run.name}", f"n={n}", "sampler.steps=25", f"out={out}")
-        images = read_images(out, range(n), 1)
+        images = read_images(out / "images", range(n), 1)
         _, curve = compare(embed(images, memorisation.features), *sets, memorisation)
         for space in ("pixels", "digits"):
             ratios.setdefault(space, []).append(curve[f"ratio_{space}"])
@@ -224,7 +224,8 @@ def main() -> None:
         record, place = evaluated(run, arguments.runs, arguments.steps, arguments.images)
         rows.append((run, record))
         if run == PLANTED[0]:
-            shutil.copy(place / "nearest.png", PICTURE)
+            picture = Image.open(place / "nearest.png")
+            picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST).save(PICTURE)
     for space in ("pixels", "digits"):
         table(rows, space)
     few = PLANTED[0]
