@@ -1,6 +1,5 @@
 """The job of `src.plan`: what a training, or each of a sweep, would cost on this machine."""
 
-import resource
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from src.errors import UserError
 from src.generation.recipe import Generated
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import Checkpoints
+from src.training.device_batch import peak_memory, reset_peak
 
 # Evaluations of the network that are timed for previews and scores.
 EVALUATIONS = 3
@@ -109,6 +109,7 @@ def measured(config: DictConfig) -> Cost:
         config = with_steps_of_budget(with_fitting_batch(config, Path(folder)), Path(folder))
         full = assemble(config, Path(folder))  # with its callbacks, of which the intervals are read
         device = full.trainer.strategy.root_device
+        reset_peak()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         watch = StopWatch(device)
@@ -121,8 +122,7 @@ def measured(config: DictConfig) -> Cost:
     max_steps = config.trainer.max_steps
     network = experiment.module.denoiser.network
     parameters = sum(p.numel() for p in network.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     copies = 1 + MOMENTS + (experiment.module.ema is not None)
     kept = (config.callbacks or {}).get("checkpoints", {}).get("keep", 0) + (
         "track_fidelity" in (config.callbacks or {})
@@ -232,6 +232,7 @@ def span(hours: float) -> str:
 
 def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 160)
@@ -244,10 +245,10 @@ def _print(rows: Sequence[tuple[str, Cost | str]]) -> None:
     )
     for name, cost in rows:
         if isinstance(cost, str):
-            table.add_row(name, f"[red]{cost}")
+            table.add_row(escape(name), f"[red]{escape(cost)}")
         else:
             table.add_row(
-                name,
+                escape(name),
                 f"{cost.parameters / 1e6:.2f}M",
                 f"{cost.flops / 1e9:.3g}",
                 f"{cost.step:.3g}",

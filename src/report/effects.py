@@ -141,6 +141,8 @@ def _complete(results: Sequence[Result], names: Sequence[str]) -> tuple[list[Val
     blocks: Blocks = defaultdict(dict)
     several: list[dict[str, None]] = [{} for _ in names]
     for result in results:
+        if not math.isfinite(result.score):
+            continue
         others = frozenset((name, value) for name, value in result.options.items() if name not in names)
         values = tuple(result.options.get(name, "") for name in names)
         blocks[others, result.seed][values] = result.score

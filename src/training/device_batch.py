@@ -128,7 +128,7 @@ def fitting_batch(module: DiffusionModule, trainer: Trainer, source: ImageSource
         if device.type != "cpu":
             return largest_that_runs(sizes, run)
         here = trainer.strategy.num_processes if hasattr(trainer.strategy, "num_processes") else 1
-        _trim()
+        reset_peak()
         return largest_predicted(sizes, run, peak_memory, lambda: available_memory() // here)
     finally:
         module.zero_grad(set_to_none=True)
@@ -195,7 +195,7 @@ def available_memory() -> int:
     return max(0, min(found)) if found else 2**62
 
 
-def _trim() -> None:
+def reset_peak() -> None:
     """Returns freed memory to the system, so that the growth of the peak is that of the steps."""
     gc.collect()
     if sys.platform == "linux":

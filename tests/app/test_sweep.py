@@ -16,13 +16,15 @@ import pytest
 from src.app.build import build
 from src.app.options import CONF
 from src.app.shared import shared, sharing
+from src.app.sweep import cluster, local
 from src.app.sweep import launcher as launchers
-from src.app.sweep import local
 from src.app.sweep.cluster import Ray, Slurm
 from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
 from src.app.sweep.local import Local
+from src.app.sweep.run import _checked, devices_of
 from src.app.sweep.table import monitored, print_tables
 from src.errors import UserError
+from src.runs.files import write_json
 from tests.conftest import ROOT
 
 # A job that notes when it ran and on which device, and writes a score.
@@ -330,3 +332,104 @@ def test_a_full_disk_ends_the_running_jobs_and_is_reported(tmp_path, monkeypatch
         Local(jobs=2).run(sweep.jobs, 2)
     assert started[0].poll() is not None
     assert time.monotonic() - begin < 20
+
+
+def test_a_job_for_another_machine_is_checked_without_its_devices(tmp_path):
+    options = ["data=digits", "trainer.accelerator=gpu", "trainer.devices=4", "trainer.precision=16-mixed"]
+    (job,) = Sweep("train", tmp_path, options).jobs
+    checked, error = _checked(job, elsewhere=True)
+    assert error is None
+    assert checked.devices == 4
+    (bad,) = Sweep("train", tmp_path, ["data=digits", "batch_size=0"]).jobs
+    assert "batch_size" in _checked(bad, elsewhere=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [(2, 2), ("2", 2), ([0, 1, 3], 3), (-1, 1), ("auto", 1), ("-1", 1)]
+)
+def test_devices_that_a_job_orders(value, count):
+    assert devices_of(value) == count
+
+
+@pytest.mark.parametrize(("visible", "found"), [("0,1", ["0", "1"]), ("-1", []), ("", []), ("1,-1,2", ["1"])])
+def test_visible_devices_end_at_the_first_impossible_one(monkeypatch, visible, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local.visible_devices() == found
+
+
+def test_a_device_counts_once(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ValueError, match=r"devices=\[0, 0\]: each GPU only once"):
+        Local(devices=[0, 0])
+
+
+def test_the_table_shows_brackets(tmp_path, capsys):
+    sweep = Sweep("train", tmp_path, ["metrics=[fid],[kid]", "data=digits"])
+    sweep.jobs[0].folder.mkdir()
+    sweep.jobs[0].close(error="[/data/a] is no folder")
+    sweep.jobs[1].folder.mkdir()
+    print_tables(sweep, sweep.outcomes())
+    shown = capsys.readouterr().out
+    for words in ("metrics=[fid]", "metrics=[kid]", "failed: [/data/a] is no folder"):
+        assert words in shown
+    assert shown.count("failed") == 1
+
+
+def test_the_reason_of_a_failure_is_that_of_the_last_start(tmp_path, monkeypatch):
+    (job,) = Sweep("train", tmp_path, ["data=digits"]).jobs
+    job.folder.mkdir()
+    for script in ("print('error: the first')", "print('nothing')"):
+        monkeypatch.setattr(Job, "command", lambda job, s=script: [sys.executable, "-c", f"{s}; exit(1)"])
+        status = launchers.start(job, {}).wait()
+    launchers.collect(job, status)
+    assert job.outcome()["error"].startswith("exit status 1")
+
+
+class Submitted:
+    """A job of submitit that has ended with a status, and SLURM's state of it."""
+
+    def __init__(self, status, state):
+        self.status, self.state = status, state
+
+    def done(self):
+        return True
+
+    def exception(self):
+        return self.status if isinstance(self.status, Exception) else None
+
+    def result(self):
+        return self.status
+
+
+def test_a_job_that_is_back_in_the_queue_has_not_ended(tmp_path):
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    (job,) = Sweep("train", tmp_path, ["data=digits"]).jobs
+    job.folder.mkdir()
+    assert not cluster._ended(job, Submitted(138, "PENDING"))
+    assert not cluster._ended(job, Submitted(138, "RUNNING"))
+    assert cluster._ended(job, Submitted(138, "COMPLETED"))
+    assert cluster._ended(job, Submitted(1, "RUNNING"))
+    assert cluster._result(Submitted(FailedJobError(), "FAILED")) == 1
+    assert cluster._result(Submitted(UncompletedJobError(), "CANCELLED")) == -signal.SIGKILL
+    write_json(job.scores_file, {"fd": 1.0})  # of its second run
+    assert cluster._ended(job, Submitted(138, "RUNNING"))
+
+
+def test_a_submission_that_is_refused_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster.Slurm, "check", lambda self: None)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    (job,) = Sweep("train", tmp_path / "sweep", ["data=digits"]).jobs
+    job.folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"launcher=slurm: the jobs were not accepted: .*invalid partition"):
+        Slurm(partition="x").run([job], 1)
+
+
+def test_ray_is_not_left_waiting_for_what_the_machine_lacks():
+    with pytest.raises(UserError, match=r"launcher.gpus=2: this machine has 0 for Ray"):
+        Ray(gpus=2)._check_resources({"CPU": 4.0})

@@ -146,7 +146,7 @@ def kills(times: int, first: int) -> dict[str, Any]:
             victims = running_jobs(folder)
             if victims:
                 os.kill(draw.choice(victims), signal.SIGKILL)
-            # A job of the first launcher that was killed is run again; one of the second has failed.
+            # A job of the first launcher that was killed is run again; one of the second stays open.
             if second.wait(600):
                 finished(folder, *options)
             ids = [(job / "wandb_run_id").read_text() for job in jobs_of(folder).values()]

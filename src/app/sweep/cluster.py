@@ -9,7 +9,8 @@ import time
 from collections import deque
 from typing import Any, Literal
 
-from src.app.sweep.launcher import POLL, Launcher, Report, collect, run_job, stopping
+from src.app.sweep.jobs import Job
+from src.app.sweep.launcher import PATIENCE, POLL, Launcher, Report, collect, run_job, stopping
 from src.errors import UserError
 
 # Trials of a search at the same time on a cluster, which decides how many jobs run.
@@ -80,29 +81,52 @@ class Slurm(Launcher):
         atonce = self.jobs or len(jobs)
         report, waiting, running = Report(jobs, total, atonce), deque(jobs), {}
         if self.cluster == "slurm":
-            with executor.batch():
-                running = {job: executor.submit(run_job, job, ALONE) for job in waiting}
+            try:
+                with executor.batch():
+                    running = {job: executor.submit(run_job, job, ALONE) for job in waiting}
+            except RuntimeError as error:  # sbatch refused them
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise UserError(f"launcher=slurm: the jobs were not accepted: {lines[-1]}") from None
             waiting.clear()
         with stopping() as stopped:
             while waiting or running:
                 while waiting and len(running) < atonce and not stopped:
                     job = waiting.popleft()
                     running[job] = executor.submit(run_job, job, ALONE)
-                for job in [job for job, submitted in running.items() if submitted.done()]:
+                for job in [job for job, submitted in running.items() if _ended(job, submitted)]:
                     collect(job, _result(running.pop(job)))
                     report(job)
                 if stopped:
                     for submitted in running.values():
                         submitted.cancel(check=False)
+                    deadline = time.monotonic() + PATIENCE
+                    while len(stopped) == 1 and time.monotonic() < deadline:
+                        if all(submitted.done() for submitted in running.values()):
+                            break
+                        time.sleep(POLL)
                     break
                 time.sleep(POLL if self.cluster == "local" else 5)
         if stopped:
             sys.exit(128 + stopped[0])
 
 
+def _ended(job: Job, submitted: Any) -> bool:
+    """Whether a submitted job has ended for good; one that was put back into the queue runs again."""
+    if not submitted.done():
+        return False
+    if job.outcome() is not None or job.scores_file.is_file() or _result(submitted) <= 128:
+        return True
+    return submitted.state not in ("PENDING", "REQUEUED", "CONFIGURING", "RUNNING", "COMPLETING")
+
+
 def _result(submitted: Any) -> int:
+    """The exit status of a job; -9 if it was lost, e.g. by scancel or with its machine, so that it can be continued."""
+    from submitit.core.utils import FailedJobError
+
     error = submitted.exception()
-    return 1 if error is not None else submitted.result()
+    if error is None:
+        return submitted.result()
+    return 1 if isinstance(error, FailedJobError) else -signal.SIGKILL
 
 
 class Ray(Launcher):
@@ -134,6 +158,13 @@ class Ray(Launcher):
                     " --head, or leave launcher.address out for this machine"
                 ) from None
 
+    def _check_resources(self, there: dict[str, float]) -> None:
+        for name, option, wanted in (("CPU", "cpus", self.cpus), ("GPU", "gpus", self.gpus)):
+            if self.address is None and wanted > there.get(name, 0):
+                raise UserError(
+                    f"launcher.{option}={wanted:g}: this machine has {there.get(name, 0):g} for Ray; choose fewer"
+                )
+
     def run(self, jobs, total):
         self.check()
         if not jobs:
@@ -146,6 +177,7 @@ class Ray(Launcher):
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"launcher.address={self.address}: {str(error).splitlines()[0]}") from None
         try:
+            self._check_resources(ray.cluster_resources())
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(run_job)
             settings = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cpus))}
             running = {remote.remote(job, settings, os.getcwd()): job for job in jobs}
@@ -163,6 +195,8 @@ class Ray(Launcher):
                         report(job)
                 for task in running:
                     ray.cancel(task)
+                if running:
+                    ray.wait(list(running), num_returns=len(running), timeout=PATIENCE)
             if stopped:
                 sys.exit(128 + stopped[0])
         finally:

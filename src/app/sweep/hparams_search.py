@@ -313,7 +313,7 @@ class SearchedSweep(Sweep):
         rows = trials_of(study)
         content = {"objectives": self.search.objectives, "directions": self.directions, "trials": rows}
         write_atomically(self.folder / SEARCH_FILE, (json.dumps(content, indent=2) + "\n").encode())
-        _print_table(self.folder, self.search, rows)
+        _print_table(self.folder, self.search, rows, self.directions)
 
 
 def trials_of(study: Any) -> list[dict[str, Any]]:
@@ -375,16 +375,25 @@ def _print_progress(study: Any, search: HparamsSearch) -> None:
     print(f"trials      {done} of {search.trials}; {found or 'none with a score yet'}")
 
 
-def _print_table(folder: Path, search: HparamsSearch, rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(
+    folder: Path, search: HparamsSearch, rows: Sequence[dict[str, Any]], directions: Sequence[str]
+) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table("", "trial", "options", *search.objectives, "", title=f"{folder} ({len(rows)} trials)")
+    table = Table(
+        "", "trial", "options", *search.objectives, "", title=escape(f"{folder} ({len(rows)} trials)")
+    )
     several = len(search.objectives) > 1
-    for row in sorted(
-        rows, key=lambda row: (row["values"] is None, row["state"] == "pruned", *(row["values"] or ()))
-    ):
+    signs = [-1 if direction == "maximize" else 1 for direction in directions]
+
+    def best_first(row: dict[str, Any]) -> tuple[Any, ...]:
+        values = [s * v for s, v in zip(signs, row["values"] or (), strict=False)]
+        return row["values"] is None, row["state"] == "pruned", *values
+
+    for row in sorted(rows, key=best_first):
         options = " ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in row["params"].items()
@@ -395,7 +404,7 @@ def _print_table(folder: Path, search: HparamsSearch, rows: Sequence[dict[str, A
             "fail": f"failed: {row.get('error', 'not finite')}",
         }
         note = said.get(row["state"], "" if row["state"] == "complete" else "not run to its end")
-        table.add_row("*" if row["best"] else "", str(row["number"]), options, *cells, note)
+        table.add_row("*" if row["best"] else "", str(row["number"]), escape(options), *cells, escape(note))
     console.print(table)
     if any(row["best"] for row in rows):
         console.print("* no other trial is better in all objectives" if several else "* the best trial")

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from src.runs.stopping import SIGNALS, Watch, handlers
 log = logging.getLogger(__name__)
 
 POLL = 0.1
+# Begins the line with which each start of a job begins in its console.log.
+START = "\x1e$ "
 # Time for the jobs of a stopped sweep to save, in seconds.
 PATIENCE = 120
 
@@ -111,9 +114,12 @@ def start(job: Job, settings: Mapping[str, str], leases: Sequence[IO[str]] = ())
         settings: environment variables besides those of this process.
         leases: locked files that stay locked while the job's process lives.
     """
+    command = job.command()
     with (job.folder / CONSOLE_FILE).open("ab") as console:
+        console.write(f"{START}{shlex.join(command)}\n".encode())
+        console.flush()
         return subprocess.Popen(
-            job.command(),
+            command,
             env={
                 **os.environ,
                 **settings,
@@ -166,8 +172,9 @@ def collect(job: Job, status: int) -> None:
 
 
 def _reason(console: Path, status: int) -> str:
-    """The last line of an output that says what went wrong."""
-    lines = console.read_text(errors="replace").splitlines() if console.is_file() else []
+    """The last line that says what went wrong in the output of a job's last start."""
+    text = console.read_text(errors="replace") if console.is_file() else ""
+    lines = text.rpartition(START)[2].splitlines()
     for line in reversed(lines):
         if match := re.search(r"error: (.*)", line) or re.match(r"(\w[\w.]*(?:Error|Exception)\b.*)", line):
             return match[1]

@@ -1,6 +1,7 @@
 """launcher=local: several jobs at once on this machine, each with devices of its own."""
 
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -38,6 +39,8 @@ class Local(Launcher):
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         visible = visible_devices()
+        if devices and len(set(devices)) < len(devices):
+            raise ValueError(f"devices={devices}: each GPU only once")
         unknown = [str(device) for device in devices or () if str(device) not in visible]
         if unknown:
             there = ", ".join(visible) or "none"
@@ -50,6 +53,7 @@ class Local(Launcher):
             raise ValueError(f"jobs={jobs}: there are {len(self.places)} {kind}")
         self.jobs = jobs or len(self.places)
         self.at_once = self.jobs
+        self.told: set[Job] = set()
         self.threads = max(1, cores // self.jobs)
 
     def describe(self):
@@ -93,6 +97,11 @@ class Local(Launcher):
             job = waiting.popleft()
             lease = job.begin()
             if lease is None:  # it still runs: its launcher was killed
+                if job not in self.told:
+                    print(
+                        f"job {job.number:<4}    still runs, started by an earlier launcher: waiting for it"
+                    )
+                    self.told.add(job)
                 waiting.append(job)
                 continue
             with lease:
@@ -173,7 +182,9 @@ def visible_devices() -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",")]
+        # as in CUDA, the first impossible one ends the list
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -1,6 +1,7 @@
 """Runs a sweep: finds or makes its folder, checks all jobs, hands them to the launcher, and prints the tables."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +34,8 @@ from src.runs.files import Damaged, read_json, write_atomically
 from src.runs.folder import LOCK_FILE, check_contained, find_run, locked
 from src.runs.output import silent, tolerated
 from src.training.study import STUDY_FILE
+
+log = logging.getLogger(__name__)
 
 
 class Stored(TypedDict):
@@ -76,6 +79,8 @@ def run_sweep(entry_point: str, arguments: Sequence[str]) -> int:
     check_options(entry_point, config)
     if search is not None and config.rerun_failed:
         raise UserError("rerun_failed=true: a search does not repeat its trials; leave it out")
+    if search is not None and config.interactions:
+        raise UserError("interactions=true: a search does not run all combinations; leave it out")
     finished = (
         search.finished if search else lambda f: not Sweep(entry_point, f, own).waiting(config.rerun_failed)
     )
@@ -282,9 +287,8 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
         check_options(job.entry_point, config)
         if job.entry_point != "train":
             return replace(job, devices=config.devices), None
-        devices = config.trainer.devices
         steps = None if config.budget else config.trainer.max_steps
-        job = replace(job, steps=steps, devices=devices if isinstance(devices, int) else 1)
+        job = replace(job, steps=steps, devices=devices_of(config.trainer.devices))
         if elsewhere:
             here = {
                 "accelerator": "cpu",
@@ -293,7 +297,7 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
                 "strategy": "auto",
                 "precision": "32-true",
             }
-            config.trainer |= here
+            config.trainer = OmegaConf.merge(config.trainer, here)
         with trusting(config.trust), silent():
             from src.app.assemble import assemble
 
@@ -304,5 +308,15 @@ def _checked(job: Job, elsewhere: bool) -> tuple[Job, str | None]:
         return job, str(error)
     except Exception as error:
         line = explain(error, job.entry_point, list(job.overrides), job.entry_point)
+        if not line:
+            log.exception("job %d cannot be checked", job.number)
         return job, line or f"{type(error).__name__}: {error}"
     return job, None
+
+
+def devices_of(value: Any) -> int:
+    """How many devices trainer.devices orders of a launcher; 1 where the job is to use all that it is given."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return max(1, len(value))
+    found = int(value) if re.fullmatch(r"\d+", str(value)) else 1
+    return max(1, found)

@@ -22,20 +22,22 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
         pairs: also print the interactions of pairs of options.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 160)
     names = sorted({name for outcome in outcomes.values() for name in outcome.get("scores") or {}})
-    table = Table("job", "varied", *names, title=f"{sweep.folder} ({len(sweep.jobs)} jobs)")
+    table = Table("job", "varied", *names, title=escape(f"{sweep.folder} ({len(sweep.jobs)} jobs)"))
     for job in sweep.jobs:
-        outcome = outcomes.get(job.number, {"error": "not run to its end; the same command continues it"})
+        outcome = outcomes.get(job.number)
+        said = "" if outcome else "not run to its end; the same command continues it"
+        outcome = outcome or {}
         texts = _printed(job, outcome.get("scores") or {})
         cells = [texts.get(name, "") for name in names]
         if "error" in outcome:
-            cells = [f"[red]failed: {outcome['error']}", *cells[1:]]
-        table.add_row(str(job.number), " ".join(job.varied or job.overrides), *cells)
-    if not names and any("error" in outcome for outcome in outcomes.values()):
-        table.add_column("")
+            said = f"[red]failed: {escape(outcome['error'])}"
+        cells = [said, *cells[1:]] if said else cells
+        table.add_row(str(job.number), escape(" ".join(job.varied or job.overrides)), *cells)
     console.print(table)
     score, results = monitored(sweep.jobs, outcomes)
     rows = marginal_means(results, higher_is_better(score))
@@ -43,14 +45,14 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
         means = Table("option", f"mean {score}", "difference from the best", "results", title="what matters")
         for row in rows:
             gap = "best" if row.difference is None else _text(row.difference)
-            means.add_row(f"{row.option}={row.value}", _text(row.mean), gap, str(row.results))
+            means.add_row(escape(f"{row.option}={row.value}"), _text(row.mean), gap, str(row.results))
         console.print(means)
     found = interactions(results) if pairs else []
     if found:
         table = Table("options", f"mean {score}", "interaction", "results", title="interactions")
         for row in found:
             options = " ".join(f"{name}={value}" for name, value in row.options)
-            table.add_row(options, _text(row.mean), _text(row.effect), str(row.results))
+            table.add_row(escape(options), _text(row.mean), _text(row.effect), str(row.results))
         console.print(table)
 
 
