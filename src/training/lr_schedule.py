@@ -52,7 +52,7 @@ class InverseSquareRoot(LambdaLR):
     Args:
         optimizer: the optimiser.
         warmup_steps: length of the warmup; 0 for none.
-        reference_steps: steps until the decay starts, at least 1; 70,000 for most networks of the paper.
+        reference_steps: steps until the decay starts, at least 1; 70,000 in the paper for ImageNet 512, 35,000 for 64.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, reference_steps: int):
