@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import framework, gpu
+from benchmarks import framework, gpu, speedrun
 from benchmarks.report import spread
+from src.runs.files import write_json
 
 
 def test_spread():
@@ -16,6 +17,26 @@ def test_spread():
 def test_a_bare_loop_and_a_training_are_timed():
     steps = framework.WARM_UP + 10
     assert 0 < framework.bare(steps) < framework.ours(steps, framework.CALLBACKS)
+
+
+def test_the_table_of_a_speed_run_has_the_best_row_first(monkeypatch, tmp_path, capsys):
+    for seed, (v, eps) in enumerate([(5.0, 7.0), (6.0, 9.0), (1.0, None)]):  # one job has not ended
+        for row, score in (("eps", eps), ("v", v)):
+            job = tmp_path / f"{seed}_{row}"
+            job.mkdir()
+            (job / "config.yaml").write_text("budget: 60\ntrainer:\n  max_steps: 600\n")
+            if score is not None:
+                outcome = {
+                    "overrides": [f"seed={seed}", f"speedrun={row}"],
+                    "scores": {speedrun.SCORE: score},
+                }
+                write_json(job / "outcome.json", outcome)
+    monkeypatch.setattr(sys, "argv", ["speedrun", str(tmp_path)])
+    speedrun.main()
+    first, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == "5 trainings, budget 60 s"
+    assert rows[0].startswith("| v | 600 | 100 | 5.50 ± 6.35 | - | 2 |")
+    assert rows[1].startswith("| eps | 600 | 100 | 8.00 ± 12.71 | 2.50 ± 6.35 | 2 |")
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""The table of a speed-run (`make speedrun`) for docs/results.md: rows by their mean score, the best first.
+
+    python -m benchmarks.speedrun runs/sweeps/<time> [<another sweep> ...]
+
+Only seeds count with which every row has ended. Intervals are 95 % (Student's t over the seeds); the difference from
+the best row is taken seed by seed.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from src.report.effects import Mean, Result, marginal_means
+from src.runs.files import read_json
+
+OPTION, SCORE = "speedrun", "fd_fashion_mnist"
+
+
+def results_of(sweep: Path) -> list[tuple[Result, int, float]]:
+    """Of each job that has ended: its score, its steps and its budget in seconds."""
+    found = []
+    for outcome in sorted(sweep.glob("*/outcome.json")):
+        content = read_json(outcome, dict[str, Any])
+        if SCORE not in content.get("scores", {}):
+            continue
+        given = dict(override.split("=", 1) for override in content["overrides"] if "=" in override)
+        config = OmegaConf.load(outcome.parent / "config.yaml")
+        result = Result({OPTION: given[OPTION]}, given["seed"], content["scores"][SCORE])
+        found.append((result, config.trainer.max_steps, config.budget))
+    return found
+
+
+def shown(mean: Mean | None) -> str:
+    """A mean and half of its interval."""
+    if mean is None:
+        return "-"
+    return f"{mean.value:.2f}" + ("" if mean.half is None else f" ± {mean.half:.2f}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweeps", type=Path, nargs="+")
+    found = [each for sweep in parser.parse_args().sweeps for each in results_of(sweep)]
+    steps: dict[str, list[int]] = {}
+    for result, count, _ in found:
+        steps.setdefault(result.options[OPTION], []).append(count)
+    budgets = sorted({budget for _, _, budget in found})
+    print(f"{len(found)} trainings, budget {' and '.join(f'{budget:g}' for budget in budgets)} s\n")
+    print(
+        f"| row | steps | ms a step | {SCORE} | from the best | seeds |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for row in marginal_means([result for result, _, _ in found]):
+        count = fmean(steps[row.value])
+        milliseconds = 1000 * budgets[0] / count
+        print(
+            f"| {row.value} | {count:,.0f} | {milliseconds:.0f} | {shown(row.mean)} | {shown(row.difference)}"
+            f" | {row.results} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
