@@ -1,6 +1,7 @@
 """The job of `src.evaluate`: scores of a trained run, or of given images."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import track
 from src.app.build import build
 from src.app.launch import launch
 from src.app.load import load_with, pick_device
-from src.app.options import CONF
+from src.app.options import CONF, NUMERICS, Option
 from src.app.parts import image_scores, is_likelihood, is_memorisation, metric_nodes, scores_of, source_named
 from src.app.shared import shared
 from src.app.sweep.jobs import option_of
@@ -45,7 +46,7 @@ OF_A_RUN = (
     "weights",
     "checkpoint",
 )
-OF_A_RUN += ("seed", "labels", "prompts", "bytes", "data", "conditioning")
+OF_A_RUN += ("seed", "labels", "prompts", "bytes", "data", "conditioning", "precision", "compile", "noise")
 IMAGES = 10_000
 """Generated images that are scored by default."""
 
@@ -87,7 +88,7 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
             raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
         if not loaded.recipe.codec.bounded:
             raise UserError(f"{likelihoods[0]}: bits per dimension are of pixels, and this run has latents")
-        without_effect(config)
+        without_effect(config, NUMERICS)
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n or IMAGES, config.batch_size, config.seed)
         return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
@@ -99,9 +100,10 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
     return record.scores
 
 
-def without_effect(config: DictConfig) -> None:
-    """Refuses options that a likelihood and the comparison with training images do not read."""
+def without_effect(config: DictConfig, others: Sequence[Option] = ()) -> None:
+    """Refuses options that a likelihood and the comparison with training images do not read, and these others."""
     plain = {"bytes": "round", "reference": None, "per_class": False}
+    plain |= {option.name: option.default for option in others}
     for option, value in plain.items():
         if config[option] != value:
             raise UserError(f"{option}={config[option]}: has no effect on this metric; leave it out")

@@ -15,6 +15,7 @@ from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_opt
 from src.app.build import trusting
 from src.app.environment import redacted
 from src.app.evaluate import IMAGES
+from src.app.options import NUMERICS
 from src.app.overrides import trusted_packages
 from src.data.source import SPLITS
 from src.errors import UserError
@@ -51,6 +52,7 @@ class TheirRecipe(TypedDict, total=False):
     variance: str
     guidance: str
     labels: str
+    precision: str
     seed: int
 
 
@@ -313,6 +315,11 @@ def axes_of_record(loaded: LoadedRun, config: DictConfig, protocol: TheirProtoco
         axes += _guidance_axes(mine["guidance"], theirs["guidance"])
     if differ("labels", "labels"):
         axes.append(Axis("labels", mine["labels"], theirs["labels"], _labels(theirs["labels"])))
+    precision = theirs.get("precision", loaded.numerics.precision)
+    if precision != loaded.numerics.precision:
+        known = NUMERICS[0].choices
+        options = (f"precision={precision}",) if precision in known else None
+        axes.append(Axis("precision", loaded.numerics.precision, precision, options))
     quantisation = protocol.get("quantisation", loaded.recipe.codec.describe())
     if quantisation != loaded.recipe.codec.describe():
         how = "truncate" if "truncated" in quantisation else "round"

@@ -2,24 +2,27 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from src.app.build import build, class_of
-from src.app.options import groups_of
+from src.app.options import NUMERICS, groups_of
 from src.app.recipes import recipe_of
 from src.app.restore import config_of, load_weights, parts_of
 from src.app.shared import shared
 from src.data.source import ImageSource
 from src.diffusion.autoencoder import Autoencoder
 from src.diffusion.classifier import NoiseClassifier
+from src.diffusion.denoiser import Denoiser
 from src.diffusion.restoration import Restoration
 from src.diffusion.variance import Variance
 from src.errors import UserError
-from src.generation.loaded import LoadedRun
-from src.generation.recipe import describe, kind_of, warn_of_amplified_errors
+from src.generation.loaded import USUAL, LoadedRun, Numerics
+from src.generation.recipe import Recipe, describe, kind_of, warn_of_amplified_errors
 from src.runs.folder import FoundRun, find_run
 from src.runs.machine import keep_freed_memory
 from src.runs.processes import rank
@@ -59,7 +62,11 @@ def load_with(config: DictConfig) -> tuple[LoadedRun, DictConfig]:
         )
     outputs = own_variance.outputs
     method = restoration_of(config)
-    loaded = load(found, content, merged, config.weights, config.device, config.seed, outputs, method)
+    # exports have no such options
+    numerics = Numerics(*(config.get(option.name, option.default) for option in NUMERICS))
+    loaded = load(
+        found, content, merged, config.weights, config.device, config.seed, outputs, method, numerics
+    )
     if config.data.root or config.data.path:
         warn_of_other_images(loaded.source, content)
     return loaded, merged
@@ -130,6 +137,7 @@ def load(
     seed: int = 0,
     outputs: int | None = None,
     restoration: type[Restoration] | None = None,
+    numerics: Numerics = USUAL,
 ) -> LoadedRun:
     """The denoiser of a run.
 
@@ -142,13 +150,15 @@ def load(
         seed: of the sampling noise.
         outputs: outputs per channel that the network was trained with; see `denoiser_of`.
         restoration: the method that will be used around the sampler, if any.
+        numerics: how images are computed.
 
     Raises:
         UserError: a file that is not one of our checkpoints, or an impossible choice.
     """
     on = pick_device(device)
     parts_of_network = ("model", "data", "codec", "conditioning", "augmentation", "ema")
-    key = (found, weights, on, outputs, OmegaConf.to_yaml(OmegaConf.masked_copy(config, parts_of_network)))
+    depends = OmegaConf.to_yaml(OmegaConf.masked_copy(config, parts_of_network))
+    key = (found, weights, on, outputs, numerics.precision, numerics.compiled, depends)
     kept: dict[str, Any] = shared("network", key, dict)
     parts = parts_of(config, outputs, kept.get("network"))
     if isinstance(parts.denoiser, Autoencoder):
@@ -167,12 +177,31 @@ def load(
     if not kept:
         kept["weights"] = load_weights(denoiser, found, content, config, weights)
         kept["network"] = denoiser.network
+        if numerics.compiled:
+            denoiser.network.compile()
     name, decay = kept["weights"]
     if on.type == "cpu":
         keep_freed_memory()
     denoiser.eval().to(on)
     parts.codec.to(on)
-    return LoadedRun(denoiser, recipe, parts.source, found, content["global_step"], name, decay)
+    recipe = replace(recipe, device_noise=numerics.noise == "device")
+    for each in (denoiser, *guides_in(recipe)):
+        set_precision(each, numerics.precision)
+    return LoadedRun(denoiser, recipe, parts.source, found, content["global_step"], name, decay, numerics)
+
+
+def guides_in(recipe: Recipe) -> list[Denoiser]:
+    """The denoisers of second runs that guide a recipe. A classifier is none, and keeps its precision."""
+    arguments = [part for wrapper in recipe.wrappers for part in getattr(wrapper, "keywords", {}).values()]
+    modules = [module for part in arguments if isinstance(part, nn.Module) for module in part.modules()]
+    return [each for each in modules if isinstance(each, Denoiser) and not isinstance(each, NoiseClassifier)]
+
+
+def set_precision(denoiser: Denoiser, precision: str) -> None:
+    """Lets the network compute in this precision; see `Numerics`."""
+    if precision == "bf16-true":
+        denoiser.network.to(torch.bfloat16)
+    denoiser.autocast = torch.bfloat16 if precision == "bf16-mixed" else None
 
 
 def pick_device(device: str) -> torch.device:

@@ -276,8 +276,26 @@ LOAD = (
     LABELS,
 )
 
+# How the numbers of images are computed; not of exports.
+NUMERICS = (
+    Option(
+        "precision",
+        "32-true",
+        "of the network: 32-true; bf16-mixed (autocast); bf16-true (weights in bfloat16, half the memory)",
+        choices=("32-true", "bf16-mixed", "bf16-true"),
+    ),
+    Option("compile", False, "compile the network with torch.compile; pays for many images on a GPU", bool),
+    Option(
+        "noise",
+        "cpu",
+        "where noise is drawn: cpu (equal for every device), or device (faster on a GPU, other numbers)",
+        choices=("cpu", "device"),
+    ),
+)
+
 SAMPLE = (
     *LOAD,
+    *NUMERICS,
     Option(
         "n", 64, "number of images; image i is the same whatever n, the batch or the device", int, least=1
     ),
@@ -288,6 +306,7 @@ SAMPLE = (
 EVALUATE = (
     Option("run", None, "a run folder or a checkpoint file; or images and reference", str, optional=True),
     *LOAD[1:],
+    *NUMERICS,
     Option(
         "images",
         None,
@@ -360,8 +379,8 @@ a time, on one bank of noise. Without record, it tries the usual alternatives on
     python -m src.explain run=runs/... record=theirs/scores.json n=2000 metrics=fid
     python -m src.explain run=runs/... axes=[weights,steps,bytes]
 record=null    a record of src.evaluate, with the score to explain; its protocol gives the choices that are tried
-axes=null      only these axes: weights, guidance, interval, steps, sampler, spacing, clipping, variance, labels, bytes,
-               reference, n, seed
+axes=null      only these axes: weights, guidance, interval, steps, sampler, spacing, clipping, variance, labels,
+               precision, bytes, reference, n, seed
 All other options are those of src.evaluate, see python -m src.evaluate --help.""",
     "search": """\
 The best recipe for one checkpoint, by successive halving on common noise: all combinations are scored with

@@ -9,6 +9,7 @@ Guidance and clipping are denoisers that wrap another denoiser (`WrappedDenoiser
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,10 @@ class Denoiser(BaseDenoiser):
         parameterization: how the network's output determines x0 and eps.
         variance: the reverse step's variance (default: `Small`).
 
+    Attributes:
+        autocast: dtype to which the network's operations are cast, as by torch.autocast; None for none. The arithmetic
+            around the network is not affected.
+
     Raises:
         ValueError: the arguments are incompatible; the message names the option to change.
     """
@@ -139,6 +144,7 @@ class Denoiser(BaseDenoiser):
         self.schedule = schedule
         self.parameterization = parameterization
         self.variance = variance or Small()
+        self.autocast: torch.dtype | None = None
         parameterization.check(schedule)
         self.variance.check(schedule)
         # plain modules may not declare their shapes
@@ -171,7 +177,10 @@ class Denoiser(BaseDenoiser):
         weight = next(self.network.parameters(), x_t)
         # float32 images pass through a network of bfloat16 weights, and the sampler's arithmetic stays in float32
         network_input = x_t.to(weight.dtype) if weight.is_floating_point() else x_t
-        return self.network(network_input, label, condition, **second).to(x_t.dtype)
+        cast = nullcontext() if self.autocast is None else torch.autocast(x_t.device.type, self.autocast)
+        with cast:
+            output = self.network(network_input, label, condition, **second)
+        return output.to(x_t.dtype)
 
     def output(
         self,

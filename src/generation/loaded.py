@@ -15,6 +15,36 @@ from src.runs.folder import FoundRun
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """How sampling computes its numbers. With the defaults, images are the same on every device, up to rounding.
+
+    Attributes:
+        precision: of the network: "32-true", "bf16-mixed" (float32 weights, operations in bfloat16 as by
+            torch.autocast) or "bf16-true" (bfloat16 weights). All other arithmetic is float32.
+        compiled: whether the network is compiled.
+        noise: where noise is drawn: "cpu", or "device" for the network's device.
+    """
+
+    precision: str = "32-true"
+    compiled: bool = False
+    noise: str = "cpu"
+
+    def record(self, device: torch.device) -> dict[str, Any]:
+        """What is not as usual, for records."""
+        found: dict[str, Any] = {}
+        if self.precision != "32-true":
+            found["precision"] = self.precision
+        if self.compiled:
+            found["compiled"] = True
+        if self.noise == "device" and device.type != "cpu":
+            found["noise"] = f"drawn on {device.type}"
+        return found
+
+
+USUAL = Numerics()
+
+
+@dataclass(frozen=True)
 class LoadedRun:
     """A trained denoiser in eval mode, with its sampling recipe and its run folder.
 
@@ -26,6 +56,7 @@ class LoadedRun:
         step: training step of the checkpoint.
         weights: name of the weights for records: "ema", "raw", "ema std=0.1".
         ema_decay: decay of the average, if it has one; else None.
+        numerics: how its numbers are computed.
     """
 
     denoiser: Denoiser
@@ -35,6 +66,7 @@ class LoadedRun:
     step: int
     weights: str
     ema_decay: float | None
+    numerics: Numerics = USUAL
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +88,7 @@ class LoadedRun:
             "weights": self.weights,
             "ema_decay": self.ema_decay,
             **self.recipe.record(self.denoiser.variance, evaluations),
+            **self.numerics.record(self.device),
         }
 
     def images(self, split: Split, indices: range) -> ImageSet:

@@ -76,6 +76,7 @@ class Recipe:
         codec: decodes the generated images.
         conditioning: defines the condition of image i; None for unconditional sampling.
         seed: the sampling seed.
+        device_noise: whether noise is drawn on the denoiser's device, where its numbers are others than the CPU's.
     """
 
     sampler: Sampler
@@ -85,6 +86,7 @@ class Recipe:
     codec: Codec
     conditioning: Conditioning | None
     seed: int
+    device_noise: bool = False
 
     def times(self, schedule: Schedule) -> Tensor:
         """The S + 1 decreasing times that are visited on this schedule."""
@@ -145,11 +147,15 @@ class Recipe:
             condition: their condition, instead of that which `conditioning` gives these indices.
         """
         device = next(denoiser.parameters()).device
-        noise = PerImageNoise(self.seed, indices)
+        noise = self.noise(indices, device)
         x_T = noise(torch.empty(len(indices), *self.codec.shape, device=device))
         x_T = x_T * denoiser.schedule(self.times(denoiser.schedule)[:1]).scalars()[0].sigma
         condition = self.condition(indices) if condition is None else condition
         return Start(x_T, None if condition is None else condition.to(device), noise)
+
+    def noise(self, indices: Sequence[int], device: torch.device, purpose: str = "sample") -> PerImageNoise:
+        """The noise of the images with these indices, for images on this device; see `PerImageNoise`."""
+        return PerImageNoise(self.seed, indices, purpose, device if self.device_noise else "cpu")
 
     def texts(self, indices: Sequence[int]) -> list[str] | None:
         """The prompts of the images with these indices; None if they have none."""

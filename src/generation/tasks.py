@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import track
 
 from src.data.source import Split
-from src.diffusion.sampler import DDIM, Euler, PerImageNoise, Sampler, State, encode, renoise, slerp
+from src.diffusion.sampler import DDIM, Euler, Sampler, State, encode, renoise, slerp
 from src.errors import UserError
 from src.generation.inputs import OWN_CONDITION, files_of, inputs_of
 from src.generation.loaded import LoadedRun
@@ -216,7 +216,7 @@ class Interpolate(Task):
         if condition is not None:
             condition = condition.index(torch.arange(0, 2 * n, 2).repeat_interleave(self.columns))
         # the end images use the noise streams of `Draw`; each image in between has a separate stream
-        of_rows = PerImageNoise(recipe.seed, range(n * self.columns), "interpolation")
+        of_rows = recipe.noise(range(n * self.columns), loaded.device, "interpolation")
         of_rows.generators[:: self.columns] = noise.generators[0::2]
         of_rows.generators[self.columns - 1 :: self.columns] = noise.generators[1::2]
         times = recipe.times(denoiser.schedule)
@@ -293,7 +293,7 @@ class ImageToImage(Task):
         numbers = range(len(inputs.images))
         x0 = recipe.codec.encode(inputs.images.to(loaded.device))
         condition = inputs.condition_of(loaded, numbers, x0)
-        noise = PerImageNoise(recipe.seed, numbers)
+        noise = recipe.noise(numbers, loaded.device)
         x_t, times = renoise(denoiser, x0, recipe.times(denoiser.schedule), self.strength, noise)
         last = last_state(recipe.sampler.trajectory(recipe.around(denoiser), x_t, times, condition, noise))
         grid = image_rows(inputs.images, recipe.codec.decode(last.x).cpu())

@@ -94,6 +94,27 @@ def test_scores_and_protocol(command, run, capsys):
     }
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_images_in_bfloat16_are_near_those_in_float32_and_recorded(command, run, tmp_path, precision):
+    base = [f"run={run}", "n=4", "sampler.steps=4"]
+    assert command("sample", *base, f"out={tmp_path}/plain") == 0
+    assert command("sample", *base, f"precision={precision}", f"out={tmp_path}/fast") == 0
+    plain, fast = (pixels(tmp_path / name).astype(float) for name in ("plain", "fast"))
+    assert 0 < np.abs(plain - fast).mean() < 2
+    assert json.loads((tmp_path / "fast" / "recipe.json").read_text())["precision"] == precision
+    assert "precision" not in json.loads((tmp_path / "plain" / "recipe.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_images(command, run, tmp_path):
+    base = [f"run={run}", "n=5", "batch_size=4", "sampler.steps=4"]
+    assert command("sample", *base, f"out={tmp_path}/plain") == 0
+    assert command("sample", *base, "compile=true", f"out={tmp_path}/fast") == 0
+    plain, fast = (pixels(tmp_path / name).astype(float) for name in ("plain", "fast"))
+    assert np.abs(plain - fast).max() <= 1
+    assert json.loads((tmp_path / "fast" / "recipe.json").read_text())["compiled"] is True
+
+
 def test_previews_equal_sampled_images(command, run, tmp_path):
     """The grid of the callback and that of src.sample show the same images."""
     assert command("sample", f"run={run}", "n=16", "sampler.steps=5", f"out={tmp_path}/again") == 0

@@ -32,6 +32,7 @@ class Lane(TorchDispatchMode):
     Attributes:
         waits: where the host has waited for the device: values read, and copies without non_blocking. Each entry is
             "<file under src>:<line>: <operation>".
+        copies: all copies between the CPU and the device, in the same form.
     """
 
     def __init__(self, device: str = "cuda", float64: bool = True, answers: bool = False):
@@ -39,6 +40,7 @@ class Lane(TorchDispatchMode):
         self.device = torch.device(device)
         self.float64, self.answers = float64, answers
         self.waits: list[str] = []
+        self.copies: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -53,8 +55,10 @@ class Lane(TorchDispatchMode):
                 self._note(function)
             if self.answers:
                 return True if ours[0].dtype == torch.bool else 0.0
-        elif self._blocks(function, args, kwargs, tensors):
-            self._note(function)
+        elif self._copies(function, args, kwargs, tensors):
+            self.copies.append(f"{_place()}: {function}")
+            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
+                self._note(function)
         if kwargs.get("generator") is not None:
             kwargs["generator"] = None
         result = function(*args, **kwargs)
@@ -68,14 +72,13 @@ class Lane(TorchDispatchMode):
         # what was copied from the device to the CPU has no values either
         return isinstance(tensor, FakeTensor) or tensor.device.type == self.device.type
 
-    def _blocks(self, function, args, kwargs, tensors):
-        """Whether the host waits for this copy: between CPU and device, without non_blocking."""
+    def _copies(self, function, args, kwargs, tensors):
+        """Whether this is a copy between CPU and device; the host waits for it without non_blocking."""
         if function is torch.ops.aten._to_copy.default:
-            source, target = _on_cpu(tensors[0]), kwargs.get("device", tensors[0].device)
-            return source != (torch.device(target).type == "cpu") and not kwargs.get("non_blocking")
+            target = kwargs.get("device") or tensors[0].device
+            return _on_cpu(tensors[0]) != (torch.device(target).type == "cpu")
         if function is torch.ops.aten.copy_.default:
-            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-            return _on_cpu(tensors[0]) != _on_cpu(tensors[1]) and not non_blocking
+            return _on_cpu(tensors[0]) != _on_cpu(tensors[1])
         return False
 
     def _note(self, function):

@@ -100,6 +100,19 @@ def test_images_are_made_on_the_device_and_checked_once_at_the_end():
         assert len(device.waits) - len(reads) <= len(made), "at most one copy for each batch: its condition"
 
 
+def test_noise_drawn_on_the_device_is_not_copied():
+    denoiser, recipe = guided("sampler=ddpm", steps=2)
+    for drawn_there, copies in ((True, 0), (False, 1)):
+        chosen = replace(recipe, device_noise=drawn_there)
+        with lane(float64=False) as device:
+            denoiser.to("cuda")
+            noise = chosen.start(denoiser, range(2)).noise
+            x = torch.empty(2, *recipe.codec.shape, device="cuda")
+            device.copies.clear()
+            assert noise(x).device.type == "cuda"
+            assert len(device.copies) == copies
+
+
 def test_a_codec_stays_on_the_device():
     codec = Pixels((3, 4, 4))
     with lane(float64=False) as device:

@@ -207,3 +207,18 @@ def test_the_condition_of_a_batch_is_made_once():
     made = list(recipe.images(Denoiser(network.eval(), Cosine(), Eps()), range(4), 2))
     assert [batch.labels.tolist() for batch in made] == [[0, 1], [2, 0]]
     assert asked == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=["ddim", "ddpm"])
+def test_noise_drawn_on_the_device_is_keyed_by_image(denoiser, sampler):
+    """On the CPU, whose numbers are those of the default."""
+    recipe = replace(recipe_of(sampler, StaticClipping, steps=3), device_noise=True)
+    whole = recipe.start(denoiser, range(6))
+    part = recipe.start(denoiser, [4, 2])
+    for _ in range(3):
+        assert torch.equal(part.x_T, whole.x_T[[4, 2]])
+        part, whole = (start._replace(x_T=start.noise(start.x_T)) for start in (part, whole))
+    by_batch = [
+        torch.cat([made.images for made in recipe.images(denoiser, range(6), size)]) for size in (6, 1)
+    ]
+    assert (by_batch[0] == by_batch[1]).double().mean() >= 0.9999

@@ -29,7 +29,7 @@ class PerImageNoise:
         seed: the sampling seed.
         indices: the index of each image of the batch.
         purpose: distinguishes independent streams with the same seed and index.
-        device: device on which the noise is drawn, e.g. "cuda".
+        device: device on which the noise is drawn, e.g. "cuda", by one generator for each image.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class PerImageNoise:
         purpose: str = "sample",
         device: torch.device | str = "cpu",
     ):
+        self.device = torch.device(device)
         self.generators = [generator(seed, purpose, index, device) for index in indices]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ class PerImageNoise:
 
         Always drawn in float32, so that a float64 run starts from the same noise as a float32 run.
         """
-        noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device) for g in self.generators])
+        noise = torch.stack(
+            [torch.randn(x.shape[1:], generator=g, device=self.device) for g in self.generators]
+        )
         return noise.to(x.device, x.dtype, non_blocking=True)
 
 
