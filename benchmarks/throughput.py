@@ -1,12 +1,12 @@
-"""Images per second of `src.sample` and `src.evaluate`, beside the network's own rate at the same batch and evaluations.
+"""Images per second of `src.sample` and `src.evaluate`, beside the rate of the network alone.
 
     OMP_NUM_THREADS=1 python -m benchmarks.throughput [--data digits fashion_mnist] [--rounds 3] [--json FILE]
         [--options precision=bf16-mixed compile=true]
 
-Rows: the network alone; the sampling loop up to bytes; `src.sample` with task=draw, which also writes files; and
-`src.evaluate` with the default score, its reference statistics cached before. The digits have `unet_tiny`,
-Fashion-MNIST `unet_small`, with random weights. Rounds are interleaved, and shares are of the network's rate in the
-same round.
+Rows: the network alone, with the same batches and number of evaluations; the sampling loop up to bytes; `src.sample`
+with task=draw, which also writes files; and `src.evaluate` with the default score, its reference statistics cached
+before. The digits have `unet_tiny`, Fashion-MNIST `unet_small`, with random weights. Rounds are interleaved, and shares
+are of the network's rate in the same round.
 """
 
 import argparse

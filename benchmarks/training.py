@@ -77,10 +77,14 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def ours(size: dict, batch: int, steps: int, bfloat16: bool) -> Times:
-    """Times of steps of this project's training."""
+def ours(
+    size: dict, batch: int, steps: int, bfloat16: bool, processes: int = 1, checkpointing: bool = False
+) -> Times:
+    """Times of steps of this project's training; with several processes, of this one (LOCAL_RANK)."""
     keep_freed_memory()
-    network = UNet(**size, attention_factors=(2,), groups=size["base_channels"] // 4)
+    network = UNet(
+        **size, attention_factors=(2,), groups=size["base_channels"] // 4, checkpointing=checkpointing
+    )
     loss = DenoisingLoss(Denoiser(network, Linear(), Eps()), Simple(), Uniform())
     ema, clock = EMA(), Clock()
     source = Noise(size["image_size"], size["channels"], 0, True)
@@ -89,7 +93,8 @@ def ours(size: dict, batch: int, steps: int, bfloat16: bool) -> Times:
     )
     trainer = Trainer(
         accelerator="auto",
-        devices=1,
+        devices=processes,
+        strategy="auto" if processes == 1 else "ddp",
         precision="bf16-mixed" if bfloat16 else "32-true",
         max_steps=steps,
         gradient_clip_val=1.0,
@@ -168,6 +173,11 @@ def diffusers(size: dict, batch: int, steps: int, bfloat16: bool) -> Times:
     return plain_loop(loss_of, network, lambda: ema.step(network.parameters()), size, batch, steps, bfloat16)
 
 
+def checkpointed(size: dict, batch: int, steps: int, bfloat16: bool) -> Times:
+    """Ours with activation checkpointing."""
+    return ours(size, batch, steps, bfloat16, checkpointing=True)
+
+
 def lucidrains(size: dict, batch: int, steps: int, bfloat16: bool) -> Times:
     """The same with denoising-diffusion-pytorch's parts in a plain loop."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -209,7 +219,11 @@ def main() -> None:
     size = {"image_size": 28, "channels": 1, "base_channels": 32, "channel_multipliers": (1, 2, 2)}
     if arguments.full:
         size = {"image_size": 32, "channels": 3, "base_channels": 128, "channel_multipliers": (1, 2, 2, 2)}
-    codes: dict[str, Callable[..., Times]] = {"diffusers": diffusers, "ours": ours}
+    codes: dict[str, Callable[..., Times]] = {
+        "diffusers": diffusers,
+        "ours": ours,
+        "ours with checkpointing": checkpointed,
+    }
     if importlib.util.find_spec("denoising_diffusion_pytorch"):
         codes["denoising-diffusion-pytorch"] = lucidrains
     rows = {

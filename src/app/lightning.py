@@ -148,6 +148,10 @@ def check_sharded(trainer: Trainer, module: DiffusionModule, compiled: bool) -> 
         raise UserError(
             "trainer=fsdp: validation needs the whole network on one device; choose trainer.limit_val_batches=0"
         )
+    if module.ema is not None and module.ema.device is not None:
+        raise UserError(
+            "trainer=fsdp: averages lie where the parts of the weights do; choose ema.device=null"
+        )
     if compiled:
         raise UserError("trainer=fsdp: compile=true is not supported with it; leave it out")
     if len(list(module.parameters())) > len(list(network.parameters())):

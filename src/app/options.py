@@ -410,6 +410,7 @@ EFFECTS: dict[str, Effect] = {
     "data.path": "none",
     "launcher": "once",
     "hparams_search": "once",
+    "ema.device": "none",
     "data.root": "none",  # the fingerprint shows whether the images are others
     "logger": "once",
     "metrics": "none",

@@ -131,7 +131,11 @@ class ImageDataModule(LightningDataModule):
             self._start = self._start_step * self.batch_size if self._resumed is None else self._resumed
             self._resumed = None
         micro = per_device_batch(self.batch_size, world_size, self.accumulation)
-        stream = TrainingStream(self._split("train"), self.seed, self.batch_size, self.source.horizontal_flip)
+        on_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        stream = TrainingStream(
+            *(self._split("train"), self.seed, self.batch_size, self.source.horizontal_flip),
+            flip_later=on_accelerator,
+        )
         sampler = PositionSampler(
             self._start, self.batch_size, micro, rank, world_size, accumulation=self.accumulation
         )

@@ -28,20 +28,34 @@ class Batch:
         condition: what the data know about each image, e.g. its label.
         positions: places in the training stream, int64, shape (b,), always on the CPU, where they key the draws; in
             validation and test the images' indices.
+        flips: which images are mirrored by `mirrored`, bool, shape (b,); None for none.
     """
 
     images: Tensor
     condition: Condition
     positions: Tensor
+    flips: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on a device; positions stay on the CPU, so that reading them waits for nothing."""
-        images = self.images.to(device, non_blocking=non_blocking)
-        return replace(self, images=images, condition=self.condition.to(device, non_blocking=non_blocking))
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            condition=self.condition.to(device, non_blocking=non_blocking),
+            flips=None if self.flips is None else self.flips.to(device, non_blocking=non_blocking),
+        )
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for DataLoader."""
-        return replace(self, images=self.images.pin_memory(), condition=self.condition.pin_memory())
+        flips = None if self.flips is None else self.flips.pin_memory()
+        images, condition = self.images.pin_memory(), self.condition.pin_memory()
+        return replace(self, images=images, condition=condition, flips=flips)
+
+    def mirrored(self) -> Tensor:
+        """The images, those of `flips` mirrored, on their device."""
+        if self.flips is None:
+            return self.images
+        return torch.where(self.flips[:, None, None, None], self.images.flip(-1), self.images)
 
 
 class TrainingStream(Dataset):
@@ -52,15 +66,25 @@ class TrainingStream(Dataset):
         seed: the run's seed.
         global_batch_size: samples of one optimiser step over all devices and micro-batches.
         horizontal_flip: mirror each image with probability 1/2.
+        flip_later: leave that to `Batch.mirrored`, for an accelerator. Sets that keep mirrored images of their own are
+            mirrored here.
     """
 
-    def __init__(self, image_set: ImageSet, seed: int, global_batch_size: int, horizontal_flip: bool):
+    def __init__(
+        self,
+        image_set: ImageSet,
+        seed: int,
+        global_batch_size: int,
+        horizontal_flip: bool,
+        flip_later: bool = False,
+    ):
         if len(image_set) == 0:
             raise ValueError("the training split holds no images")
         self.image_set = image_set
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.horizontal_flip = horizontal_flip
+        self.flip_later = flip_later and type(image_set).mirrored is ImageSet.mirrored
         self._permutations: dict[int, Tensor] = {}
 
     def indices(self, positions: Tensor) -> Tensor:
@@ -96,11 +120,13 @@ class TrainingStream(Dataset):
             places = torch.as_tensor(positions, dtype=torch.int64)
         indices = self.indices(places)
         images = self.image_set.images(indices)
-        if self.horizontal_flip:
+        flips = self.flips(places) if self.horizontal_flip else None
+        if flips is not None and not self.flip_later:
             # On bytes, and by picking whole rows: several times faster than torch.where or index_copy.
             either = torch.cat([images, self.image_set.mirrored(indices, images)])
-            images = either.index_select(0, torch.arange(len(places)) + len(places) * self.flips(places))
-        return Batch(images, self.image_set.condition(indices), places)
+            images = either.index_select(0, torch.arange(len(places)) + len(places) * flips)
+            flips = None
+        return Batch(images, self.image_set.condition(indices), places, flips)
 
     def _permutation(self, k: int) -> Tensor:
         if k not in self._permutations:

@@ -35,21 +35,26 @@ class EMA(Callback):
         decay: in [0, 1); 0.9999 in DDPM (Ho et al. 2020, app. B).
         warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the influence of the initial weights decays
             quickly; without warmup their share is still 61 % after 5,000 updates at 0.9999.
+        device: "cpu" to keep the averages of an accelerator's weights in main memory, bit for bit the same. Each step
+            then waits for a copy of the weights. None for the weights' device.
 
     Attributes:
         averages: the averages by parameter name; the first is used for sampling and scoring.
         updates: number of optimiser steps so far.
 
     Raises:
-        ValueError: decay is out of range.
+        ValueError: decay is out of range, or another device is given.
     """
 
     # the same for all subclasses, since averages are looked up in checkpoints by this name
     state_key = "EMA"
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True):
+    def __init__(self, decay: float = 0.9999, warmup: bool = True, device: str | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if device not in (None, "cpu"):
+            raise ValueError(f"device must be cpu, or null for the device of the weights, got {device}")
+        self.device = device
         self.decay: float | None = decay
         self.warmup = warmup
         self.updates = 0
@@ -70,14 +75,16 @@ class EMA(Callback):
         return [min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay]
 
     def start(self, network: nn.Module) -> None:
-        """Initialises the averages with the network's weights, or moves loaded averages to the network's device."""
+        """Initialises the averages with the network's weights, or moves loaded averages to their device."""
         weights = {name: weight.detach() for name, weight in network.named_parameters()}
         averages = self.averages
         if len(averages) != len(self.decays_at(0)) or self.weights.keys() != weights.keys():
             averages = [{n: w.clone() for n, w in weights.items()} for _ in self.decays_at(0)]
         self.averages = [
             {
-                n: divided(a, weights[n]).to(weights[n].device, _at_least_float32(weights[n].dtype))
+                n: divided(a, weights[n]).to(
+                    self.device or weights[n].device, _at_least_float32(weights[n].dtype)
+                )
                 for n, a in average.items()
             }
             for average in averages
@@ -92,11 +99,14 @@ class EMA(Callback):
             finite: whether the optimiser step was not skipped; bool, shape (), on the network's device.
         """
         on_host = is_free_to_read(finite)
-        if on_host and not finite:
+        parameters = parts(network.parameters())
+        if not on_host and self.device is not None:  # not with `lerp`, which rounds differently
+            finite, parameters = finite.cpu(), [parameter.cpu() for parameter in parameters]
+        elif on_host and not finite:
             return
         for average, decay in zip(self.averages, self.decays_at(self.updates), strict=True):
-            averages, weights = parts(average.values()), parts(network.parameters())
-            weights = [w.to(a.dtype) for w, a in zip(weights, averages, strict=True)]
+            averages = parts(average.values())
+            weights = [w.to(a.dtype) for w, a in zip(parameters, averages, strict=True)]
             if on_host:
                 torch._foreach_lerp_(averages, weights, 1 - decay)
             else:  # with a factor that is 0 for a skipped step, to avoid a synchronisation
@@ -151,16 +161,23 @@ class HalfLifeEMA(EMA):
         half_life: number of images after which the share of past weights has halved.
         ramp: bounds the half-life by this fraction of the images seen so far.
         batch_size: images per optimiser step.
+        device: see `EMA`.
 
     Raises:
         ValueError: an argument is not positive.
     """
 
-    def __init__(self, half_life: float = 500_000, ramp: float = 0.05, batch_size: int = 512):
+    def __init__(
+        self,
+        half_life: float = 500_000,
+        ramp: float = 0.05,
+        batch_size: int = 512,
+        device: str | None = None,
+    ):
         for name, value in (("half_life", half_life), ("ramp", ramp), ("batch_size", batch_size)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        super().__init__(decay=0.5 ** (batch_size / half_life), warmup=False)
+        super().__init__(decay=0.5 ** (batch_size / half_life), warmup=False, device=device)
         self.half_life, self.ramp, self.batch_size = half_life, ramp, batch_size
 
     def decays_at(self, update):
@@ -179,13 +196,16 @@ class PowerEMA(EMA):
     Args:
         stds: lengths, each in (0, 0.28]; the first is used for sampling and scoring.
         snapshot_every: optimiser steps between two snapshots of all averages, in <run folder>/ema; 0 for none.
+        device: see `EMA`.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, stds: Sequence[float] = (0.05, 0.10), snapshot_every: int = 1000):
-        super().__init__(decay=0.0, warmup=False)
+    def __init__(
+        self, stds: Sequence[float] = (0.05, 0.10), snapshot_every: int = 1000, device: str | None = None
+    ):
+        super().__init__(decay=0.0, warmup=False, device=device)
         if not stds:
             raise ValueError("stds must name at least one length")
         self.exponents = [post_hoc.exponent(std) for std in stds]

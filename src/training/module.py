@@ -187,7 +187,7 @@ class DiffusionModule(LightningModule):
     def encode(self, batch: Batch) -> Tensor:
         """The encoded images of a batch in the precision of the network's weights, shape (b, C, H, W)."""
         with torch.no_grad():
-            return self.codec.encode(batch.images).to(self.dtype)
+            return self.codec.encode(batch.mirrored()).to(self.dtype)
 
     def on_fit_start(self) -> None:
         """Moves a codec with weights to the device; it is not part of the module, since it is not trained."""

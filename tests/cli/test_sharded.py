@@ -68,6 +68,7 @@ def test_two_processes_with_half_of_the_weights_train_like_one(tmp_path):
         (["compile=true"], "compile=true is not supported"),
         (["weighting=learned_uncertainty"], "weights of its own"),
         (["model=unet_edm2", "model.blocks_per_level=1"], "changes its weights after each step"),
+        (["ema.device=cpu"], "ema.device=null"),
         (["trainer.strategy=fsdp"], r"strategy|GPU"),
     ],
 )

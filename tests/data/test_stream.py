@@ -93,6 +93,29 @@ def test_batches_do_not_depend_on_workers(workers):
         assert torch.equal(got.condition.labels, want.condition.labels)
 
 
+def test_images_mirrored_later_are_those_mirrored_at_once():
+    at_once, later = (
+        TrainingStream(numbered(101), 5, 24, True, flip_later=flip_later) for flip_later in (False, True)
+    )
+    for positions in (range(24), range(90, 114)):
+        expected, batch = at_once.__getitems__(positions), later.__getitems__(positions)
+        assert expected.flips is None
+        assert 0 < batch.flips.sum() < 24
+        assert torch.equal(batch.mirrored(), expected.images)
+        assert not torch.equal(batch.images, expected.images)
+
+
+def test_sets_with_mirrored_images_of_their_own_are_mirrored_at_once():
+    class Latents(type(numbered(1))):
+        def mirrored(self, indices, images):
+            return -images
+
+    batch = TrainingStream(Latents(numbered(24).pixels, None), 5, 24, True, flip_later=True).__getitems__(
+        range(24)
+    )
+    assert batch.flips is None
+
+
 def test_flips_are_made_on_a_copy():
     images = numbered(30)
     before = images.pixels.clone()

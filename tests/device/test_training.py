@@ -1,11 +1,14 @@
 """A training step runs on the device alone: no stray CPU tensor, no wait, and no float64 where there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from src.app.options import CONF
+from src.training.ema import PowerEMA
 from src.training.nonfinite import clip_or_skip
 from tests.device.lane import lane
 from tests.device.parts import BATCH, batch_on, choices, parts
@@ -52,6 +55,19 @@ def test_a_step_does_not_wait(case):
         assert device.waits == []
 
 
+def test_bytes_travel_and_are_mirrored_and_rescaled_on_the_device():
+    module = parts().module
+    with lane(float64=False) as device:
+        flips = torch.ones(BATCH, dtype=torch.bool)
+        batch = replace(batch_on("cpu"), flips=flips).to("cuda")
+        assert (batch.images.dtype, batch.images.device.type) == (torch.uint8, "cuda")
+        module.to("cuda")
+        device.copies.clear()
+        x0 = module.encode(batch)
+        assert (x0.dtype, x0.device.type) == (torch.float32, "cuda")
+        assert device.copies == device.waits == []
+
+
 def test_backward_and_the_optimizer_do_not_wait():
     """On the meta device, which has no values either: autograd needs a driver for a CUDA tensor."""
     module = parts("loss=hybrid", "variance=learned_range").module
@@ -81,6 +97,20 @@ def test_averaging_does_not_wait(choice):
         with ema.applied(network):
             pass
         assert device.waits == []
+
+
+def test_averages_in_main_memory_wait_for_a_copy_of_the_weights():
+    ema = PowerEMA(device="cpu")
+    network = parts().module.denoiser.network
+    with lane(float64=False) as device:
+        network.to("cuda")
+        ema.start(network)
+        assert all(w.device.type == "cpu" for average in ema.averages for w in average.values())
+        device.copies.clear()
+        ema.update(network, torch.ones((), dtype=torch.bool, device="cuda"))
+        assert len(device.copies) == len(list(network.parameters())) + 1, "one copy for all lengths"
+        with ema.applied(network):
+            assert all(weight.device.type == "cuda" for weight in network.parameters())
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "not-fused"])

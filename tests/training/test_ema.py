@@ -76,6 +76,33 @@ def test_half_life_of_edm():
     assert ema.decay == pytest.approx(0.5**0.128)
 
 
+@pytest.mark.parametrize("make", [EMA, HalfLifeEMA, PowerEMA])
+def test_averages_in_main_memory_equal_those_on_the_device(make, monkeypatch):
+    # the arithmetic of an accelerator, on the CPU
+    monkeypatch.setattr("src.training.ema.is_free_to_read", lambda _: False)
+    torch.manual_seed(0)
+    network = nn.Linear(8, 8)
+    there, here = make(), make(device="cpu")
+    for ema in (there, here):
+        ema.start(network)
+    for step in range(20):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        finite = torch.tensor(step % 5 != 3)
+        for ema in (there, here):
+            ema.updates = step
+            ema.update(network, finite)
+    for one, other in zip(there.averages, here.averages, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert not torch.equal(one["weight"], network.weight)
+
+
+def test_averages_lie_on_the_cpu_or_with_the_weights():
+    with pytest.raises(ValueError, match=r"^device must be cpu, or null"):
+        EMA(device="cuda")
+
+
 def test_exponents_of_edm2():
     # published: gamma = 16.97 for sigma_rel = 0.05 and 6.94 for 0.10
     assert post_hoc.exponent(0.05) == pytest.approx(16.97, abs=0.005)
