@@ -3,13 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.framework [--json out.json] [--profile]
 
 The network multiplies its input by one weight. The bare loop has the same batch size, loss, clipping, optimiser and
-average. The next rows are this project's: the module in Lightning's Trainer, then with each callback of the default
-training, then the whole default training as `python -m src.train` assembles it. Needs an idle machine. Rounds are
+average. The next row is the same step in Lightning's Trainer. The others are this project's: the module in the Trainer,
+then with each callback of the default training, then the whole default training as `python -m src.train` assembles it. Needs an idle machine. Rounds are
 interleaved, since other load affects all rows alike. `--profile` lists the functions in which the time is spent.
 """
 
 import argparse
 import cProfile
+import itertools
 import logging
 import os
 import pstats
@@ -20,7 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -67,26 +68,82 @@ class Clock(Callback):
         return (self.starts[-1] - self.starts[WARM_UP]) / (len(self.starts) - 1 - WARM_UP)
 
 
+class Task:
+    """The parts that the bare loop and the bare module share: images in memory, network, loss, average."""
+
+    def __init__(self):
+        self.images = torch.randint(0, 256, (1504, 1, 8, 8), dtype=torch.uint8)
+        self.network, levels = Free((1, 8, 8)), Cosine()(torch.arange(1, 1001))
+        self.alphas, self.sigmas = (
+            part.float()[:, None, None, None] for part in (levels.alpha, levels.sigma)
+        )
+        self.weights = list(self.network.parameters())
+        self.average = [weight.detach().clone() for weight in self.weights]
+
+    def loss(self) -> torch.Tensor:
+        x0 = self.images[torch.randint(len(self.images), (BATCH,))].float() / 127.5 - 1
+        t, eps = torch.randint(0, 1000, (BATCH,)), torch.randn_like(x0)
+        return nn.functional.mse_loss(
+            self.network(self.alphas[t] * x0 + self.sigmas[t] * eps, t.float()), eps
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.weights, 1e-3, fused=True)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        torch._foreach_lerp_(self.average, self.weights, 0.001)
+
+
 def bare(steps: int) -> float:
     """Seconds per step of a plain loop over images in memory."""
-    images = torch.randint(0, 256, (1504, 1, 8, 8), dtype=torch.uint8)
-    network, levels = Free((1, 8, 8)), Cosine()(torch.arange(1, 1001))
-    alphas, sigmas = (part.float()[:, None, None, None] for part in (levels.alpha, levels.sigma))
-    weights = list(network.parameters())
-    average = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.Adam(weights, 1e-3, fused=True)
-    clock = Clock()
+    task, clock = Task(), Clock()
+    optimizer = task.optimizer()
     for _ in range(steps):
         clock.on_train_batch_start()
-        x0 = images[torch.randint(len(images), (BATCH,))].float() / 127.5 - 1
-        t, eps = torch.randint(0, 1000, (BATCH,)), torch.randn_like(x0)
-        loss = nn.functional.mse_loss(network(alphas[t] * x0 + sigmas[t] * eps, t.float()), eps)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+        task.loss().backward()
+        nn.utils.clip_grad_norm_(task.weights, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 0.001)
+        task.update_average()
+    return clock.seconds()
+
+
+class Alone(LightningModule):
+    """The bare loop's step as a module without anything of this project."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.task, self.network = task, task.network
+
+    def training_step(self, batch, batch_idx):
+        return self.task.loss()
+
+    def configure_optimizers(self):
+        return self.task.optimizer()
+
+    def on_train_batch_end(self, *_):
+        self.task.update_average()
+
+
+def lightning(steps: int) -> float:
+    """Seconds per step of Lightning's Trainer with the bare loop's step, the flags of a training and no callbacks."""
+    clock = Clock()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(Alone(Task()), itertools.repeat(0))
     return clock.seconds()
 
 
@@ -136,7 +193,8 @@ def main() -> None:
             profile.runcall(experiment.trainer.fit, experiment.module, experiment.data)
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
         return
-    rows: dict[str, Callable[[int], float]] = {"bare loop": bare, "module": lambda steps: ours(steps, ())}
+    rows: dict[str, Callable[[int], float]] = {"bare loop": bare, "Lightning alone": lightning}
+    rows["module"] = lambda steps: ours(steps, ())
     for name in CALLBACKS:
         rows[f"module, {name}"] = lambda steps, name=name: ours(steps, (name,))
     rows["module, all callbacks"] = lambda steps: ours(steps, CALLBACKS)

@@ -47,6 +47,7 @@ class UNet(Network):
         condition_channels: channels of an image in the condition, which is a further input of the first convolution;
             0 for none.
         augment_channels: size of an augmentation that the network reads; 0 for none. Initialised to zero.
+        checkpointing: recompute the activations of each block in the backward pass, to save memory.
 
     Raises:
         ValueError: dropout is out of range, the image size cannot be halved once per level, the groups do not divide
@@ -71,6 +72,7 @@ class UNet(Network):
         pooled_text: bool = False,
         condition_channels: int = 0,
         augment_channels: int = 0,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if not 0 <= dropout < 1:
@@ -78,7 +80,7 @@ class UNet(Network):
         height, width = height_and_width(image_size)
         self.image_shape = (channels, height, width)
         self.out_channels = channels if out_channels is None else out_channels
-        self.num_classes, self.second_time = num_classes, second_time
+        self.num_classes, self.second_time, self.checkpointing = num_classes, second_time, checkpointing
         read = {"labels": num_classes, "tokens": token_channels, "image": condition_channels}
         read["augment"] = augment_channels
         self.reads = frozenset(kind for kind, size in read.items() if size)
@@ -201,17 +203,17 @@ class UNet(Network):
                 x = self.downsample[i - 1](x)
                 skips.append(x)
             for block in level:
-                x = block(x, embedding, text)
+                x = self.run(block, x, embedding, text)
                 skips.append(x)
 
         for block in self.middle:
-            x = block(x, embedding, text)
+            x = self.run(block, x, embedding, text)
 
         for i, level in enumerate(self.decoder):
             if i > 0:
                 x = self.upsample[i - 1](x)
             for block in level:
-                x = block(torch.cat((x, skips.pop()), dim=1), embedding, text)
+                x = self.run(block, torch.cat((x, skips.pop()), dim=1), embedding, text)
 
         return self.conv_out(F.silu(self.norm_out(x)))
 

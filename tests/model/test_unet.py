@@ -190,6 +190,24 @@ def test_float64_network_runs_in_float64():
     torch.testing.assert_close(output.float(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_checkpointing_keeps_less_and_has_the_same_gradients():
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        network = perturbed(tiny(dropout=0.5, checkpointing=checkpointing)).train()
+        saved: list[torch.Tensor] = []
+        x, label = batch()
+        torch.manual_seed(3)  # of the dropout
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
+            loss = network(x, label).square().mean()
+        loss.backward()
+        gradients.append([weight.grad for weight in network.parameters()])
+        kept.append(sum(t.numel() for t in saved))
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_graph_has_no_breaks():
     # The "eager" backend traces without generating code, which takes seconds instead of a minute.
     network = perturbed(tiny(num_classes=3))
