@@ -4,8 +4,9 @@
 
 The network multiplies its input by one weight. The bare loop has the same batch size, loss, clipping, optimiser and
 average. The next row is the same step in Lightning's Trainer. The others are this project's: the module in the Trainer,
-then with each callback of the default training, then the whole default training as `python -m src.train` assembles it. Needs an idle machine. Rounds are
-interleaved, since other load affects all rows alike. `--profile` lists the functions in which the time is spent.
+then with each callback of the default training, then the whole default training as `python -m src.train` assembles it.
+Needs an idle machine. Rounds are interleaved, since other load affects all rows alike. `--profile` lists the functions
+in which the time is spent.
 """
 
 import argparse
