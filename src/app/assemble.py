@@ -29,6 +29,7 @@ from src.app.lightning import (
     check_trainer,
     check_trainer_options,
     joined_arguments,
+    skip_empty_hooks,
 )
 from src.app.optimizers import optimizer_of
 from src.app.options import effect_of
@@ -52,7 +53,7 @@ from src.generation.recipe import Recipe, describe, warn_of_amplified_errors, wa
 from src.randomness import key
 from src.runs.files import write_atomically
 from src.runs.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, find_run
-from src.runs.machine import keep_freed_memory
+from src.runs.machine import keep_freed_memory, skip_driver_search
 from src.training.callbacks import SampleImages, TrackFidelity
 from src.training.checkpoint import AtomicCheckpointIO, Checkpoints, not_finite
 from src.training.coupling import Coupling, OptimalTransport
@@ -189,6 +190,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
+        skip_driver_search()
     if config.compile:
         if isinstance(loss, MeanFlowLoss):
             raise UserError(
@@ -355,6 +357,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     except (MisconfigurationException, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
     check_trainer(trainer, config)
+    skip_empty_hooks(trainer.callbacks)
     return trainer
 
 

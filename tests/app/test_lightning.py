@@ -14,6 +14,7 @@ from src.app.lightning import (
     check_monitors,
     check_trainer,
     check_trainer_options,
+    skip_empty_hooks,
 )
 from src.errors import UserError
 from src.training.resume import PASSIVE
@@ -106,3 +107,17 @@ def test_monitors():
         """Of another package, it may log anything."""
 
     check_monitors({**wrong, "callbacks.mine": Logging()}, losses)
+
+
+def test_only_empty_hooks_are_passed_over():
+    class Counts(callbacks.Callback):
+        def on_after_backward(self, *_):
+            pass
+
+    counts, given = Counts(), callbacks.LambdaCallback(on_train_batch_end=print)
+    skip_empty_hooks([counts, given])
+    assert callable(counts.on_after_backward)
+    assert counts.on_train_batch_end is None
+    assert callable(counts.on_train_end)
+    assert given.on_train_batch_end is print
+    assert given.on_after_backward is None

@@ -94,6 +94,7 @@ class DiscreteSchedule(Schedule):
                 "T and the noise range must give an alphabar that decreases strictly from 1 towards 0"
             )
         self.alphabar = alphabar
+        self._alpha, self._sigma = alphabar.sqrt(), (1 - alphabar).sqrt()
         self.T = alphabar.numel() - 1
         self.t_min, self.t_max = 1.0, float(self.T)
         self.log_snr = (alphabar.log() - (1 - alphabar).log()) / 2
@@ -111,11 +112,11 @@ class DiscreteSchedule(Schedule):
         if ((t < 0) | (t > self.T) | ((t > 0) & (t < 1))).any():
             raise ValueError(f"times must be 0 (clean) or in [1, {self.T}], got {t.min():g} to {t.max():g}")
         row = t.long()
-        alphabar = self.alphabar[row]
         between = t - row
-        if between.any():
-            log_snr = torch.lerp(self.log_snr[row], self.log_snr[(row + 1).clamp(max=self.T)], between)
-            alphabar = torch.where(between > 0, torch.sigmoid(2 * log_snr), alphabar)
+        if not between.any():  # as in training
+            return NoiseLevel(self._alpha[row], self._sigma[row], t - 1)
+        log_snr = torch.lerp(self.log_snr[row], self.log_snr[(row + 1).clamp(max=self.T)], between)
+        alphabar = torch.where(between > 0, torch.sigmoid(2 * log_snr), self.alphabar[row])
         return NoiseLevel(alphabar.sqrt(), (1 - alphabar).sqrt(), t - 1)
 
     def time_of_log_snr(self, log_snr: Tensor | Sequence[float]) -> Tensor:
