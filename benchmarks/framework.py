@@ -34,7 +34,7 @@ from src.app.jobs import register
 from src.app.sweep.jobs import composed
 from src.diffusion.schedule import Cosine
 from src.model import Network
-from src.runs.machine import keep_freed_memory
+from src.runs.machine import keep_freed_memory, skip_driver_search
 
 # Steps that are not measured at the start of each round.
 WARM_UP = 50
@@ -161,6 +161,7 @@ def prepared(folder: Path, steps: int, callbacks: Sequence[str]) -> tuple[Experi
     """A training of the free network, and the clock of its steps."""
     register()
     options = [f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "logger=csv", "metrics=none"]
+    options += ["bands=none"]
     config = composed("train", options)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
@@ -187,12 +188,16 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     keep_freed_memory()
+    skip_driver_search()
     if arguments.profile:
         with tempfile.TemporaryDirectory() as folder:
             experiment, _ = prepared(Path(folder), arguments.steps, CALLBACKS)
             profile = cProfile.Profile()
-            profile.runcall(experiment.trainer.fit, experiment.module, experiment.data)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                profile.runcall(experiment.trainer.fit, experiment.module, experiment.data)
+        stats = pstats.Stats(profile)
+        stats.sort_stats("tottime").print_stats(45)
+        stats.sort_stats("cumtime").print_stats("/src/|lightning/pytorch", 70)
         return
     rows: dict[str, Callable[[int], float]] = {"bare loop": bare, "Lightning alone": lightning}
     rows["module"] = lambda steps: ours(steps, ())

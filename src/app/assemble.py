@@ -29,7 +29,7 @@ from src.app.lightning import (
     check_trainer,
     check_trainer_options,
     joined_arguments,
-    skip_empty_hooks,
+    skip_idle_work,
 )
 from src.app.optimizers import optimizer_of
 from src.app.options import effect_of
@@ -357,7 +357,7 @@ def trainer_of(config: DictConfig, folder: Path, callbacks: list[Callback]) -> T
     except (MisconfigurationException, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
     check_trainer(trainer, config)
-    skip_empty_hooks(trainer.callbacks)
+    skip_idle_work(trainer)
     return trainer
 
 

@@ -1,6 +1,7 @@
 """Which of Lightning's options and callbacks a training takes: those that have the effect they name here."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -97,13 +98,17 @@ class NoProfiler(PassThroughProfiler):
         return self._nothing
 
 
-def skip_empty_hooks(callbacks: Iterable[Callback]) -> None:
-    """Lets Lightning pass over the hooks of a step that a callback does not implement.
+def skip_idle_work(trainer: Trainer) -> None:
+    """Lets Lightning leave out work that has no effect on a training step.
 
-    It looks each of them up at each step, and calls what is callable, within a context manager and with a formatted
-    name: six hooks of some ten callbacks, most of which do nothing.
+    It calls each hook of a step on each callback, within a context manager and with a formatted name: six hooks of some
+    ten callbacks, most of which do nothing. It passes over hooks that cannot be called. It also inspects the signature
+    of `training_step` at each step.
     """
-    for callback in callbacks:
+    trainer.fit_loop.epoch_loop._build_kwargs = lambda kwargs, batch, batch_idx: OrderedDict(
+        batch=batch, batch_idx=batch_idx
+    )
+    for callback in trainer.callbacks:
         for hook in HOOKS_OF_A_STEP:
             own = hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
             if not own:

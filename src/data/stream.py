@@ -38,6 +38,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on a device; positions stay on the CPU, so that reading them waits for nothing."""
+        if self.images.device == torch.device(device):  # its parts are where the images are
+            return self
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
@@ -90,11 +92,6 @@ class TrainingStream(Dataset):
     def indices(self, positions: Tensor) -> Tensor:
         """The images' indices at `positions`, int64 (b,). Each pass of n positions holds every image once."""
         n = len(self.image_set)
-        first, last = int(positions[0]) // n, int(positions[-1]) // n
-        if (
-            first == last and len(positions) == int(positions[-1]) - int(positions[0]) + 1
-        ):  # a run within a pass
-            return self._permutation(first)[positions - first * n]
         passes = positions // n
         indices = torch.empty_like(positions)
         for k in passes.unique().tolist():
@@ -118,7 +115,11 @@ class TrainingStream(Dataset):
             places = torch.arange(positions.start, positions.stop, positions.step)
         else:
             places = torch.as_tensor(positions, dtype=torch.int64)
-        indices = self.indices(places)
+        n, first = len(self.image_set), positions[0]
+        if isinstance(positions, range) and first // n == positions[-1] // n and positions.step == 1:
+            indices = self._permutation(first // n)[first % n : first % n + len(positions)]  # within a pass
+        else:
+            indices = self.indices(places)
         images = self.image_set.images(indices)
         flips = self.flips(places) if self.horizontal_flip else None
         if flips is not None and not self.flip_later:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,7 @@ class Denoiser(BaseDenoiser):
         self.parameterization = parameterization
         self.variance = variance or Small()
         self.autocast: torch.dtype | None = None
+        self._latest: tuple[NoiseLevel, Any] | None = None
         parameterization.check(schedule)
         self.variance.check(schedule)
         # plain modules may not declare their shapes
@@ -161,6 +163,12 @@ class Denoiser(BaseDenoiser):
     def second_time(self) -> bool:
         return getattr(self.network, "second_time", False)
 
+    def coefficients(self, level: NoiseLevel) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """c_in, c_skip and c_out of the parameterisation; those of the latest level are kept."""
+        if self._latest is None or self._latest[0] is not level:
+            self._latest = level, self.parameterization.coefficients(level)
+        return self._latest[1]
+
     def evaluate(
         self,
         x_t: Tensor,
@@ -169,7 +177,7 @@ class Denoiser(BaseDenoiser):
         to: NoiseLevel | None = None,
     ) -> Tensor:
         """The network's whole output at (c_in x_t, label), in x_t's dtype."""
-        c_in, _, _ = self.parameterization.coefficients(level)
+        c_in, _, _ = self.coefficients(level)
         if not (isinstance(c_in, float) and math.isclose(c_in, 1)):  # saves a pass over x_t
             x_t = broadcast(c_in, x_t) * x_t
         label = self._label(level, x_t)

@@ -16,9 +16,9 @@ class TimeSampling(ABC):
     def __call__(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         """The times of a global batch, shape (n,), float64, from a CPU generator."""
 
-    def weights(self, t: Tensor, schedule: Schedule) -> Tensor:
-        """Importance weights of the losses at times t, shape (B,), relative to `expected`."""
-        return torch.ones_like(t)
+    def weights(self, t: Tensor, schedule: Schedule) -> Tensor | None:
+        """Importance weights of the losses at times t, shape (B,), relative to `expected`; None if all are 1."""
+        return None
 
     def expected(self) -> "TimeSampling":
         """The fixed distribution under which the expected loss is minimised; validation uses it."""

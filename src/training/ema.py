@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from src.runs.output import tolerated
 from src.training import post_hoc
 from src.training.divided import divided, parts, whole
-from src.training.nonfinite import is_free_to_read
+from src.training.nonfinite import is_finite, is_free_to_read
 from src.training.optimizers import ScheduleFreeAdamW
 
 Weights = dict[str, Tensor]
@@ -91,14 +91,14 @@ class EMA(Callback):
         ]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, finite: Tensor) -> None:
+    def update(self, network: nn.Module, finite: bool | Tensor) -> None:
         """Updates the averages.
 
         Args:
             network: the network whose weights are averaged.
-            finite: whether the optimiser step was not skipped; bool, shape (), on the network's device.
+            finite: whether the optimiser step was not skipped; see `is_finite`.
         """
-        on_host = is_free_to_read(finite)
+        on_host = isinstance(finite, bool) or is_free_to_read(finite)
         parameters = parts(network.parameters())
         if not on_host and self.device is not None:  # not with `lerp`, which rounds differently
             finite, parameters = finite.cpu(), [parameter.cpu() for parameter in parameters]
@@ -121,7 +121,7 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != self.updates:  # not after a micro-batch that only accumulated gradients
-            self.update(pl_module.denoiser.network, pl_module.gradient_norm.isfinite())
+            self.update(pl_module.denoiser.network, is_finite(pl_module.gradient_norm))
             self.updates = trainer.global_step
 
     @contextmanager

@@ -136,7 +136,9 @@ class DiffusionModule(LightningModule):
         with nullcontext() if regularizer is None else regularizer.observing(network) as hidden:
             losses = self.loss(x0, draws, eps, condition)
         self._remember(positions, draws, losses.detach())
-        losses = losses * self.loss.importance(draws).to(losses, non_blocking=True)
+        importance = self.loss.importance(draws)
+        if importance is not None:
+            losses = losses * importance.to(losses, non_blocking=True)
         loss = losses.mean()
         results = {"losses": losses.detach(), "times": self.loss.quantile(draws)}
         if regularizer is not None:
@@ -183,6 +185,16 @@ class DiffusionModule(LightningModule):
                     yield self.denoiser
         finally:
             network.train(was_training)
+
+    def _on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """As Lightning's, without looking for three hooks at each step, which neither module nor data have."""
+        return batch
+
+    def _apply_batch_transfer_handler(
+        self, batch: Batch, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Batch:
+        """As Lightning's; see `_on_before_batch_transfer`."""
+        return batch.to(device or self.device)
 
     def encode(self, batch: Batch) -> Tensor:
         """The encoded images of a batch in the precision of the network's weights, shape (b, C, H, W)."""

@@ -4,6 +4,7 @@ Reading a tensor of an accelerator on the host synchronises with the device, whi
 accelerator the decision is made on the device; on the CPU reading is free.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,11 @@ from src.training.divided import norm_of
 def is_free_to_read(number: Tensor) -> bool:
     """Whether the host can read a tensor without synchronising with a device."""
     return number.device.type == "cpu"
+
+
+def is_finite(number: Tensor) -> bool | Tensor:
+    """Whether a tensor of shape () is finite: a bool where reading is free, else a bool tensor on its device."""
+    return math.isfinite(number.item()) if is_free_to_read(number) else number.isfinite()
 
 
 def clip_or_skip(
@@ -52,7 +58,7 @@ def clip_or_skip(
     norm = norm_of(found)
     if fused and norm is found and scaler is None and not is_free_to_read(norm):
         optimizer.found_inf = (~norm.isfinite()).float()
-    elif not bool(norm.isfinite()):
+    elif not is_finite(norm):
         # without gradients, an optimiser changes neither weights nor state
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -120,7 +126,8 @@ class SkipNonFinite(Callback):
         norms, self._unread = self._unread, []
         if not norms:
             return
-        for updated in torch.stack(norms).isfinite().tolist():
+        found = norms if is_free_to_read(norms[0]) else torch.stack(norms).cpu()
+        for updated in (math.isfinite(norm.item()) for norm in found):
             self.skipped += not updated
             self.in_a_row = 0 if updated else self.in_a_row + 1
             self._longest = max(self._longest, self.in_a_row)

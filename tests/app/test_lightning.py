@@ -14,7 +14,7 @@ from src.app.lightning import (
     check_monitors,
     check_trainer,
     check_trainer_options,
-    skip_empty_hooks,
+    skip_idle_work,
 )
 from src.errors import UserError
 from src.training.resume import PASSIVE
@@ -115,7 +115,8 @@ def test_only_empty_hooks_are_passed_over():
             pass
 
     counts, given = Counts(), callbacks.LambdaCallback(on_train_batch_end=print)
-    skip_empty_hooks([counts, given])
+    trainer = Trainer(callbacks=[counts, given], logger=False, enable_checkpointing=False, accelerator="cpu")
+    skip_idle_work(trainer)
     assert callable(counts.on_after_backward)
     assert counts.on_train_batch_end is None
     assert callable(counts.on_train_end)

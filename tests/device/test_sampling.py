@@ -100,17 +100,17 @@ def test_images_are_made_on_the_device_and_checked_once_at_the_end():
         assert len(device.waits) - len(reads) <= len(made), "at most one copy for each batch: its condition"
 
 
-def test_noise_drawn_on_the_device_is_not_copied():
+@pytest.mark.parametrize(("drawn_there", "copies"), [(True, 0), (False, 1)])
+def test_noise_drawn_on_the_device_is_not_copied(drawn_there, copies):
     denoiser, recipe = guided("sampler=ddpm", steps=2)
-    for drawn_there, copies in ((True, 0), (False, 1)):
-        chosen = replace(recipe, device_noise=drawn_there)
-        with lane(float64=False) as device:
-            denoiser.to("cuda")
-            noise = chosen.start(denoiser, range(2)).noise
-            x = torch.empty(2, *recipe.codec.shape, device="cuda")
-            device.copies.clear()
-            assert noise(x).device.type == "cuda"
-            assert len(device.copies) == copies
+    recipe = replace(recipe, device_noise=drawn_there)
+    with lane(float64=False) as device:
+        denoiser.to("cuda")
+        noise = recipe.start(denoiser, range(2)).noise
+        x = torch.empty(2, *recipe.codec.shape, device="cuda")
+        device.copies.clear()
+        assert noise(x).device.type == "cuda"
+        assert len(device.copies) == copies
 
 
 def test_a_codec_stays_on_the_device():

@@ -96,7 +96,8 @@ def _train_two_steps(loss):
         assert losses.shape == (4,)
         assert losses.isfinite().all()
         optimizer.zero_grad()
-        (losses * loss.importance(draws)).mean().backward()
+        importance = loss.importance(draws)
+        (losses if importance is None else losses * importance).mean().backward()
         optimizer.step()
     for old, parameter in zip(before, loss.parameters(), strict=True):
         assert parameter.isfinite().all()

@@ -225,5 +225,5 @@ class TestWithoutWaiting:
     def test_curves(self):
         curves = TrainingCurves()
         curves._restart(0, torch.device("cuda"))
-        curves.add(torch.ones(8, device="cuda"), torch.rand(8))
-        assert curves.sums.device.type == curves.counts.device.type == "cuda"
+        curves.losses.add(torch.ones(8, device="cuda"), torch.rand(8))
+        assert {each.device.type for each in curves.losses.read()} == {"cuda"}

@@ -70,9 +70,12 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
-    def importance(self, draws: Tensor) -> Tensor:
-        """Importance weights of the draws, float64, shape (B,); the losses are multiplied by them before the mean."""
-        return torch.ones(len(draws), dtype=torch.float64)
+    def importance(self, draws: Tensor) -> Tensor | None:
+        """Importance weights of the draws, float64, shape (B,); the losses are multiplied by them before the mean.
+
+        None if all are 1.
+        """
+        return None
 
     def quantile(self, draws: Tensor) -> Tensor:
         """Position of the draws in the range of noise levels, in [0, 1], shape (B,); used to split loss curves."""

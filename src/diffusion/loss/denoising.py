@@ -66,6 +66,6 @@ class DenoisingLoss(TimedLoss):
         parameterization = self.denoiser.parameterization
         target = parameterization.target(x0, eps, level)
         error = self.distance(output, target).flatten(1).mean(dim=1)
-        c_out = torch.as_tensor(parameterization.coefficients(level)[2], dtype=torch.float64)
+        c_out = torch.as_tensor(self.denoiser.coefficients(level)[2], dtype=torch.float64)
         weight = self.weighting(level, c_out) * c_out**2
         return self.weighting.balance(weight.to(error.device, error.dtype, non_blocking=True) * error, level)

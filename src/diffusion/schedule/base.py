@@ -109,7 +109,9 @@ class DiscreteSchedule(Schedule):
 
     def __call__(self, t: Tensor | Sequence[float]) -> NoiseLevel:
         t = as_times(t)
-        if ((t < 0) | (t > self.T) | ((t > 0) & (t < 1))).any():
+        low, high = (bound.item() for bound in t.aminmax()) if t.numel() else (1.0, 1.0)
+        # the elements are compared only if some are below 1
+        if high > self.T or low < 0 or (low < 1 and ((t > 0) & (t < 1)).any()):
             raise ValueError(f"times must be 0 (clean) or in [1, {self.T}], got {t.min():g} to {t.max():g}")
         row = t.long()
         between = t - row

@@ -1,6 +1,6 @@
 """Training curves, accumulated on the device and logged every N steps.
 
-Calling `self.log` at every step would double Lightning's overhead; this costs a few additions per step.
+Calling `self.log` at every step would double Lightning's overhead; this keeps references to two tensors per step.
 """
 
 import time
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from src.training.callbacks.every import EverySteps
+from src.training.callbacks.levels import LossesByLevel
 
 # Quarters of the schedule's range, as in the curves of improved DDPM; quarter 0 has the least noise.
 QUARTERS = 4
@@ -41,16 +42,9 @@ class TrainingCurves(EverySteps):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.add(outputs["losses"], outputs["times"])
+        self.losses.add(outputs["losses"], outputs["times"])
         self._term: Tensor | None = outputs.get("regularizer")
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def add(self, losses: Tensor, times: Tensor) -> None:
-        """Accumulates losses and their times; both of shape (b,), times in [0, 1]."""
-        quarters = (times * QUARTERS).long().clamp(0, QUARTERS - 1).to(losses.device, non_blocking=True)
-        finite = losses.isfinite()  # losses of skipped steps are excluded from the mean
-        self.sums.index_add_(0, quarters, losses.float().nan_to_num(0, 0, 0))
-        self.counts.index_add_(0, quarters, finite.float())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         losses = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -58,8 +52,7 @@ class TrainingCurves(EverySteps):
             logger.log_metrics(losses, step=trainer.global_step)
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        sums: Tensor = trainer.strategy.reduce(self.sums, reduce_op="sum")
-        counts: Tensor = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        sums, counts = (trainer.strategy.reduce(each, reduce_op="sum") for each in self.losses.read())
         seconds = time.perf_counter() - self._since
         data = trainer.datamodule
         curves = {
@@ -81,7 +74,6 @@ class TrainingCurves(EverySteps):
         self._restart(trainer.global_step, module.device)
 
     def _restart(self, step: int, device: torch.device) -> None:
-        self.sums = torch.zeros(QUARTERS, device=device)
-        self.counts = torch.zeros(QUARTERS, device=device)
+        self.losses = LossesByLevel(QUARTERS, device)
         self._since = time.perf_counter()
         self._since_step = step

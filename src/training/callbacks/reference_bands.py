@@ -12,6 +12,7 @@ from src.runs.files import write_json
 from src.runs.folder import BANDS_FILE
 from src.runs.output import tolerated
 from src.training.callbacks.every import EverySteps
+from src.training.callbacks.levels import LossesByLevel
 from src.training.callbacks.track_fidelity import TrackFidelity
 from src.training.reference_bands import LEVELS, Band, Values, describe_value
 
@@ -68,11 +69,8 @@ class ReferenceBands(EverySteps):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        losses, times = outputs["losses"], outputs["times"]
-        levels = (times * LEVELS).long().clamp(0, LEVELS - 1).to(losses.device, non_blocking=True)
-        self._sums.index_add_(0, levels, losses.float().nan_to_num(0, 0, 0))
-        self._counts.index_add_(0, levels, losses.isfinite().float())
-        self._images += len(losses) * trainer.world_size
+        self._losses.add(outputs["losses"], outputs["times"])
+        self._images += len(outputs["losses"]) * trainer.world_size
         if trainer.global_step != self._step:  # not after a micro-batch that only accumulates gradients
             self._step = trainer.global_step
             self._norms += pl_module.gradient_norm
@@ -80,7 +78,7 @@ class ReferenceBands(EverySteps):
 
     def act(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        sums, counts = (trainer.strategy.reduce(each, reduce_op="sum") for each in (self._sums, self._counts))
+        sums, counts = (trainer.strategy.reduce(each, reduce_op="sum") for each in self._losses.read())
         if step - self._since == self.every:
             means = (sums / counts).tolist()
             found = {f"level_{k}": mean for k, mean in enumerate(means)}
@@ -171,8 +169,7 @@ class ReferenceBands(EverySteps):
         )
 
     def _restart(self, step: int, device: torch.device) -> None:
-        self._sums: Tensor = torch.zeros(LEVELS, device=device)
-        self._counts: Tensor = torch.zeros(LEVELS, device=device)
+        self._losses = LossesByLevel(LEVELS, device)
         self._norms: Tensor = torch.zeros((), device=device)
         self._images = 0
         self._since = self._step = step
