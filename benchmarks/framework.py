@@ -5,8 +5,8 @@
 The network multiplies its input by one weight. The bare loop has the same batch size, loss, clipping, optimiser and
 average. The next row is the same step in Lightning's Trainer. The others are this project's: the module in the Trainer,
 then with each callback of the default training, then the whole default training as `python -m src.train` assembles it.
-Needs an idle machine. Rounds are interleaved, since other load affects all rows alike. `--profile` lists the functions
-in which the time is spent.
+Times are CPU times, which are those of the clock on an idle machine and suffer less from other load. Rounds are
+interleaved. `--profile` lists the functions in which the time is spent.
 """
 
 import argparse
@@ -56,13 +56,13 @@ class Free(Network):
 
 
 class Clock(Callback):
-    """Seconds from the start of one step to the start of the next, which includes loading its data."""
+    """CPU seconds from the start of one step to the start of the next, which includes loading its data."""
 
     def __init__(self):
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *_):
-        self.starts.append(time.perf_counter())
+        self.starts.append(time.process_time())
 
     def seconds(self) -> float:
         """The mean over the steps after the first `WARM_UP`."""
@@ -209,10 +209,13 @@ def main() -> None:
         for name, run in rows.items():
             measured[name].append(run(arguments.steps) * 1000)
     base = spread(measured["bare loop"])
-    table = Table("", "ms per step", "spread", "more than the bare loop", title=machine()["text"])
+    table = Table(
+        "", "ms per step", "spread", "more than the bare loop", "of the lowest", title=machine()["text"]
+    )
     for name, values in measured.items():
         each = spread(values)
-        table.add_row(name, f"{each['median']:.3f}", each["text"], f"{each['median'] - base['median']:.3f}")
+        more = (f"{each[which] - base[which]:.3f}" for which in ("median", "low"))
+        table.add_row(name, f"{each['median']:.3f}", each["text"], *more)
     Console(width=120).print(table)
     write_json(arguments.json, {"unit": "ms", "rows": measured})
 

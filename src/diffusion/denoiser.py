@@ -133,6 +133,9 @@ class Denoiser(BaseDenoiser):
         ValueError: the arguments are incompatible; the message names the option to change.
     """
 
+    autocast: torch.dtype | None = None
+    _latest: tuple[NoiseLevel, Any] | None = None
+
     def __init__(
         self,
         network: nn.Module,
@@ -145,8 +148,6 @@ class Denoiser(BaseDenoiser):
         self.schedule = schedule
         self.parameterization = parameterization
         self.variance = variance or Small()
-        self.autocast: torch.dtype | None = None
-        self._latest: tuple[NoiseLevel, Any] | None = None
         parameterization.check(schedule)
         self.variance.check(schedule)
         # plain modules may not declare their shapes

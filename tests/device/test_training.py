@@ -63,6 +63,7 @@ def test_bytes_travel_and_are_mirrored_and_rescaled_on_the_device():
         assert (batch.images.dtype, batch.images.device.type) == (torch.uint8, "cuda")
         module.to("cuda")
         device.copies.clear()
+        device.waits.clear()
         x0 = module.encode(batch)
         assert (x0.dtype, x0.device.type) == (torch.float32, "cuda")
         assert device.copies == device.waits == []
