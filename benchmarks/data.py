@@ -190,16 +190,22 @@ def folder() -> dict[str, list[float]]:
         return starts | rates | measure({"training, held in memory": training(2048, 0)})
 
 
-def pngs(count: int = 50_000) -> dict[str, list[float]]:
-    """Seconds of starts on a folder of 32x32 PNGs, to the first batch; and of whole commands of one step."""
+def make_pngs(root: Path, count: int = 50_000) -> None:
+    """Writes 32x32 PNGs of noise into folders of 1,000 each, unless they exist."""
     rng = np.random.default_rng(0)
+    for k in range(count // 1000):
+        part = root / f"{k:02}"
+        if not part.exists():
+            part.mkdir(parents=True)
+            for i in range(1000):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(part / f"{i:03}.png")
+
+
+def pngs(kept: Path | None) -> dict[str, list[float]]:
+    """Seconds of starts on a folder of 50,000 PNGs, to the first batch; and of whole commands of one step."""
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary) / "root"
-        for i in range(count):
-            if i % 1000 == 0:
-                part = root / f"{i // 1000:02}"
-                part.mkdir(parents=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(part / f"{i}.png")
+        root = kept or Path(temporary) / "root"
+        make_pngs(root)
 
         def start(limit: int) -> float:
             begin = time.perf_counter()
@@ -232,6 +238,7 @@ def main() -> None:
     )
     parts = ("memory", "jpegs", "pngs")
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--folder", type=Path, help="where the 50,000 PNGs are made and kept")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     console = Console(width=120)
@@ -256,7 +263,7 @@ def main() -> None:
         console.print(table)
     if "pngs" in arguments.parts:
         with console.status("folder of PNGs"):
-            times = found["pngs"] = pngs()
+            times = found["pngs"] = pngs(arguments.folder)
         table = Table("", "seconds", "spread", title="50,000 PNGs, 32x32")
         for name, values in times.items():
             table.add_row(name, f"{median(values):.2f}", spread(values)["text"])
