@@ -6,8 +6,8 @@
 Rows: the network alone, with the same batches and number of evaluations; the sampling loop up to bytes; `src.sample`
 with task=draw, which also writes files; and `src.evaluate` with the default score, its reference statistics cached
 before. The digits have `unet_tiny`, Fashion-MNIST `unet_small`, with random weights. Rounds are interleaved, and shares
-are of the network's rate in the same round. On a CPU, seconds are those of the process, so that other load matters
-little; run it with one thread.
+are of the network's rate in the same round, by the clock, and on a CPU also by the time of the process, in which other
+load matters little; run it with one thread.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from omegaconf import DictConfig
@@ -70,8 +71,10 @@ def rows(loaded: LoadedRun, merged: DictConfig, config: DictConfig, folder: Path
     }
 
 
-def measure(data: str, folder: Path, rounds: int, options: Sequence[str]) -> dict[str, list[float]]:
-    """Images per second of each row, `rounds` times."""
+def measure(
+    data: str, folder: Path, rounds: int, options: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each row by the clock and of the process, `rounds` times."""
     _, n, batch, steps = SIZES[data]
     run = untrained(folder, data)
     chosen = [f"n={n}", f"batch_size={batch}", f"sampler.steps={steps}", *options]
@@ -81,21 +84,20 @@ def measure(data: str, folder: Path, rounds: int, options: Sequence[str]) -> dic
     calls = rows(loaded, merged, config, folder)
     for call in calls.values():  # compiles, caches the statistics of the reference
         call()
-    rates: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = clock(loaded.device)
+            before = clock(loaded.device)
             call()
-            rates[name].append(n / (clock(loaded.device) - start))
-    return rates
+            seconds[name].append(tuple(b - a for a, b in zip(before, clock(loaded.device), strict=True)))
+    return seconds
 
 
-def clock(device: torch.device) -> float:
-    """CPU seconds of this process, or the time after the work of an accelerator."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
+def clock(device: torch.device) -> tuple[float, float]:
+    """The time and the CPU seconds of this process, after the work of an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def main() -> None:
@@ -117,17 +119,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[data] = measure(data, Path(folder), arguments.rounds, arguments.options)
         title = f"{data}, {model}: {n} images, batch {batch}, {steps} steps {' '.join(arguments.options)}"
-        table = Table(
-            "", "images/s", "spread", "of the network", "spread", title=title, caption=machine()["text"]
-        )
-        for name, rates in found[data].items():
-            shares = spread([a / b for a, b in zip(rates, found[data]["network alone"], strict=True)])
-            rate = spread(rates)
-            table.add_row(
-                name, f"{rate['median']:.1f}", rate["text"], f"{shares['median']:.3f}", shares["text"]
-            )
+        names = ("", "images/s", "CPU images/s", "of the network", "spread", "by CPU", "spread")
+        table = Table(*names, title=title, caption=machine()["text"])
+        for name, seconds in found[data].items():
+            rates = [n / median(each) for each in zip(*seconds, strict=True)]
+            cells = []
+            for which in (0, 1):
+                base = found[data]["network alone"]
+                share = spread([b[which] / a[which] for a, b in zip(seconds, base, strict=True)])
+                cells += [f"{share['median']:.3f}", share["text"]]
+            table.add_row(name, *(f"{rate:.1f}" for rate in rates), *cells)
         console.print(table)
-    write_json(arguments.json, {"images_per_second": found, "sizes": SIZES, "options": arguments.options})
+    write_json(
+        arguments.json, {"seconds_and_cpu_seconds": found, "sizes": SIZES, "options": arguments.options}
+    )
 
 
 if __name__ == "__main__":

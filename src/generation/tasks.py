@@ -3,13 +3,15 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from src.data.source import Split
 from src.diffusion.sampler import DDIM, Euler, Sampler, State, encode, renoise, slerp
@@ -102,14 +104,15 @@ class Draw(Task):
         barrier()
         evaluations = origin.evaluations()
         mine, channels = batches[rank() :: world_size()], loaded.recipe.codec.image_shape[0]
-        for numbers in track(mine, description="sampling", transient=True, disable=rank() > 0):
-            if evaluations and read_images(folder / "images", numbers, channels) is not None:
-                continue
-            (made,) = loaded.recipe.images(loaded.denoiser, numbers, batch_size)
-            save_images(made.images, folder / "images", first=numbers.start)
-            if made.evaluations > evaluations:
-                evaluations = made.evaluations
-                origin.keep(evaluations)
+        with _Writer(folder / "images") as writer:
+            for numbers in track(mine, description="sampling", transient=True, disable=rank() > 0):
+                if evaluations and read_images(folder / "images", numbers, channels) is not None:
+                    continue
+                (made,) = loaded.recipe.images(loaded.denoiser, numbers, batch_size)
+                writer.save(made.images, numbers.start)
+                if made.evaluations > evaluations:
+                    evaluations = made.evaluations
+                    origin.keep(evaluations)
         evaluations = max(gathered(evaluations))
         if rank() > 0:
             return Made([], evaluations)
@@ -131,6 +134,34 @@ class Draw(Task):
             animation(states, loaded.recipe.codec).save(folder / "denoising.gif")
             lines.append(f"animation   {folder / 'denoising.gif'}")
         return Made(lines, evaluations)
+
+
+class _Writer:
+    """Writes a batch of images while the next one is sampled, since compression can take as long as a small network.
+
+    An error of writing is raised by the next `save`, or at the end.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._wait()
+
+    def save(self, images: Tensor, first: int) -> None:
+        """Writes images, numbered from `first`; see `save_images`."""
+        self._wait()
+        self._last = self._pool.submit(save_images, images.cpu(), self.folder, first)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
 
 
 class _Origin:
