@@ -4,11 +4,13 @@
 
 One quantity varies at a time, around 32x32x3 with batch 8 and 32 base channels (1.6M parameters, attention at half the
 image size). Each row trains in new processes with `benchmarks.training`; the first step is not counted. Several
-processes share the batch (DDP, gloo on a CPU) and need as many free cores. Memory is the peak of a process above that
-before the training. The exponents are those of the last doubling: 1 is proportional.
+processes share the batch (DDP, gloo on a CPU). Times are CPU times of one process, in which other load matters little.
+Memory is the peak of a process above that before the training. The exponents are those of the last doubling: 1 is
+proportional.
 """
 
 import argparse
+import json
 import logging
 import os
 import resource
@@ -33,7 +35,7 @@ VARIED = {
     "base channels": (16, 32, 64, 128),
     "processes": (1, 2),
 }
-# A case measured: (milliseconds of each step, MiB).
+# A case measured: (CPU milliseconds of each step, MiB).
 Found = tuple[list[float], float]
 
 
@@ -55,7 +57,7 @@ def steps_of(case: dict[str, int], steps: int, rank: int, port: int) -> Found:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = ours(size_of(case), case["batch"], steps + 1, False, case["processes"])[1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return [wall * 1000 for wall, _ in times], peak / 1024
+    return [cpu * 1000 for _, cpu in times], peak / 1024
 
 
 def measure(case: dict[str, int], steps: int) -> Found:
@@ -98,7 +100,7 @@ def plot(path: Path, found: dict[str, dict[int, Found]]) -> None:
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("ms per step")
+    axes[0, 0].set_ylabel("CPU ms per step")
     axes[1, 0].set_ylabel("MiB above the start")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,21 +122,32 @@ def main() -> None:
     parser.add_argument("--vary", nargs="+", default=list(VARIED), choices=list(VARIED))
     parser.add_argument("--plot", type=Path, help="also draw the plot in this file")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--known", type=Path, nargs="*", default=[], help="files of earlier runs, which are added"
+    )
     arguments = parser.parse_args()
     console = Console(width=120)
     found: dict[str, dict[int, Found]] = {}
+
+    def add(quantity: str, value: int, times: list[float], memory: float) -> None:
+        known, peak = found.setdefault(quantity, {}).get(value, ([], 0.0))
+        found[quantity][value] = (known + times, max(peak, memory))
+
+    for path in arguments.known:
+        for quantity, cases in json.loads(path.read_text())["ms_and_MiB"].items():
+            for value, (times, memory) in cases.items():
+                add(quantity, int(value), times, memory)
     for _ in range(arguments.rounds):
         for quantity in arguments.vary:
             for value in VARIED[quantity]:
                 times, memory = measure({**BASE, quantity: value}, arguments.steps)
-                known, peak = found.setdefault(quantity, {}).get(value, ([], 0.0))
-                found[quantity][value] = (known + times, max(peak, memory))
+                add(quantity, value, times, memory)
                 console.print(quantity, value, f"{min(times):.0f} ms {memory:.0f} MiB", style="dim")
-    names = ("quantity", "value", "parameters", "ms per step", "spread", "exponent", "MiB", "exponent")
+    names = ("quantity", "value", "parameters", "CPU ms per step", "spread", "exponent", "MiB", "exponent")
     table = Table(*names, title=machine()["text"])
     for quantity, cases in found.items():
         times, memories = [], []
-        for value, (steps, memory) in cases.items():
+        for value, (steps, memory) in sorted(cases.items()):
             each = spread(steps)
             times.append(each["median"])
             memories.append(memory)
