@@ -33,6 +33,11 @@ def augmentation_of(config: DictConfig, loss: Loss, codec: Codec) -> GeometricAu
             f"augmentation: {type(getattr(network, 'module', network)).__name__} does not read how an image was"
             " transformed; choose augmentation=none, or e.g. model=unet_tiny, unet_ddpmpp or dit_tiny"
         )
+    if config.data.get("horizontal_flip"):
+        raise UserError(
+            "data.horizontal_flip=true mirrors images without a note to the network, and augmentation mirrors them with"
+            " one; choose data.horizontal_flip=false"
+        )
     if not codec.bounded:
         raise UserError("augmentation moves pixels, and this training has latents; choose augmentation=none")
     if getattr(loss, "teacher", None) is not None:

@@ -16,7 +16,7 @@ class Bare(nn.Module):
     """A network called with tensors only: (x, label) or (x, label, classes).
 
     Args:
-        network: reads at most labels.
+        network: reads at most labels, and in training how an image was transformed, which is nothing in sampling.
 
     Raises:
         ValueError: it reads tokens or images, or the label of a second time.
@@ -24,7 +24,7 @@ class Bare(nn.Module):
 
     def __init__(self, network: Network):
         super().__init__()
-        if other := sorted(network.reads - {"labels"}):
+        if other := sorted(network.reads - {"labels", "augment"}):
             raise ValueError(
                 f"conditioning: the network reads {', '.join(other)}, and only networks of labels are exported"
             )

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.conditioning import Condition
@@ -161,7 +160,11 @@ class Dispersive(Regularizer):
 
     def term(self, hidden, x0):
         z = hidden.flatten(1)
-        distances = F.pdist(z).square() / z.shape[1]
-        # each pair of i < j stands for itself and for (j, i)
-        every = torch.cat((distances, distances, distances.new_zeros(len(z))))
-        return (-every / self.temperature).logsumexp(dim=0) - 2 * math.log(len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            z = z - z.mean(dim=0)  # which keeps distances, and digits
+            products = z @ z.T  # pdist's backward pass takes n^2 d values on a GPU
+            squares = products.diagonal()
+            distances = (squares[:, None] + squares - 2 * products).clamp(min=0) / z.shape[1]
+            distances = distances - distances.diagonal().diag_embed()
+        return (-distances / self.temperature).flatten().logsumexp(dim=0) - 2 * math.log(len(z))

@@ -112,6 +112,10 @@ def test_training_resumes_bit_for_bit_and_samples_read_zeros(command, tmp_path, 
             ["coupling=optimal_transport"],
             "coupling=optimal_transport makes the noise depend on the augmentation",
         ),
+        (
+            ["data.horizontal_flip=true"],
+            "data.horizontal_flip=true mirrors images without a note to the network",
+        ),
         (["+model.augment_channels=3"], "model.augment_channels: the framework sets this option itself"),
     ],
 )
