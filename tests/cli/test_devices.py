@@ -34,6 +34,7 @@ def test_evaluation(command, run):
     assert two["protocol"] == one["protocol"]
 
 
+@pytest.mark.slow  # an evaluation samples too
 def test_sampling(command, run, tmp_path):
     for devices in (1, 2):
         out = tmp_path / str(devices)

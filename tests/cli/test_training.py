@@ -96,6 +96,7 @@ class TestResume:
             if name.startswith("/state_dict"):
                 torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=5e-5)
 
+    @pytest.mark.slow
     def test_with_importance_sampling(self, command, only_run, tmp_path):
         assert command("train", *QUICK, *IMPORTANCE, "trainer.max_steps=12") == 0
         whole = training_state(only_run().rename(tmp_path / "whole"), 12)
@@ -107,6 +108,7 @@ class TestResume:
         assert command("train", "ckpt=last", "trainer.max_steps=12") == 0
         assert_identical(whole, training_state(only_run(), 12))
 
+    @pytest.mark.slow
     def test_with_weights_of_fixed_magnitude(self, command, only_run, tmp_path):
         overrides = [*QUICK, *MAGNITUDE, "callbacks=checkpoints", "model.dropout=0.2"]
         assert command("train", *overrides, "trainer.max_steps=12") == 0

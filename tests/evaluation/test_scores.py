@@ -217,6 +217,7 @@ def one_process(rank: int, world_size: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # as tests/cli/test_devices.py does by commands
 def test_two_processes_give_the_scores_of_one(tmp_path):
     torch.multiprocessing.spawn(one_process, args=(2, tmp_path), nprocs=2)
     expected = scores_of_rank(0, 1, tmp_path / "alone") | per_class(0, 1, tmp_path / "alone")
