@@ -50,6 +50,7 @@ def in_a_fresh_process(config, queue):
     queue.put(launched(config))
 
 
+@pytest.mark.slow
 def test_a_job_in_a_fresh_process_gives_the_numbers_of_this_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")

@@ -125,6 +125,7 @@ def test_class_conditional_networks_say_what_pipelines_lack(by_class, command, t
     assert "class_labels=classes" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_torch_program_is_loaded_without_this_framework(by_class, command, tmp_path):
     assert command("export", f"run={by_class}", "format=torch", "out=out") == 0
     network = loaded(by_class).denoiser.network
