@@ -594,7 +594,8 @@ def test_two_steps(group, choice, command, only_run, tmp_path, monkeypatch):
         "train",
         f"{group}={choice}",
         *(["data=emoji", "data.image_size=8"] if choice == "text_emoji" else ["data=digits"]),
-        *(["lr_schedule.warmup_steps=1"] if choice == "fast_digits" else []),  # shorter than the training
+        # shorter than the training
+        *(["lr_schedule.warmup_steps=1"] if choice in ("fast_digits", "dit_digits") else []),
         *SMALL_NETWORK.get(network, SMALL_NETWORK["UNet"]),
         "batch_size=8",
         "trainer.max_steps=2",
