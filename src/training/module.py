@@ -47,7 +47,7 @@ class DiffusionModule(LightningModule):
         codec: encodes the images for the network.
         conditioning: selects the condition passed to the network; None for unconditional training.
         coupling: reorders the noise of a training batch; None for its own order.
-        augmentation: transforms the training images, and tells the network how; or None.
+        augmentation: transforms the training images, and gives the network its parameters; or None.
         regularizer: a term added to the training loss, whose parameters are trained too; or None.
 
     Attributes:

@@ -21,7 +21,7 @@ from src.app.sweep import launcher as launchers
 from src.app.sweep.cluster import Ray, Slurm
 from src.app.sweep.jobs import CONSOLE_FILE, OUTCOME_FILE, Job, Sweep, combinations, composed, folder_name
 from src.app.sweep.local import Local
-from src.app.sweep.run import _checked, devices_of
+from src.app.sweep.run import _checked, devices_of, run_sweep
 from src.app.sweep.table import monitored, print_tables
 from src.errors import UserError
 from src.runs.files import write_json
@@ -433,3 +433,12 @@ def test_a_submission_that_is_refused_is_one_line(tmp_path, monkeypatch):
 def test_ray_is_not_left_waiting_for_what_the_machine_lacks():
     with pytest.raises(UserError, match=r"launcher.gpus=2: this machine has 0 for Ray"):
         Ray(gpus=2)._check_resources({"CPU": 4.0})
+
+
+def test_a_sweep_with_a_killed_job_does_not_end_as_finished(tmp_path, monkeypatch):
+    """A killed job has no outcome, and so no error."""
+    script = "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", script])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = ["data=digits", "logger=csv", "trainer.accelerator=cpu", "seed=0,1"]
+    assert run_sweep("train", [*options, "launcher=local", "launcher.jobs=1", f"runs={tmp_path}"]) == 2

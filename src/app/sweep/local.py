@@ -53,7 +53,7 @@ class Local(Launcher):
             raise ValueError(f"jobs={jobs}: there are {len(self.places)} {kind}")
         self.jobs = jobs or len(self.places)
         self.at_once = self.jobs
-        self.told: set[Job] = set()
+        self.awaited: set[Job] = set()
         self.threads = max(1, cores // self.jobs)
 
     def describe(self):
@@ -97,11 +97,11 @@ class Local(Launcher):
             job = waiting.popleft()
             lease = job.begin()
             if lease is None:  # it still runs: its launcher was killed
-                if job not in self.told:
+                if job not in self.awaited:
                     print(
                         f"job {job.number:<4}    still runs, started by an earlier launcher: waiting for it"
                     )
-                    self.told.add(job)
+                    self.awaited.add(job)
                 waiting.append(job)
                 continue
             with lease:
