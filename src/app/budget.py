@@ -1,6 +1,7 @@
 """`budget`: the steps that fit into a time, from a few steps on this machine, before a training is assembled."""
 
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -106,8 +107,8 @@ def with_steps_of_budget(config: DictConfig, folder: Path) -> DictConfig:
         folder: the run's folder.
 
     Raises:
-        UserError: there are several processes; `trainer.max_steps` is given too; or the budget of a run that is
-            continued was another one.
+        UserError: it is not finite; there are several processes; `trainer.max_steps` is given too; or the budget of a
+            run that is continued was another one.
     """
     if config.budget is None:
         return config
@@ -121,6 +122,8 @@ def with_steps_of_budget(config: DictConfig, folder: Path) -> DictConfig:
         return fixed
     if typed:
         raise UserError("budget: trainer.max_steps follows from it; give one of the two")
+    if not math.isfinite(config.budget):
+        raise UserError(f"budget={config.budget:g}: give a number of seconds")
     if has_several_processes(config):
         raise UserError("budget: one process is timed, and this training has several; give trainer.max_steps")
     log.info("budget      timing a few steps")

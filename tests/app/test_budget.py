@@ -54,11 +54,12 @@ StopWatch = budget.StopWatch
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["trainer.max_steps=5"], ["budget", "trainer.max_steps follows from it"]),
-        (["trainer=ddp", "trainer.devices=2"], ["budget", "several", "give trainer.max_steps"]),
+        (["budget=inf"], ["budget=inf: give a number of seconds"]),
+        (["trainer.max_steps=5", "budget=1"], ["budget", "trainer.max_steps follows from it"]),
+        (["trainer=ddp", "trainer.devices=2", "budget=1"], ["budget", "several", "give trainer.max_steps"]),
     ],
 )
 def test_a_budget_that_is_impossible(options, parts, command, capsys):
-    assert command("train", *QUICK, *options, "budget=1") == 2
+    assert command("train", *QUICK, *options) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in parts)
