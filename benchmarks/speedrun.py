@@ -28,7 +28,8 @@ def results_of(sweep: Path) -> list[tuple[Result, int, float]]:
             continue
         given = dict(override.split("=", 1) for override in content["overrides"] if "=" in override)
         config = OmegaConf.load(outcome.parent / "config.yaml")
-        result = Result({OPTION: given[OPTION]}, given["seed"], content["scores"][SCORE])
+        row = given.get(OPTION, "baseline")
+        result = Result({OPTION: row}, str(config.seed), content["scores"][SCORE])
         found.append((result, config.trainer.max_steps, config.budget))
     return found
 

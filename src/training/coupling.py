@@ -10,7 +10,13 @@ from src.conditioning import Condition
 
 
 class Coupling(ABC):
-    """Reorders the noise of a batch. Validation keeps its order."""
+    """Reorders the noise of a batch. Validation keeps its order.
+
+    Attributes:
+        needs_pairs: whether the noise of an image depends on the other images of its micro-batch.
+    """
+
+    needs_pairs = True
 
     @abstractmethod
     def __call__(self, x0: Tensor, eps: Tensor, condition: Condition | None) -> Tensor:
@@ -25,6 +31,8 @@ class Coupling(ABC):
 
 class Independent(Coupling):
     """The noise in the order in which it was drawn."""
+
+    needs_pairs = False
 
     def __call__(self, x0, eps, condition):
         return eps

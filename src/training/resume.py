@@ -94,7 +94,8 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
 
     Args:
         then: the stored `Origin` as a dictionary, and the flat `config` of the checkpoint.
-        now: the same for this training, and whether its kernels are `deterministic`.
+        now: the same for this training, whether its kernels are `deterministic`, and the part on which the loss of an
+            image depends through the others of its micro-batch (`coupled`; empty for none).
         effects: maps a dotted option to the effect of changing it: "none" or "once" (no effect), "order", "tuning" or
             "experiment".
     """
@@ -120,7 +121,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
         unknown.append(
             "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
         )
-    coupled = _couples(now["config"])
+    coupled = now["coupled"]
     for name in ("world_size", "accumulation"):
         if then[name] != now[name] and coupled:
             experiment.append(f"{name}: {then[name]} -> {now[name]}, on which {coupled} depends")
@@ -133,13 +134,10 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
     return Comparison(experiment, code, unknown, rounding)
 
 
-def _couples(config: dict[str, Any]) -> str:
-    """The group that makes the loss of an image depend on the others of its micro-batch; empty if none does."""
-    if not str(config.get("coupling._target_", "Independent")).endswith("Independent"):
-        return "coupling"
-    if str(config.get("regularizer._target_")).endswith("Dispersive"):
-        return "regularizer"
-    return "loss" if str(config.get("loss._target_")).endswith("ContrastiveLoss") else ""
+def _coupled(module: LightningModule) -> str:
+    """The part that makes the loss of an image depend on the others of its micro-batch; empty if none does."""
+    parts = ("coupling", "regularizer", "loss")
+    return next((name for name in parts if getattr(getattr(module, name, None), "needs_pairs", False)), "")
 
 
 def _unknown_callbacks(config: dict[str, Any]) -> dict[str, str]:
@@ -278,6 +276,7 @@ class ResumeCheck(Callback):
         now = {
             **asdict(self._origin_of(trainer, module, data, fingerprint)),
             "config": flat(self.config),
+            "coupled": _coupled(module),
             "deterministic": trainer.strategy.root_device.type == "cpu"
             or torch.are_deterministic_algorithms_enabled(),
         }

@@ -22,9 +22,11 @@ class Loss(nn.Module, ABC):
 
     Attributes:
         measures: names of the further values that validation reports; see `measure`.
+        needs_pairs: whether the loss of an image depends on the other images of its micro-batch.
     """
 
     measures: tuple[str, ...] = ()
+    needs_pairs = False
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()

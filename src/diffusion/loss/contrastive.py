@@ -28,6 +28,8 @@ class ContrastiveLoss(DenoisingLoss):
         ValueError: share is out of range, or see `DenoisingLoss`.
     """
 
+    needs_pairs = True
+
     def __init__(
         self,
         denoiser: Denoiser,
