@@ -11,6 +11,8 @@ from src.diffusion.loss import MeanFlowLoss
 CPU_INFO = Path("/proc/cpuinfo")
 LONG = 2000
 """Steps from which on compiling pays on a GPU: it takes about a minute."""
+LONG_BUDGET = 600.0
+"""The same for a budget, in seconds."""
 
 
 def settle(config: DictConfig) -> list[str]:
@@ -34,8 +36,10 @@ def settle(config: DictConfig) -> list[str]:
             config.compile, why = False, "loss=mean_flow takes a forward-mode derivative"
         elif config.get("regularizer"):
             config.compile, why = False, "regularizer reads hidden activations"
+        elif config.trainer.get("strategy") == "sharded":
+            config.compile, why = False, "trainer=fsdp does not support it"
         else:
-            config.compile, why = compile_of(device, config.trainer.max_steps)
+            config.compile, why = compile_of(device, config.trainer.max_steps, config.get("budget"))
         lines.append(f"compile     {str(config.compile).lower()}: {why}")
     return lines
 
@@ -70,13 +74,15 @@ def precision_of(device: str) -> tuple[str, str]:
     )
 
 
-def compile_of(device: str, max_steps: int) -> tuple[bool, str]:
-    """Whether to compile for a device, and the reason."""
+def compile_of(device: str, max_steps: int, budget: float | None = None) -> tuple[bool, str]:
+    """Whether to compile for a device, and the reason; with a budget of seconds, the steps do not matter."""
     if device == "cpu":
         return False, "on a CPU compiling takes minutes and gains at most 5 %"
     if device != "cuda":
         return False, f"compiling has not been tested on {device}"
-    if max_steps < LONG:
+    if budget is not None and budget < LONG_BUDGET:
+        return False, f"{budget:g} s are over before compiling pays (from {LONG_BUDGET:g} s)"
+    if budget is None and max_steps < LONG:
         return False, f"{max_steps:,} steps are over before compiling pays (from {LONG:,})"
     return True, "on a GPU it pays after the first minutes"
 

@@ -51,6 +51,26 @@ def test_compiling():
     assert not compile_of("cuda", 100)[0]
 
 
+@pytest.mark.parametrize(("budget", "compiled"), [(60.0, False), (3600.0, True)])
+def test_with_a_budget_the_probe_and_the_training_choose_alike(budget, compiled):
+    assert [compile_of("cuda", steps, budget)[0] for steps in (100, 3000)] == [compiled, compiled]
+
+
+def test_auto_does_not_compile_what_compiling_does_not_support(monkeypatch):
+    monkeypatch.setattr(automatic, "device_of", lambda config: "cuda")
+    trainer = {"max_steps": 10_000}
+    chosen = {
+        "plain": {},
+        "sharded": {"trainer": trainer | {"strategy": "sharded"}},
+        "derivative": {"loss": {"_target_": "src.diffusion.loss.MeanFlowLoss"}},
+        "regularizer": {"regularizer": {"_target_": "src.training.regularizer.Dispersive"}},
+    }
+    for name, options in chosen.items():
+        config = OmegaConf.create({"trainer": trainer, "compile": "auto", **options})
+        settle(config)
+        assert config.compile == (name == "plain"), name
+
+
 def test_choices_replace_auto_and_others_stay(cpu):
     cpu("AuthenticAMD", "avx512_bf16")
     config = OmegaConf.create(
