@@ -184,7 +184,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     check_sharded(trainer, module, config.compile)
     accumulation = accumulation_of(config, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
-    check_pairs(module.regularizer, config.batch_size // (trainer.world_size * accumulation))
+    check_pairs(module, config.batch_size // (trainer.world_size * accumulation))
     # validate_every counts optimiser steps, Lightning counts batches
     trainer.val_check_interval = config.validate_every * accumulation
     data = ImageDataModule(source, config.batch_size, config.seed, config.workers, accumulation, codec)

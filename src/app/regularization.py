@@ -6,11 +6,13 @@ from omegaconf import DictConfig
 from src.app.build import build, class_of, takes
 from src.conditioning import GeometricAugmentation
 from src.data.codec import Codec
-from src.diffusion.loss import Loss, TimedLoss
+from src.diffusion.loss import ContrastiveLoss, Loss, TimedLoss
 from src.errors import UserError
 from src.randomness import key
 from src.training.coupling import OptimalTransport
+from src.training.module import DiffusionModule
 from src.training.regularizer import Regularizer
+from src.training.resume import part_with_pairs
 
 
 def augmentation_of(config: DictConfig, loss: Loss, codec: Codec) -> GeometricAugmentation | None:
@@ -81,14 +83,20 @@ def regularizer_of(config: DictConfig, loss: Loss, codec: Codec) -> Regularizer 
     return build(config.regularizer, Regularizer, "regularizer", network=network, image_shape=codec.shape)
 
 
-def check_pairs(regularizer: Regularizer | None, micro_batch: int) -> None:
-    """Checks that a term of pairs of images has pairs.
+def check_pairs(module: DiffusionModule, micro_batch: int) -> None:
+    """Checks that what compares images has pairs of them, and a contrastive loss conditions.
 
     Raises:
-        UserError: there is one image in each micro-batch.
+        UserError: there is one image in each micro-batch, or no condition.
     """
-    if regularizer is not None and regularizer.needs_pairs and micro_batch < 2:
+    name = part_with_pairs(module)
+    if name and micro_batch < 2:
         raise UserError(
-            f"regularizer: {type(regularizer).__name__} compares images, and a micro-batch of a device has"
+            f"{name}: {type(getattr(module, name)).__name__} compares images, and a micro-batch of a device has"
             f" {micro_batch}; choose a larger batch_size or max_device_batch"
+        )
+    if isinstance(module.loss, ContrastiveLoss) and module.conditioning is None:
+        raise UserError(
+            "loss=contrastive: it separates images of different conditions, and there are none; choose"
+            " conditioning=class, or loss=denoising"
         )

@@ -95,7 +95,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
     Args:
         then: the stored `Origin` as a dictionary, and the flat `config` of the checkpoint.
         now: the same for this training, whether its kernels are `deterministic`, and the part on which the loss of an
-            image depends through the others of its micro-batch (`coupled`; empty for none).
+            image depends through the others of its micro-batch (`paired`; empty for none).
         effects: maps a dotted option to the effect of changing it: "none" or "once" (no effect), "order", "tuning" or
             "experiment".
     """
@@ -121,10 +121,10 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
         unknown.append(
             "code: cannot be compared, the checkpoint is from an earlier release or another Python version"
         )
-    coupled = now["coupled"]
+    paired = now["paired"]
     for name in ("world_size", "accumulation"):
-        if then[name] != now[name] and coupled:
-            experiment.append(f"{name}: {then[name]} -> {now[name]}, on which {coupled} depends")
+        if then[name] != now[name] and paired:
+            experiment.append(f"{name}: {then[name]} -> {now[name]}, on which {paired} depends")
         elif then[name] != now[name]:
             rounding.append(name)
     for name in _different(then["machine"], now["machine"]):
@@ -134,7 +134,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], effects: Callable[[str], 
     return Comparison(experiment, code, unknown, rounding)
 
 
-def _coupled(module: LightningModule) -> str:
+def part_with_pairs(module: LightningModule) -> str:
     """The part that makes the loss of an image depend on the others of its micro-batch; empty if none does."""
     parts = ("coupling", "regularizer", "loss")
     return next((name for name in parts if getattr(getattr(module, name, None), "needs_pairs", False)), "")
@@ -276,7 +276,7 @@ class ResumeCheck(Callback):
         now = {
             **asdict(self._origin_of(trainer, module, data, fingerprint)),
             "config": flat(self.config),
-            "coupled": _coupled(module),
+            "paired": part_with_pairs(module),
             "deterministic": trainer.strategy.root_device.type == "cpu"
             or torch.are_deterministic_algorithms_enabled(),
         }

@@ -8,7 +8,7 @@ from src.diffusion.loss import ContrastiveLoss, DenoisingLoss
 from src.training.coupling import Coupling, Independent, OptimalTransport
 from src.training.regularizer import Dispersive
 from src.training.repa import REPA
-from src.training.resume import _coupled, compare
+from src.training.resume import compare, part_with_pairs
 
 ORIGIN = {
     "data": "a",
@@ -41,7 +41,7 @@ class Own(Coupling):
 )
 def test_another_micro_batch_changes_what_compares_images_and_rounds_otherwise(part, chosen, level):
     module = SimpleNamespace(**{part: chosen.__new__(chosen)})
-    now = {"coupled": _coupled(module), "deterministic": True}
+    now = {"paired": part_with_pairs(module), "deterministic": True}
     same = compare(ORIGIN, ORIGIN | now, lambda option: "experiment")
     assert same.level == "bit-exact"
     other = compare(ORIGIN, ORIGIN | now | {"accumulation": 2}, lambda option: "experiment")

@@ -120,6 +120,25 @@ def test_the_term_is_added_to_the_loss(name, checkpointing):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            ["coupling=optimal_transport", "batch_size=1"],
+            "coupling: OptimalTransport compares images, and a micro-batch of a device has 1",
+        ),
+        (
+            ["loss=contrastive", "conditioning=class", "batch_size=1"],
+            "loss: ContrastiveLoss compares images, and a micro-batch of a device has 1",
+        ),
+        (["loss=contrastive"], "loss=contrastive: it separates images of different conditions"),
+    ],
+)
+def test_what_compares_images_needs_them(options, words, command, capfd):
+    assert command("train", *SMALL[:4], *options) == 2
+    assert_one_line(capfd.readouterr().err, [words])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (["regularizer.layer=blocks.1"], "regularizer.layer='blocks.1': the network has no such module"),
         (["regularizer.weight=0"], "regularizer.weight must be positive, got 0"),
         (["regularizer.temperature=-1"], "regularizer.temperature must be positive, got -1"),
