@@ -63,6 +63,8 @@ class FlowMap:
     ) -> tuple[Tensor, Tensor]:
         """u(x_t, t, s) and its derivative along a line of this velocity, (velocity d/dx + d/dt) u, in forward mode.
 
+        Mixed precision is left out on the CPU, where group norms of bfloat16 have float32 derivatives.
+
         Raises:
             ValueError: a part of the network has no forward-mode derivative; names the option to change.
         """
@@ -71,7 +73,8 @@ class FlowMap:
             return self(x, time, s, condition)
 
         try:
-            return torch.func.jvp(u, (x_t, t), (velocity, torch.ones_like(t)))
+            with torch.autocast("cpu", enabled=False):
+                return torch.func.jvp(u, (x_t, t), (velocity, torch.ones_like(t)))
         except (RuntimeError, NotImplementedError) as error:
             if any(words in str(error) for words in NO_FORWARD_MODE):
                 raise ValueError(no_forward_mode(self.denoiser, error)) from error

@@ -279,6 +279,18 @@ def test_forward_derivative_equals_reverse_mode_and_differences(schedule, parame
     torch.testing.assert_close(du, reverse, rtol=1e-8, atol=1e-8)
 
 
+def test_derivative_under_mixed_precision_on_the_cpu_is_that_of_float32():
+    flow = FlowMap(Denoiser(unet().float(), RectifiedFlow(), Velocity()), "loss=mean_flow")
+    draw = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 1, 8, 8, generator=draw)
+    t, s = torch.tensor([[0.9, 0.5, 0.3], [0.2, 0.1, 0.0]], dtype=torch.float64)
+    expected = flow.derivative(x, t, s, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flow.derivative(x, t, s, v)
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
 def test_derivative_reaches_the_attention_of_text(double):
     network = unet(token_channels=4)
     flow = FlowMap(Denoiser(network, RectifiedFlow(), Velocity()), "loss=mean_flow")
