@@ -2,7 +2,7 @@
 
     python -m benchmarks.speedrun runs/sweeps/<time> [<another sweep> ...]
 
-Only seeds count with which every row has ended. Intervals are 95 % (Student's t over the seeds); the difference from
+All sweeps must have the same budget; of a row and seed that was run twice the last sweep counts. Only seeds count with which every row has ended. Intervals are 95 % (Student's t over the seeds); the difference from
 the best row is taken seed by seed.
 """
 
@@ -47,16 +47,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweeps", type=Path, nargs="+")
-    found = [each for sweep in parser.parse_args().sweeps for each in results_of(sweep)]
+    ended = [each for sweep in parser.parse_args().sweeps for each in results_of(sweep)]
+    found = {(result.options[OPTION], result.seed): (result, count) for result, count, _ in ended}.values()
     steps: dict[str, list[int]] = {}
-    for result, count, _ in found:
+    for result, count in found:
         steps.setdefault(result.options[OPTION], []).append(count)
-    budgets = sorted({budget for _, _, budget in found})
-    print(f"{len(found)} trainings, budget {' and '.join(f'{budget:g}' for budget in budgets)} s\n")
+    budgets = sorted({budget for _, _, budget in ended})
+    if len(budgets) != 1:
+        raise SystemExit(
+            "trainings can be ranked for one budget only, and these have"
+            f" {', '.join(f'{budget:g} s' for budget in budgets) or 'none: no training has ended'}"
+        )
+    print(f"{len(found)} trainings, budget {budgets[0]:g} s\n")
     print(
         f"| row | steps | ms a step | {SCORE} | from the best | seeds |\n| --- | --- | --- | --- | --- | --- |"
     )
-    for row in marginal_means([result for result, _, _ in found]):
+    for row in marginal_means([result for result, _ in found]):
         count = fmean(steps[row.value])
         milliseconds = 1000 * budgets[0] / count
         print(
