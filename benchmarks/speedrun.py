@@ -2,8 +2,9 @@
 
     python -m benchmarks.speedrun runs/sweeps/<time> [<another sweep> ...]
 
-All sweeps must have the same budget; of a row and seed that was run twice the last sweep counts. Only seeds count with which every row has ended. Intervals are 95 % (Student's t over the seeds); the difference from
-the best row is taken seed by seed.
+All sweeps must have the same budget; of a row and seed that was run twice the last sweep counts. Only seeds count
+with which every row has ended. Intervals are 95 % (Student's t over the seeds); the difference from the best row is
+taken seed by seed.
 """
 
 import argparse

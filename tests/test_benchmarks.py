@@ -41,6 +41,19 @@ def test_the_table_of_a_speed_run_has_the_best_row_first(monkeypatch, tmp_path, 
     assert rows[1].startswith("| eps | 600 | 100 | 8.00 ± 12.71 | 2.50 ± 6.35 | 2 |")
 
 
+def test_trainings_of_other_budgets_are_not_ranked(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["speedrun", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no training has ended"):
+        speedrun.main()
+    for budget in (60, 1200):
+        job = tmp_path / str(budget)
+        job.mkdir()
+        (job / "config.yaml").write_text(f"seed: 0\nbudget: {budget}\ntrainer:\n  max_steps: 600\n")
+        write_json(job / "outcome.json", {"overrides": ["speedrun=v"], "scores": {speedrun.SCORE: 1.0}})
+    with pytest.raises(SystemExit, match="these have 60 s, 1200 s"):
+        speedrun.main()
+
+
 @pytest.mark.parametrize(("network", "millions"), [(gpu.unet, 35.7), (gpu.ddpmpp, 55.7), (gpu.dit_xl, 673.7)])
 def test_networks_of_the_gpu_benchmark(network, millions):
     with torch.device("meta"):
