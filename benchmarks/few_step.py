@@ -36,6 +36,17 @@ ROWS = {
     "improved mean flow": ([*MEAN_FLOW, "loss.tangent=network"], "flow_map", "euler"),
     "shortcut": (["experiment=shortcut_digits"], "flow_map", "euler"),
     "mean flow, label_scale=999": ([*MEAN_FLOW, "schedule.label_scale=999"], "flow_map", "euler"),
+    "continuous consistency": (
+        [
+            *MEAN_FLOW,
+            "loss=continuous_consistency",
+            "loss.share=1.0",
+            "loss.power=0.5",
+            "sampler=consistency",
+        ],
+        "consistency",
+        None,
+    ),
     "consistency": (["experiment=consistency_digits"], "consistency", None),
 }
 FEW, MANY = (1, 2, 4), 50

@@ -55,8 +55,15 @@ NEEDS = {
             "clipping=none",
             *(["loss=mean_flow"] if choice.startswith("sampler") else []),
         ]
-        for choice in ("loss=mean_flow", "loss=shortcut", "loss=consistency", "sampler=flow_map")
+        for choice in (
+            "loss=mean_flow",
+            "loss=continuous_consistency",
+            "loss=shortcut",
+            "loss=consistency",
+            "sampler=flow_map",
+        )
     },
+    "loss=contrastive": ["conditioning=class"],
     "coupling=optimal_transport_per_class": ["conditioning=class"],
     "trainer=fsdp": ["callbacks=none", "trainer.accelerator=cpu"],
     "loss=classification": ["conditioning=class", "model=encoder_tiny"],

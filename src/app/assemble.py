@@ -194,7 +194,7 @@ def assemble(config: DictConfig, folder: Path) -> Experiment:
     if config.compile:
         if isinstance(loss, MeanFlowLoss):
             raise UserError(
-                "compile=true: a compiled network has no forward-mode derivative, which loss=mean_flow takes; choose"
+                "compile=true: a compiled network has no forward-mode derivative, which this loss takes; choose"
                 " compile=false, or loss=shortcut"
             )
         denoiser.network.compile()  # in place: the checkpoint's names stay as they are

@@ -33,7 +33,7 @@ def settle(config: DictConfig) -> list[str]:
         lines.append(f"precision   {config.trainer.precision}: {why}")
     if config.compile == "auto":
         if issubclass(class_of(config.get("loss")) or object, MeanFlowLoss):
-            config.compile, why = False, "loss=mean_flow takes a forward-mode derivative"
+            config.compile, why = False, "this loss takes a forward-mode derivative"
         elif config.get("regularizer"):
             config.compile, why = False, "regularizer reads hidden activations"
         elif config.trainer.get("strategy") == "sharded":

@@ -11,7 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from src.conditioning import Condition
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.flow_map import FlowMap
-from src.diffusion.loss import ConsistencyLoss, MeanFlowLoss, ProgressiveLoss, ShortcutLoss
+from src.diffusion.loss import (
+    ConsistencyLoss,
+    ContinuousConsistencyLoss,
+    MeanFlowLoss,
+    ProgressiveLoss,
+    ShortcutLoss,
+)
 from src.diffusion.loss.distillation import implied_x0
 from src.diffusion.loss.few_step import moving
 from src.diffusion.noise_level import NoiseLevel
@@ -329,6 +335,35 @@ def test_the_target_has_no_gradient_and_the_weight_none(double):
     torch.testing.assert_close(
         loss.eval()(x0, torch.stack([t, s], dim=1), eps), error.mean(dim=1), rtol=1e-4, atol=0
     )
+
+
+def test_continuous_consistency_has_the_gradient_of_the_normalised_tangent(double):
+    """Of the estimate of x0 along the path, by differences (Lu & Song 2024, without the weight by time)."""
+    x0, eps = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
+    network = unet()
+    denoiser = Denoiser(network, RectifiedFlow(), Velocity())
+    loss = ContinuousConsistencyLoss(denoiser, Uniform())
+    draws = loss.draw(4, torch.Generator().manual_seed(0))
+    t, s = draws.T
+    assert (s == 0).all()
+    assert t.unique().numel() == 4
+    parameters = list(network.parameters())
+    got = torch.autograd.grad(loss(x0, draws, eps).sum(), parameters, materialize_grads=True)
+    clean = denoiser.schedule(s)
+
+    def estimate(h):  # of x0 at the time t + h, on the line through x0 and eps
+        time = t + h
+        x_t = (1 - time).view(-1, 1, 1, 1) * x0 + time.view(-1, 1, 1, 1) * eps
+        return denoiser(x_t, denoiser.schedule(time), None, clean).x0
+
+    with torch.no_grad():
+        h = 1e-6
+        tangent = (estimate(h) - estimate(-h)) / (2 * h)
+        norm = (tangent.square().flatten(1).sum(dim=1) + 1e-3).sqrt()
+    value = 2 / (t * norm * x0[0].numel()) * (estimate(0) * tangent).flatten(1).sum(dim=1)
+    expected = torch.autograd.grad(value.sum(), parameters, materialize_grads=True)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_draws():

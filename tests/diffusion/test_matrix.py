@@ -30,6 +30,7 @@ OTHER_LOSSES = {
     "classification",
     "reconstruction",
     "mean_flow",
+    "continuous_consistency",
     "shortcut",
     "consistency",
     "progressive",

@@ -5,7 +5,7 @@ from .classification import ClassificationLoss
 from .contrastive import ContrastiveLoss
 from .denoising import DenoisingLoss
 from .distillation import ConsistencyLoss, Distilling, ProgressiveLoss
-from .few_step import AverageVelocityLoss, MeanFlowLoss, ShortcutLoss
+from .few_step import AverageVelocityLoss, ContinuousConsistencyLoss, MeanFlowLoss, ShortcutLoss
 from .hybrid import HybridLoss
 from .reconstruction import ReconstructionLoss
 from .variational import VariationalLoss
@@ -14,6 +14,7 @@ __all__ = [
     "AverageVelocityLoss",
     "ClassificationLoss",
     "ConsistencyLoss",
+    "ContinuousConsistencyLoss",
     "ContrastiveLoss",
     "DenoisingLoss",
     "Distilling",

@@ -144,6 +144,41 @@ class MeanFlowLoss(AverageVelocityLoss):
         return u, velocity - per_image(t - s, x_t) * du.detach()
 
 
+class ContinuousConsistencyLoss(MeanFlowLoss):
+    """Continuous-time consistency training (sCM, Lu & Song 2024, arXiv:2410.11081): mean flow with s = 0.
+
+        target = v - t (v d/dx + d/dt) u(x_t, t, 0)
+
+    With x0(x_t, t) = x_t - t u(x_t, t, 0), u - target is the derivative of x0(x_t, t) along the path, negated: the
+    tangent of the paper, whose loss has this gradient up to a weight by t. power = 1/2 is its normalisation by the
+    tangent's norm. Its noise schedule (here straight), learned weight and warm-up of the tangent are left out.
+
+    Args:
+        denoiser: the denoiser whose network is trained; with a second time.
+        time_sampling: the distribution of t.
+        share: the expected share of images with s = 0, the others are flow matching; 1 in the paper.
+        power, constant: of the adaptive weight.
+        tangent: see `MeanFlowLoss`.
+    """
+
+    name = "continuous_consistency"
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        time_sampling: TimeSampling,
+        share: float = 1.0,
+        power: float = 0.5,
+        constant: float = 1e-3,
+        tangent: Literal["data", "network"] = "data",
+    ):
+        super().__init__(denoiser, time_sampling, share, power, constant, tangent)
+
+    def draw(self, n, generator):
+        t = self.time_sampling(n, self.denoiser.schedule, generator)
+        return torch.stack([t, t.where(~moving(n, self.share, generator), torch.zeros_like(t))], dim=1)
+
+
 class ShortcutLoss(AverageVelocityLoss):
     """Shortcut models: the target of a step is the mean of its two halves (Frans et al. 2024, arXiv:2410.12557).
 
@@ -151,6 +186,7 @@ class ShortcutLoss(AverageVelocityLoss):
 
     The steps start on a grid of `steps` equal ones and have the length of 2, 4, ... or all of them. The halves of the
     shortest are single steps of the grid. These are Euler steps, as in the paper: u(x_t, t, t) replaces u(x_t, t, m).
+    The target is computed with the weights that are trained; the authors' code takes their average by default.
 
     Args:
         denoiser: the denoiser whose network is trained; with a second time.
