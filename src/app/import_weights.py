@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ def import_weights(arguments: Sequence[str]) -> None:
     given = dict(a.split("=", 1) for a in overrides if a.partition("=")[0] in own)
     options = check_values(IMPORT, given)
     overrides = [a for a in overrides if a.partition("=")[0] not in own]
+    chosen = {argument.partition("=")[0] for argument in overrides}
     check_names("train", overrides, [CONF, *trusted_folders(overrides)])
-    if not any(a.startswith("data=") for a in overrides):
+    if "data" not in chosen:
         raise UserError("data is missing: name the images that the network was trained on, e.g. data=cifar10")
     out = Path(options["out"]).expanduser()
     if checkpoints_by_step(out / CHECKPOINTS):
@@ -71,7 +72,7 @@ def import_weights(arguments: Sequence[str]) -> None:
         if folder is None:
             network, process = recognised(weights, options["attention_order"], options["head_channels"]), {}
         else:
-            network, process = network_of(folder, weights), process_of(folder.scheduler)
+            network, process = network_of(folder, weights), process_of(folder.scheduler, chosen)
         ours = network.read(weights)
     except KeyError as error:
         raise UserError(
@@ -79,7 +80,7 @@ def import_weights(arguments: Sequence[str]) -> None:
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"source={source}: {error}") from None
-    config = composed("train", [*choices(network, process, folder, overrides), *overrides])
+    config = composed("train", [*choices(network, process, folder, chosen), *overrides])
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     check_options("train", config)
@@ -133,9 +134,9 @@ def refuse_pickles(source: Path, files: Sequence[Path]) -> None:
 
 
 def choices(
-    network: Network, process: dict[str, Any], folder: Folder | None, overrides: Sequence[str]
+    network: Network, process: dict[str, Any], folder: Folder | None, chosen: Collection[str]
 ) -> list[str]:
-    """The command line of a training of this network, without options of groups that the overrides choose anew."""
+    """The command line of a training of this network, without options of groups that are chosen anew."""
     model = dict(network.model)
     found = {"model": CHOICES[model.pop("_target_")], **network.process, **process}
     if network.outputs == 2 and "learned" not in str(found.get("variance")):
@@ -149,7 +150,6 @@ def choices(
     if folder is not None and folder.decoder is not None:
         found |= {"codec": "autoencoder_kl", "codec.folder": str(folder.decoder)}
     found |= {"ema": "none"}
-    chosen = {argument.partition("=")[0] for argument in overrides}
     found = {name: value for name, value in found.items() if name.partition(".")[0] not in chosen}
     words = [f"{name}={in_yaml(value)}" for name, value in found.items() if "." not in name]
     words += [f"++{name}={in_yaml(value)}" for name, value in found.items() if "." in name]

@@ -6,9 +6,20 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
+from src.app.import_weights import choices
 from src.conditioning import Condition
-from src.interop.diffusers_folder import folder_at, network_of, process_of, transformer_copies
+from src.diffusion.schedule import Sigmoid
+from src.interop.diffusers_folder import (
+    CLOSE,
+    TABLES,
+    folder_at,
+    network_of,
+    process_of,
+    transformer_copies,
+)
 from src.interop.links import write_all
+from src.interop.network import Network
+from src.interop.pipelines import _betas
 from tests.interop.test_published import LABELS, ours_of
 from tests.test_conf import composed
 
@@ -57,6 +68,11 @@ def test_transformer_has_equal_outputs_and_comes_back(transformer, tmp_path):
         network_of(folder_at(tmp_path), {**weights, name: weights[name] + 1})
 
 
+def config_of(process):
+    """The training with these choices."""
+    return composed("train", *choices(Network({"_target_": "src.model.UNet"}, [], 1), process, None, ()))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -75,16 +91,55 @@ def test_transformer_has_equal_outputs_and_comes_back(transformer, tmp_path):
 def test_schedulers_have_the_levels_of_the_package(options):
     theirs = diffusers.DDPMScheduler(**options)
     process = process_of({**theirs.config, "_class_name": "DDPMScheduler"})
-    words = [f"{name}={value}" for name, value in process.items() if "." not in name]
-    words += [f"++{name}={value}" for name, value in process.items() if "." in name]
-    config = composed("train", *words)
+    config = config_of(process)
     levels = instantiate(config.schedule).alphabar[1:]
     torch.testing.assert_close(levels, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
     assert config.clipping.bound == options.get("clip_sample_range", 1.0)
 
 
-def test_schedules_that_are_none_of_ours_are_named():
-    with pytest.raises(ValueError, match="trained_betas"):
-        process_of({"trained_betas": [0.1]})
-    with pytest.raises(ValueError, match="beta_schedule=laplace"):
-        process_of({"beta_schedule": "laplace"})
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_ours_are_recognised(name):
+    schedule = TABLES[name](400)
+    process = process_of({"_class_name": "DDIMScheduler", **_betas(schedule)})
+    found = instantiate(config_of(process).schedule)
+    torch.testing.assert_close(found.alphabar, schedule.alphabar, rtol=0, atol=CLOSE)
+
+
+def test_schedules_that_are_none_of_ours_are_named_unless_chosen():
+    for scheduler, words in (
+        ({"trained_betas": [0.1]}, "trained_betas is no table of ours"),
+        (_betas(Sigmoid(40, tau=0.7)), "schedule=sigmoid schedule.tau=0.7"),
+        ({"beta_schedule": "laplace"}, "beta_schedule=laplace"),
+        ({"rescale_betas_zero_snr": True}, "add schedule=zero_terminal_snr"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            process_of(scheduler)
+        assert "schedule" not in process_of(scheduler, {"schedule"})
+    with pytest.raises(ValueError, match="prediction_type=flow"):
+        process_of({"prediction_type": "flow"}, {"schedule"})
+    process_of({"prediction_type": "flow"}, {"parameterization"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "group"),
+    [
+        ("_class_name", "PNDMScheduler", "sampler"),
+        ("set_alpha_to_one", False, "sampler"),
+        ("steps_offset", 1, "spacing"),
+        ("thresholding", True, "clipping"),
+    ],
+)
+def test_settings_that_are_not_converted_are_reported_unless_chosen(key, value, group, caplog):
+    usual = dict(diffusers.DDIMScheduler().config) | {"_class_name": "DDIMScheduler"}
+    process_of(usual)
+    process_of(usual | {key: value}, {group})
+    assert not caplog.records
+    process_of(usual | {key: value})
+    (record,) = caplog.records
+    assert f"{key}={value}" in record.getMessage()
+    assert f"{group}=" in record.getMessage()
+
+
+def test_only_schedulers_with_clip_sample_clip_without_saying_so():
+    for kind, clipping in (("DDIMScheduler", "static"), ("DPMSolverMultistepScheduler", "none")):
+        assert process_of({"_class_name": kind})["clipping"] == clipping
