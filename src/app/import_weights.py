@@ -22,6 +22,7 @@ from src.app.overrides import trusted_folders, written_out
 from src.app.parts import codec_of, denoiser_of, source_of
 from src.app.restore import NETWORK
 from src.app.sweep.jobs import composed
+from src.data.source import ImageSource
 from src.errors import UserError
 from src.interop.diffusers_folder import Folder, folder_at, network_of, process_of
 from src.interop.network import Network
@@ -73,7 +74,7 @@ def import_weights(arguments: Sequence[str]) -> None:
             network, process = recognised(weights, options["attention_order"], options["head_channels"]), {}
         else:
             network, process = network_of(folder, weights), process_of(folder.scheduler, chosen)
-        ours = network.read(weights)
+        network.read(weights)
     except KeyError as error:
         raise UserError(
             f"source={source}: {error.args[0]} is missing: other architectures cannot be converted"
@@ -85,7 +86,10 @@ def import_weights(arguments: Sequence[str]) -> None:
     config.pop("hydra")
     check_options("train", config)
     with trusting(config.trust):
-        check_fit(config, network, ours)
+        source = source_of(config)
+        network = network.for_data(source.num_classes)
+        ours = network.read(weights)
+        check_fit(config, source, network, ours)
     record = {"source": str(source), "sha256": file_sha256(file), "file": file.name}
     write_run(config, ours, record, options["step"], out)
     log.info("%s", summary(out, network, config))
@@ -163,13 +167,12 @@ def in_yaml(value: Any) -> str:
     return json.dumps(value)
 
 
-def check_fit(config: DictConfig, network: Network, ours: dict[str, Tensor]) -> None:
+def check_fit(config: DictConfig, source: ImageSource, network: Network, ours: dict[str, Tensor]) -> None:
     """Builds the run's network and checks that the weights are all of its weights.
 
     Raises:
         UserError: the images, the classes or an option do not fit.
     """
-    source = source_of(config)
     codec = codec_of(config, source)
     channels, *sides = codec.shape
     square = network.side is None or sides == [network.side] * 2

@@ -7,7 +7,7 @@ versions, side by side.
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,21 @@ def network_of(folder: Folder, weights: Weights) -> Network:
 
 
 class DiffusersUNet(Network):
-    """Our `UNet` in the layout of `UNet2DModel`."""
+    """Our `UNet` in the layout of `UNet2DModel`.
+
+    The last row of its class embedding is that of "no class", unless the data have a class for each row.
+    """
 
     def read(self, theirs: Weights) -> dict[str, Tensor]:
-        return unet_from_diffusers(theirs)
+        ours = unet_from_diffusers(theirs)
+        rows = ours.get("class_embedding.weight")
+        if rows is not None and len(rows) == self.num_classes:  # without a row for "no class"
+            ours["class_embedding.weight"] = torch.cat((rows, torch.zeros_like(rows[:1])))
+        return ours
+
+    def for_data(self, num_classes: int) -> Network:
+        every = self.num_classes and num_classes == self.num_classes + 1
+        return replace(self, num_classes=num_classes) if every else self
 
 
 def unet(config: Mapping[str, Any]) -> Network:

@@ -12,10 +12,12 @@ from src.diffusion.schedule import Sigmoid
 from src.interop.diffusers_folder import (
     CLOSE,
     TABLES,
+    UNET,
     folder_at,
     network_of,
     process_of,
     transformer_copies,
+    unet,
 )
 from src.interop.links import write_all
 from src.interop.network import Network
@@ -143,3 +145,19 @@ def test_settings_that_are_not_converted_are_reported_unless_chosen(key, value, 
 def test_only_schedulers_with_clip_sample_clip_without_saying_so():
     for kind, clipping in (("DDIMScheduler", "static"), ("DPMSolverMultistepScheduler", "none")):
         assert process_of({"_class_name": kind})["clipping"] == clipping
+
+
+def test_a_last_row_is_a_class_if_the_data_have_as_many_classes():
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    ours = {key: value for key, (value, _) in UNET.items()}
+    config = {**ours, **blocks, "block_out_channels": [8], "num_class_embeds": 5}
+    network = unet(config)
+    assert network.num_classes == network.for_data(4).num_classes == network.for_data(6).num_classes == 4
+    rows = torch.randn(5, 3)
+    weights = {"class_embedding.weight": rows}
+    assert torch.equal(network.read(weights)["class_embedding.weight"], rows)
+    of_five = network.for_data(5)
+    assert of_five.num_classes == 5
+    found = of_five.read(weights)["class_embedding.weight"]
+    assert torch.equal(found, torch.cat((rows, torch.zeros(1, 3))))
+    assert unet(config | {"num_class_embeds": None}).for_data(1).num_classes == 0
