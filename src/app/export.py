@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from src.app.autoencoder import load_autoencoder, write_autoencoder
 from src.app.load import load_with
+from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
@@ -103,14 +104,16 @@ def to_diffusers(loaded: LoadedRun, folder: Path, out: Path) -> str:
 
 def to_torch(loaded: LoadedRun, folder: Path, out: Path) -> str:
     """Writes a program of torch.export that will lie in `out`; returns how to use it."""
-    check_difference(programs.write_program(loaded.denoiser.network.cpu(), folder))
+    check_difference(
+        programs.write_program(loaded.denoiser.network.cpu(), labels_of(loaded.denoiser), folder)
+    )
     arguments = ", ".join(f"{name}={name}" for name in programs.example(loaded.denoiser.network))
     return TORCH.format(out=out, file=programs.PROGRAM, arguments=arguments, inputs=inputs_of(loaded))
 
 
 def to_onnx(loaded: LoadedRun, folder: Path, out: Path) -> str:
     """Writes a model of ONNX that will lie in `out`; returns how to use it."""
-    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), folder))
+    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), labels_of(loaded.denoiser), folder))
     arguments = ", ".join(f'"{name}": {name}' for name in programs.example(loaded.denoiser.network))
     return ONNX.format(out=out, file=programs.ONNX, arguments=arguments, inputs=inputs_of(loaded))
 
@@ -129,6 +132,13 @@ def check_difference(difference: float) -> None:
         raise UserError(
             f"the written network differs from the run's by {difference:.1e} of its largest output"
         )
+
+
+def labels_of(denoiser: Denoiser) -> tuple[float, float]:
+    """The labels of the smallest and the largest time of training."""
+    schedule, label = denoiser.schedule, denoiser.parameterization.label
+    first, last = (float(label(level)) for level in schedule([schedule.t_min, schedule.t_max]).scalars())
+    return first, last
 
 
 def inputs_of(loaded: LoadedRun) -> str:
