@@ -102,7 +102,7 @@ def test_schedulers_have_the_levels_of_the_package(options):
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_ours_are_recognised(name):
     schedule = TABLES[name](400)
-    process = process_of({"_class_name": "DDIMScheduler", **_betas(schedule)})
+    process = process_of({"num_train_timesteps": 400, **_betas(schedule)})
     found = instantiate(config_of(process).schedule)
     torch.testing.assert_close(found.alphabar, schedule.alphabar, rtol=0, atol=CLOSE)
 
