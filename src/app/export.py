@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from src.app.autoencoder import load_autoencoder, write_autoencoder
 from src.app.load import load_with
+from src.diffusion.denoiser import Denoiser
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
@@ -82,27 +83,39 @@ def to_diffusers(loaded: LoadedRun, folder: Path, out: Path) -> str:
     bound = pipelines.bound_of(recipe.wrappers)
     name, _ = pipelines.scheduler_config(denoiser, recipe.sampler, recipe.spacing, bound)
     pipelines.write_pipeline(denoiser, recipe.sampler, recipe.spacing, bound, folder)
+    options = ""
+    if name == "DDIMScheduler":
+        options = f", eta={recipe.sampler.eta}, use_clipped_model_output={bound is not None}"
     if denoiser.network.num_classes:
         log.warning(
             "classes: DDPMPipeline and DDIMPipeline pass no classes; the model card has the loop that does"
         )
-        return CLASSES.format(out=out, scheduler=name, steps=recipe.steps, last=denoiser.network.num_classes)
-    if name == "DDPMScheduler":
-        return DDPM.format(out=out, steps=recipe.steps)
-    eta = getattr(recipe.sampler, "eta", 0.0)
-    return DDIM.format(out=out, steps=recipe.steps, eta=eta, clipped=bound is not None)
+        return CLASSES.format(
+            out=out,
+            scheduler=name,
+            steps=recipe.steps,
+            last=denoiser.network.num_classes,
+            shape=", ".join(map(str, recipe.codec.shape)),
+            options=options,
+        )
+    pipeline = name.replace("Scheduler", "Pipeline")
+    return PIPELINE.format(out=out, pipeline=pipeline, steps=recipe.steps, options=options)
 
 
 def to_torch(loaded: LoadedRun, folder: Path, out: Path) -> str:
     """Writes a program of torch.export that will lie in `out`; returns how to use it."""
-    check_difference(programs.write_program(loaded.denoiser.network.cpu(), folder))
-    return TORCH.format(out=out, file=programs.PROGRAM, inputs=inputs_of(loaded))
+    check_difference(
+        programs.write_program(loaded.denoiser.network.cpu(), labels_of(loaded.denoiser), folder)
+    )
+    arguments = ", ".join(f"{name}={name}" for name in programs.example(loaded.denoiser.network))
+    return TORCH.format(out=out, file=programs.PROGRAM, arguments=arguments, inputs=inputs_of(loaded))
 
 
 def to_onnx(loaded: LoadedRun, folder: Path, out: Path) -> str:
     """Writes a model of ONNX that will lie in `out`; returns how to use it."""
-    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), folder))
-    return ONNX.format(out=out, file=programs.ONNX, inputs=inputs_of(loaded))
+    check_difference(programs.write_onnx(loaded.denoiser.network.cpu(), labels_of(loaded.denoiser), folder))
+    arguments = ", ".join(f'"{name}": {name}' for name in programs.example(loaded.denoiser.network))
+    return ONNX.format(out=out, file=programs.ONNX, arguments=arguments, inputs=inputs_of(loaded))
 
 
 WRITERS = {"diffusers": to_diffusers, "torch": to_torch, "onnx": to_onnx}
@@ -119,6 +132,13 @@ def check_difference(difference: float) -> None:
         raise UserError(
             f"the written network differs from the run's by {difference:.1e} of its largest output"
         )
+
+
+def labels_of(denoiser: Denoiser) -> tuple[float, float]:
+    """The labels of the smallest and the largest time of training."""
+    schedule, label = denoiser.schedule, denoiser.parameterization.label
+    first, last = (float(label(level)) for level in schedule([schedule.t_min, schedule.t_max]).scalars())
+    return first, last
 
 
 def inputs_of(loaded: LoadedRun) -> str:
@@ -153,24 +173,15 @@ def card_of(loaded: LoadedRun, format: str, usage: str) -> Card:
     )
 
 
-DDIM = """\
+PIPELINE = """\
 ```python
 import torch
-from diffusers import DDIMPipeline
+from diffusers import {pipeline}
 
-pipeline = DDIMPipeline.from_pretrained("{out}")
+pipeline = {pipeline}.from_pretrained("{out}")
 images = pipeline(
-    batch_size=4, num_inference_steps={steps}, eta={eta}, use_clipped_model_output={clipped},
-    generator=torch.manual_seed(0),
+    batch_size=4, num_inference_steps={steps}, generator=torch.manual_seed(0){options}
 ).images
-```"""
-DDPM = """\
-```python
-import torch
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("{out}")
-images = pipeline(batch_size=4, num_inference_steps={steps}, generator=torch.manual_seed(0)).images
 ```"""
 CLASSES = """\
 ```python
@@ -181,22 +192,23 @@ unet = UNet2DModel.from_pretrained("{out}", subfolder="unet")
 scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 scheduler.set_timesteps({steps})
 classes = torch.arange(4) % {last}  # {last} is "no class"
-x = torch.randn(4, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+x = torch.randn(4, {shape})
 with torch.no_grad():
     for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t, class_labels=classes).sample, t, x).prev_sample
+        output = unet(x, t, class_labels=classes).sample
+        x = scheduler.step(output, t, x{options}).prev_sample
 ```"""
 TORCH = """\
 ```python
 import torch
 
 network = torch.export.load("{out}/{file}").module()
-output = network(x=x, label=label)  # {inputs}
+output = network({arguments})  # {inputs}
 ```"""
 ONNX = """\
 ```python
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{out}/{file}")
-output = session.run(None, {{"x": x, "label": label}})[0]  # {inputs}
+output = session.run(None, {{{arguments}}})[0]  # {inputs}
 ```"""

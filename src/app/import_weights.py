@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from src.app.overrides import trusted_folders, written_out
 from src.app.parts import codec_of, denoiser_of, source_of
 from src.app.restore import NETWORK
 from src.app.sweep.jobs import composed
+from src.data.source import ImageSource
 from src.errors import UserError
 from src.interop.diffusers_folder import Folder, folder_at, network_of, process_of
 from src.interop.network import Network
@@ -52,8 +53,9 @@ def import_weights(arguments: Sequence[str]) -> None:
     given = dict(a.split("=", 1) for a in overrides if a.partition("=")[0] in own)
     options = check_values(IMPORT, given)
     overrides = [a for a in overrides if a.partition("=")[0] not in own]
+    chosen = {argument.partition("=")[0] for argument in overrides}
     check_names("train", overrides, [CONF, *trusted_folders(overrides)])
-    if not any(a.startswith("data=") for a in overrides):
+    if "data" not in chosen:
         raise UserError("data is missing: name the images that the network was trained on, e.g. data=cifar10")
     out = Path(options["out"]).expanduser()
     if checkpoints_by_step(out / CHECKPOINTS):
@@ -71,20 +73,23 @@ def import_weights(arguments: Sequence[str]) -> None:
         if folder is None:
             network, process = recognised(weights, options["attention_order"], options["head_channels"]), {}
         else:
-            network, process = network_of(folder, weights), process_of(folder.scheduler)
-        ours = network.read(weights)
+            network, process = network_of(folder, weights), process_of(folder.scheduler, chosen)
+        network.read(weights)
     except KeyError as error:
         raise UserError(
             f"source={source}: {error.args[0]} is missing: other architectures cannot be converted"
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"source={source}: {error}") from None
-    config = composed("train", [*choices(network, process, folder, overrides), *overrides])
+    config = composed("train", [*choices(network, process, folder, chosen), *overrides])
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     check_options("train", config)
     with trusting(config.trust):
-        check_fit(config, network, ours)
+        source = source_of(config)
+        network = network.for_data(source.num_classes)
+        ours = network.read(weights)
+        check_fit(config, source, network, ours)
     record = {"source": str(source), "sha256": file_sha256(file), "file": file.name}
     write_run(config, ours, record, options["step"], out)
     log.info("%s", summary(out, network, config))
@@ -133,9 +138,9 @@ def refuse_pickles(source: Path, files: Sequence[Path]) -> None:
 
 
 def choices(
-    network: Network, process: dict[str, Any], folder: Folder | None, overrides: Sequence[str]
+    network: Network, process: dict[str, Any], folder: Folder | None, chosen: Collection[str]
 ) -> list[str]:
-    """The command line of a training of this network, without options of groups that the overrides choose anew."""
+    """The command line of a training of this network, without options of groups that are chosen anew."""
     model = dict(network.model)
     found = {"model": CHOICES[model.pop("_target_")], **network.process, **process}
     if network.outputs == 2 and "learned" not in str(found.get("variance")):
@@ -149,7 +154,6 @@ def choices(
     if folder is not None and folder.decoder is not None:
         found |= {"codec": "autoencoder_kl", "codec.folder": str(folder.decoder)}
     found |= {"ema": "none"}
-    chosen = {argument.partition("=")[0] for argument in overrides}
     found = {name: value for name, value in found.items() if name.partition(".")[0] not in chosen}
     words = [f"{name}={in_yaml(value)}" for name, value in found.items() if "." not in name]
     words += [f"++{name}={in_yaml(value)}" for name, value in found.items() if "." in name]
@@ -163,13 +167,12 @@ def in_yaml(value: Any) -> str:
     return json.dumps(value)
 
 
-def check_fit(config: DictConfig, network: Network, ours: dict[str, Tensor]) -> None:
+def check_fit(config: DictConfig, source: ImageSource, network: Network, ours: dict[str, Tensor]) -> None:
     """Builds the run's network and checks that the weights are all of its weights.
 
     Raises:
         UserError: the images, the classes or an option do not fit.
     """
-    source = source_of(config)
     codec = codec_of(config, source)
     channels, *sides = codec.shape
     square = network.side is None or sides == [network.side] * 2

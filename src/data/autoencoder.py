@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -33,8 +33,18 @@ class Sizes(TypedDict):
     in_channels: int
     latent_channels: int
     block_out_channels: list[int]
-    scaling_factor: NotRequired[float]
-    shift_factor: NotRequired[float | None]
+    scaling_factor: float
+    shift_factor: float | None
+
+
+# diffusers' values of keys that a config.json lacks; those of early versions have no scaling_factor.
+DEFAULTS: Sizes = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [64],
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+}
 
 
 class LatentImages(ImageSet):
@@ -108,8 +118,8 @@ class AutoencoderKL(Codec):
         self.folder = user_path(folder, "codec.folder")
         config = self._read(folder)
         self.sha256 = _digest([_file_digest(self.folder / name) for name in (CONFIG, WEIGHTS)])
-        self.scale = float(config.get("scaling_factor", 1.0) if scale is None else scale)
-        self.shift = float((config.get("shift_factor") or 0.0) if shift is None else shift)
+        self.scale = float(config["scaling_factor"] if scale is None else scale)
+        self.shift = float((config["shift_factor"] or 0.0) if shift is None else shift)
         if not 0 < self.scale < math.inf or not math.isfinite(self.shift):
             raise ValueError(f"scale must be above 0 and shift finite, got {self.scale:g} and {self.shift:g}")
         if sha256 not in (None, self.sha256):
@@ -150,7 +160,7 @@ class AutoencoderKL(Codec):
         if kind != "AutoencoderKL":
             raise UserError(f"codec.folder={folder}: it holds {kind}, not AutoencoderKL")
         try:
-            return TypeAdapter(Sizes).validate_python(config)
+            return TypeAdapter(Sizes).validate_python({**DEFAULTS, **config})
         except ValidationError as error:
             first = error.errors()[0]
             wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"

@@ -4,20 +4,34 @@ A folder holds a network (config.json with its weights as safetensors) and often
 versions, side by side.
 """
 
+import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from src.diffusion.schedule import (
+    JSD,
+    Constant,
+    Cosine,
+    DiscreteSchedule,
+    Quadratic,
+    ScaledLinear,
+    Sigmoid,
+    SigmoidBeta,
+    ZeroTerminalSNR,
+)
 from src.interop.diffusers import unet_from_diffusers
 from src.interop.links import Link, layers
 from src.interop.network import DDPM_PROCESS, Network, Weights
 from src.interop.published import dit_model, dit_process
 from src.runs.files import read_json
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What our U-Net computes; keys that a file lacks have the package's default, the second entry.
@@ -92,10 +106,21 @@ def network_of(folder: Folder, weights: Weights) -> Network:
 
 
 class DiffusersUNet(Network):
-    """Our `UNet` in the layout of `UNet2DModel`."""
+    """Our `UNet` in the layout of `UNet2DModel`.
+
+    The last row of its class embedding is that of "no class", unless the data have a class for each row.
+    """
 
     def read(self, theirs: Weights) -> dict[str, Tensor]:
-        return unet_from_diffusers(theirs)
+        ours = unet_from_diffusers(theirs)
+        rows = ours.get("class_embedding.weight")
+        if rows is not None and len(rows) == self.num_classes:  # without a row for "no class"
+            ours["class_embedding.weight"] = torch.cat((rows, torch.zeros_like(rows[:1])))
+        return ours
+
+    def for_data(self, num_classes: int) -> Network:
+        every = self.num_classes and num_classes == self.num_classes + 1
+        return replace(self, num_classes=num_classes) if every else self
 
 
 def unet(config: Mapping[str, Any]) -> Network:
@@ -220,6 +245,18 @@ def transformer_links(depth: int) -> list[Link]:
 
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid_beta"}
+# Our tables that diffusers does not name, with the default options; src.export writes them as trained_betas.
+TABLES: dict[str, Callable[[int], DiscreteSchedule]] = {
+    "sigmoid": Sigmoid,
+    "sigmoid_beta": SigmoidBeta,
+    "quadratic": Quadratic,
+    "cosine": Cosine,
+    "constant": Constant,
+    "jsd": JSD,
+    "zero_terminal_snr": lambda T: ZeroTerminalSNR(ScaledLinear(T)),
+}
+CLOSE = 2e-6
+"""The largest difference of alphabar between equal tables; diffusers computes in float32."""
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "small",
@@ -227,47 +264,89 @@ VARIANCES = {
     "learned": "learned",
     "learned_range": "learned_range",
 }
+SAMPLERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 
 
-def process_of(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+def process_of(scheduler: Mapping[str, Any], chosen: Collection[str] = ()) -> dict[str, Any]:
     """Choices of conf/train.yaml that are the same process as a scheduler of diffusers.
+
+    Args:
+        scheduler: its configuration.
+        chosen: groups that are chosen otherwise; what the scheduler says of them is not read.
 
     Raises:
         ValueError: a schedule that is none of ours; the message names the entry of the configuration.
     """
     if not scheduler:
         return {}
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if scheduler.get(key):
-            raise ValueError(
-                f"scheduler_config.json: {key}: choose the schedule by name, e.g. schedule=linear"
-            )
-    T = scheduler.get("num_train_timesteps", 1000)
-    kind, process = scheduler.get("beta_schedule", "linear"), {}
-    if kind == "squaredcos_cap_v2":
-        process = {"schedule": "cosine", "schedule.T": T}
-    elif kind in SCHEDULES:
-        # our linear schedule is that of 1,000 steps, scaled to T
-        scale = T / 1000 if kind == "linear" else 1.0
-        ends = {
-            f"schedule.{end}": scheduler.get(end, default) * scale
-            for end, default in (("beta_start", 1e-4), ("beta_end", 0.02))
-        }
-        process = {"schedule": SCHEDULES[kind], "schedule.T": T, **ends}
-    else:
-        raise ValueError(f"scheduler_config.json: beta_schedule={kind}: choose from {', '.join(SCHEDULES)}")
+    process = {} if "schedule" in chosen else schedule_of(scheduler)
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if prediction in PREDICTIONS:
+        process["parameterization"] = PREDICTIONS[prediction]
+    elif "parameterization" not in chosen:
         raise ValueError(
             f"scheduler_config.json: prediction_type={prediction}: choose from {', '.join(PREDICTIONS)}"
         )
-    process["parameterization"] = PREDICTIONS[prediction]
     process["variance"] = VARIANCES.get(
         re.sub("_log$", "", scheduler.get("variance_type", "fixed_small")), "small"
     )
     process["spacing"] = scheduler.get("timestep_spacing", "leading")
-    process["clipping"] = "static" if scheduler.get("clip_sample", True) else "none"
+    kind = scheduler.get("_class_name", "DDIMScheduler")
+    process["clipping"] = "static" if scheduler.get("clip_sample", kind in SAMPLERS) else "none"
     if process["clipping"] == "static":
         process["clipping.bound"] = float(scheduler.get("clip_sample_range", 1.0))
-    ancestral = scheduler.get("_class_name") == "DDPMScheduler"
-    return process | ({"sampler": "ddpm", "sampler.steps": T} if ancestral else {"sampler": "ddim"})
+    process["sampler"] = SAMPLERS.get(kind, "ddim")
+    if process["sampler"] == "ddpm":
+        process["sampler.steps"] = scheduler.get("num_train_timesteps", 1000)
+    # what is not converted: its group, the value that is, and what is done instead
+    for key, group, same, instead in (
+        ("_class_name", "sampler", kind if kind in SAMPLERS else "", "sampler=ddim is used"),
+        ("set_alpha_to_one", "sampler", True, "the last step leads to the clean image"),
+        ("steps_offset", "spacing", 0, "times are those of steps_offset=0"),
+        ("thresholding", "clipping", False, f"clipping={process['clipping']} is used"),
+    ):
+        theirs = scheduler.get(key, same)
+        if theirs != same and group not in chosen:
+            log.warning(
+                f"scheduler_config.json: {key}={theirs} is not converted: {instead}; choose another with {group}=..."
+            )
+    return process
+
+
+def schedule_of(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule of a scheduler of diffusers, with its options.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "scheduler_config.json: rescale_betas_zero_snr=true: add schedule=zero_terminal_snr and its inner schedule,"
+            " schedule@schedule.inner=linear, scaled_linear or cosine"
+        )
+    if betas := scheduler.get("trained_betas"):
+        alphabar = torch.tensor(betas, dtype=torch.float64).neg().add(1).cumprod(0)
+        for name, table in TABLES.items() if len(betas) > 1 else ():
+            if (table(len(betas)).alphabar[1:] - alphabar).abs().max() < CLOSE:
+                inner = "inner." if name == "zero_terminal_snr" else ""
+                return {"schedule": name, f"schedule.{inner}T": len(betas)}
+        raise ValueError(
+            "scheduler_config.json: trained_betas is no table of ours with the default options: add the schedule of the"
+            " training with its options, e.g. schedule=sigmoid schedule.tau=0.7"
+        )
+    T = scheduler.get("num_train_timesteps", 1000)
+    kind = scheduler.get("beta_schedule", "linear")
+    if kind == "squaredcos_cap_v2":
+        return {"schedule": "cosine", "schedule.T": T}
+    if kind not in SCHEDULES:
+        known = ", ".join((*SCHEDULES, "squaredcos_cap_v2"))
+        raise ValueError(
+            f"scheduler_config.json: beta_schedule={kind}: {known} are converted; add schedule=... for another"
+        )
+    # our linear schedule is that of 1,000 steps, scaled to T
+    scale = T / 1000 if kind == "linear" else 1.0
+    ends = {
+        f"schedule.{end}": scheduler.get(end, default) * scale
+        for end, default in (("beta_start", 1e-4), ("beta_end", 0.02))
+    }
+    return {"schedule": SCHEDULES[kind], "schedule.T": T, **ends}

@@ -14,7 +14,7 @@ from src.diffusion.schedule import DiscreteSchedule
 from src.diffusion.spacing import Leading, Linspace, Spacing, Trailing
 from src.diffusion.variance import Large, Learned, LearnedRange, Small
 from src.interop.diffusers import unet_to_diffusers
-from src.interop.diffusers_folder import UNET
+from src.interop.diffusers_folder import CLOSE, UNET
 from src.model import UNet
 
 PREDICTIONS = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
@@ -22,7 +22,6 @@ SPACINGS = {Trailing: "trailing", Leading: "leading", Linspace: "linspace"}
 VARIANCES = {Small: "fixed_small", Large: "fixed_large", Learned: "learned", LearnedRange: "learned_range"}
 # Tables of the package that we have too, tried in this order.
 NAMED = ("linear", "scaled_linear", "squaredcos_cap_v2")
-CLOSE = 2e-6
 
 
 def unet_config(network: nn.Module) -> dict[str, Any]:

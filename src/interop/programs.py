@@ -37,12 +37,18 @@ class Bare(nn.Module):
         return self.network(x, label, None if classes is None else Condition(labels=classes))
 
 
-def example(network: Network, batch: int = 2) -> dict[str, Tensor]:
-    """Inputs of `Bare` by name: noise, labels of the time, and classes where the network has them."""
+def example(network: Network, batch: int = 2, labels: tuple[float, float] = (0, 1)) -> dict[str, Tensor]:
+    """Inputs of `Bare` by name: noise, labels of the time, and classes where the network has them.
+
+    Args:
+        network: the network.
+        batch: number of images.
+        labels: the first and the last label; the others lie evenly between them.
+    """
     draw = torch.Generator().manual_seed(0)
     inputs = {
         "x": torch.randn(batch, *network.image_shape, generator=draw),
-        "label": torch.linspace(0, 1, batch),
+        "label": torch.linspace(*labels, batch),
     }
     if "labels" in network.reads:
         inputs["classes"] = torch.arange(batch) - 1
@@ -63,15 +69,24 @@ def exported(network: Network) -> torch.export.ExportedProgram:
         )
 
 
-def write_program(network: Network, folder: Path) -> float:
-    """Writes <folder>/network.pt2 and returns its largest difference from the network, of the output's scale."""
+def write_program(network: Network, labels: tuple[float, float], folder: Path) -> float:
+    """Writes <folder>/network.pt2.
+
+    Args:
+        network: the network.
+        labels: range of the labels for which it is compared.
+        folder: where the program is written.
+
+    Returns:
+        Its largest difference from the network, of the output's scale.
+    """
     torch.export.save(exported(network), folder / PROGRAM)
     program = torch.export.load(folder / PROGRAM).module()
-    return _difference(network, lambda inputs: program(**inputs))
+    return _difference(network, labels, lambda inputs: program(**inputs))
 
 
-def write_onnx(network: Network, folder: Path) -> float:
-    """Writes <folder>/network.onnx and returns its largest difference in onnxruntime, of the output's scale."""
+def write_onnx(network: Network, labels: tuple[float, float], folder: Path) -> float:
+    """Writes <folder>/network.onnx, and compares it in onnxruntime; see `write_program`."""
     import onnxruntime
 
     path = folder / ONNX
@@ -86,12 +101,12 @@ def write_onnx(network: Network, folder: Path) -> float:
         given = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
         return torch.from_numpy(session.run(None, given)[0])
 
-    return _difference(network, run)
+    return _difference(network, labels, run)
 
 
 @torch.no_grad()
-def _difference(network: Network, run) -> float:
+def _difference(network: Network, labels: tuple[float, float], run) -> float:
     """The largest difference for a batch of another size than that of the export."""
-    inputs = example(network, 3)
+    inputs = example(network, 5, labels)
     expected = Bare(network)(**inputs)
     return ((run(inputs) - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()

@@ -18,7 +18,6 @@ def test_a_value_that_is_no_yaml_is_one_line():
 
 @pytest.mark.parametrize("shape", [(1, 8, 16), (1, 16, 8), (3, 8, 8)])
 def test_images_of_another_size_are_refused(monkeypatch, shape):
-    monkeypatch.setattr(import_weights, "source_of", lambda config: None)
     monkeypatch.setattr(import_weights, "codec_of", lambda config, source: SimpleNamespace(shape=shape))
     with pytest.raises(UserError, match="the network is for images of 1 channels and 8 pixels a side"):
-        import_weights.check_fit(None, Network({}, [], channels=1, side=8), {})
+        import_weights.check_fit(None, None, Network({}, [], channels=1, side=8), {})

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from src.app import export
 from src.app.load import load_with
+from src.conditioning import Condition
 from src.diffusion.sampler import ReplayedNoise
 from tests.cli.test_training import checkpoint
 from tests.conftest import QUICK, commands_in
@@ -52,6 +53,13 @@ def assert_same_pixels(theirs, ours):
     difference = (bytes_of.int() - ours.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
+
+
+def run_card(folder, **names):
+    """Runs the code of a model card, and returns its names."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code, names)
+    return names
 
 
 def test_ddim_pipeline_makes_the_same_pixels_from_the_same_noise(run, command, tmp_path):
@@ -119,35 +127,60 @@ def test_comes_back_bit_for_bit(kind, command, tmp_path, request):
     assert command("train", *quick, f"init={back}", "hydra.run.dir=tuned") == 0
 
 
-def test_class_conditional_networks_say_what_pipelines_lack(by_class, command, tmp_path, capsys):
-    assert command("export", f"run={by_class}", "out=out") == 0
+@pytest.mark.parametrize("options", [["sampler.steps=10"], ["sampler=ddpm", "sampler.steps=10"]])
+def test_loop_of_a_class_conditional_card_makes_the_same_pixels(by_class, command, tmp_path, capsys, options):
+    options = [*options, "spacing=leading", "clipping=static"]
+    assert command("export", f"run={by_class}", "out=out", *options) == 0
     assert "pass no classes" in capsys.readouterr().out
-    assert "class_labels=classes" in (tmp_path / "out/README.md").read_text()
+    torch.manual_seed(0)
+    names = run_card(tmp_path / "out")
+    made = loaded(by_class, *options)
+    denoiser, recipe = made.recipe.around(made.denoiser), made.recipe
+    draw = torch.Generator().manual_seed(0)
+    noise = [torch.randn(4, 1, 8, 8, generator=draw) for _ in range(10)]
+    with torch.no_grad():
+        x = recipe.sampler(
+            denoiser,
+            noise[0],
+            recipe.times(made.denoiser.schedule),
+            condition=Condition(labels=names["classes"]),
+            noise=ReplayedNoise(noise[1:]),
+        )
+    theirs = names["x"].add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert_same_pixels(theirs, recipe.codec.decode(x))
+
+
+@torch.no_grad()
+def inputs_and_output(run):
+    """Inputs of a network of ten classes by name, and its output."""
+    inputs = {
+        "x": torch.randn(5, 1, 8, 8),
+        "label": torch.linspace(0, 999, 5),
+        "classes": torch.tensor([0, 3, -1, 9, -1]),
+    }
+    x, label, classes = inputs.values()
+    return inputs, loaded(run).denoiser.network(x, label, Condition(labels=classes))
 
 
 @pytest.mark.slow
 def test_torch_program_is_loaded_without_this_framework(by_class, command, tmp_path):
     assert command("export", f"run={by_class}", "format=torch", "out=out") == 0
-    network = loaded(by_class).denoiser.network
-    x, label, classes = torch.randn(5, 1, 8, 8), torch.rand(5) * 999, torch.tensor([0, 3, -1, 9, -1])
-    torch.save({"x": x, "label": label, "classes": classes}, tmp_path / "inputs.pt")
+    inputs, expected = inputs_and_output(by_class)
+    torch.save(inputs, tmp_path / "inputs.pt")
     code = (
         "import sys, torch; p = torch.export.load('out/network.pt2').module();"
         "torch.save(p(**torch.load('inputs.pt')), 'output.pt'); assert 'src' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    from src.conditioning import Condition
-
-    with torch.no_grad():
-        expected = network(x, label, Condition(labels=classes))
     torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_card(tmp_path / "out", **inputs)["output"], expected, rtol=1e-5, atol=1e-5)
     card = (tmp_path / "out/README.md").read_text()
     assert "-1 for no class" in card
     assert "c_skip" in card
 
 
 def test_a_failed_check_leaves_nothing(run, command, tmp_path, monkeypatch, capsys):
-    def write(network, folder):
+    def write(network, labels, folder):
         (folder / "network.pt2").touch()
         return difference
 
@@ -169,7 +202,9 @@ def test_a_failed_check_leaves_nothing(run, command, tmp_path, monkeypatch, caps
 def test_onnx_model_equals_the_network(by_class, command, tmp_path, capsys):
     assert command("export", f"run={by_class}", "format=onnx", "out=out") == 0
     assert "relative difference" in capsys.readouterr().out
-    assert (tmp_path / "out/network.onnx").is_file()
+    inputs, expected = inputs_and_output(by_class)
+    names = run_card(tmp_path / "out", **{name: tensor.numpy() for name, tensor in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(names["output"]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

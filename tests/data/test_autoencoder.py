@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from src.data.autoencoder import WEIGHTS
+from src.data.autoencoder import DEFAULTS, WEIGHTS, AutoencoderKL
 from src.data.source import InMemoryImages
 from src.data.stream import TrainingStream
 from src.errors import UserError
@@ -26,10 +26,17 @@ FEW = (
 )
 
 
+def blocks_of(levels):
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
 def write_autoencoder(folder, seed=0, **changes):
     torch.manual_seed(seed)
     sizes = {"block_out_channels": (8, 16), "latent_channels": 2, "norm_num_groups": 4, "layers_per_block": 1}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = blocks_of(2)
     options = {"in_channels": 1, "out_channels": 1, "sample_size": 8, "scaling_factor": 0.7} | sizes | blocks
     network = diffusers.AutoencoderKL(**options | changes)
     network.save_pretrained(folder, safe_serialization=True)
@@ -37,8 +44,6 @@ def write_autoencoder(folder, seed=0, **changes):
 
 
 def codec(folder, tmp_path, **options):
-    from src.data.autoencoder import AutoencoderKL
-
     return AutoencoderKL((1, 8, 8), str(folder), cache=str(tmp_path / "cache"), **options)
 
 
@@ -96,12 +101,25 @@ def test_latents_by_the_formula_and_from_the_cache(tmp_path, monkeypatch):
 )
 def test_refusals(changes, options, words, tmp_path):
     if "block_out_channels" in changes:
-        for side in ("down", "up"):
-            kind = "DownEncoderBlock2D" if side == "down" else "UpDecoderBlock2D"
-            changes = changes | {f"{side}_block_types": (kind,) * 5}
+        changes = changes | blocks_of(5)
     write_autoencoder(tmp_path / "vae", **changes)
     with pytest.raises((UserError, ValueError), match=words):
         codec(tmp_path / "vae", tmp_path, **options)
+
+
+def test_missing_keys_have_the_defaults_of_diffusers(tmp_path):
+    write_autoencoder(
+        tmp_path / "vae",
+        **{"in_channels": 3, "latent_channels": 4, "block_out_channels": (64,)},
+        **blocks_of(1),
+    )
+    file = tmp_path / "vae/config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in stored.items() if key not in DEFAULTS}))
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    made = AutoencoderKL((3, 8, 8), str(tmp_path / "vae"))
+    assert (made.scale, made.shift) == (theirs.scaling_factor, theirs.shift_factor or 0)
+    assert made.shape == (theirs.latent_channels, 8, 8)
 
 
 def test_missing_weights_are_refused_and_a_wrong_scale_is_reported(tmp_path, caplog):
