@@ -8,7 +8,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.evaluation.record import Record
-from src.report.run import Run, find_runs, inside, is_run, jobs_of, read_run
+from src.report.run import OUTCOME_FILE, Run, find_runs, inside, is_run, jobs_of, read_run
 from src.report.texts import in_words
 from src.runs.files import Damaged, read_json
 from src.runs.folder import SCORES_FILE, check_contained
@@ -65,8 +65,8 @@ def subjects_of(places: Iterable[Path], advance: Any = None) -> list[Subject]:
             key = subject.run.folder if subject.run else subject.records[0].path
             known = found.setdefault(key.resolve(), subject)
             if known is not subject:  # another sweep over the same run
-                paths = {scored.path: scored for scored in (*known.records, *subject.records)}
-                known.records = list(paths.values())
+                different = {repr(scored.record): scored for scored in (*known.records, *subject.records)}
+                known.records = list(different.values())
     subjects = list(found.values())
     _name_apart(subjects)
     return subjects
@@ -124,16 +124,26 @@ def _evaluated(sweep: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Subje
         if folder not in subjects:
             subjects[folder] = Subject(folder.name, read_run(folder), [])
             further[folder] = _further_records(subjects[folder].run)
-        try:
-            outcome = read_json(inside(sweep, job["folder"]) / "outcome.json", dict[str, Any])
-        except (FileNotFoundError, Damaged):
-            continue
-        scores = outcome.get("scores")
-        # the job's folder has no protocol; the record in the run folder has the very same numbers
-        made = next((each for each in further[folder] if _same(each.record.scores, scores)), None)
+        made = _record_of(inside(sweep, job["folder"]), subjects[folder].run, further[folder])
         if made is not None:
             subjects[folder].records.append(Scored(made.record, made.path, tuple(job["varied"])))
     yield from subjects.values()
+
+
+def _record_of(job: Path, run: Run, further: Sequence[Scored]) -> Scored | None:
+    """The record in a job's folder; of a job of earlier versions, that of its run with the same scores."""
+    path = job / SCORES_FILE
+    try:
+        if path.exists():
+            check_contained(job.parent, [f"{job.name}/{SCORES_FILE}"])
+            return Scored(Record.read(path), path)
+        scores = read_json(job / OUTCOME_FILE, dict[str, Any]).get("scores")
+    except (FileNotFoundError, Damaged):
+        return None
+    except UserError as error:
+        run.problems.append(str(error))
+        return None
+    return next((each for each in further if _same(each.record.scores, scores)), None)
 
 
 def _same(scores: Mapping[str, float], found: Any) -> bool:

@@ -132,6 +132,30 @@ def test_a_sweep_of_evaluations_finds_the_records_of_its_jobs(tmp_path):
     assert found.options == {"steps": ["10", "20"]}
 
 
+def test_jobs_of_a_sweep_of_evaluations_with_equal_scores_are_all_there(tmp_path):
+    run, sweep = write_run(tmp_path / "run"), tmp_path / "sweep"
+    jobs = []
+    for number, steps in enumerate((1, 2, 3)):
+        record = Record({"accuracy_digits": 0.1}, protocol(recipe__steps=steps))
+        job = f"{number}_sampler.steps-{steps}"
+        overrides = [f"run={run}", f"sampler.steps={steps}"]
+        jobs.append({"folder": job, "overrides": overrides, "varied": overrides[1:]})
+        for folder in (run / "scores" / f"ddim-{steps}", sweep / job):
+            record.write(folder / "scores.json")
+        write_json(sweep / job / "outcome.json", {"overrides": overrides, "scores": record.scores})
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    assert compared(sweep).options == {"steps": ["1", "2", "3"]}
+    assert len(scored(compared(sweep), "accuracy_digits")[0]) == 3
+    (run / "scores").rename(tmp_path / "moved")
+    assert len(scored(compared(sweep), "accuracy_digits")[0]) == 3
+    outside, link = tmp_path / "moved" / "ddim-1" / "scores.json", sweep / jobs[0]["folder"] / "scores.json"
+    link.unlink()
+    link.symlink_to(outside)
+    (subject,) = compared(sweep).subjects
+    assert len(subject.records) == 2
+    assert "link out of" in subject.run.problems[0]
+
+
 def test_validation_losses_of_different_losses_are_in_different_columns(tmp_path):
     sweep = write_sweep(tmp_path / "sweep", schedule=["cosine"], parameterization=["eps", "v"], seed=[0, 1])
     assert [len(names) for names in scored(compared(sweep), "val/loss_ema")] == [2, 2]
