@@ -6,6 +6,7 @@ from src.errors import UserError
 from src.evaluation.record import Record
 from src.report.comparison import Comparison
 from src.report.figures import front
+from src.report.page import write_report
 from src.report.protocol import higher_is_better
 from src.report.subjects import subjects_of
 from src.report.texts import concise, in_words
@@ -154,6 +155,23 @@ def test_jobs_of_a_sweep_of_evaluations_with_equal_scores_are_all_there(tmp_path
     (subject,) = compared(sweep).subjects
     assert len(subject.records) == 2
     assert "link out of" in subject.run.problems[0]
+
+
+def test_a_sweep_over_given_images_is_compared(tmp_path):
+    jobs = []
+    for number, name in enumerate(("ours.npz", "theirs.npz")):
+        record = Record({"fd_digits": 5.0}, protocol(images={"from": name, "sha256": name}))
+        job, overrides = f"{number}_images-{name}", [f"images={name}", "reference=digits"]
+        jobs.append({"folder": job, "overrides": overrides, "varied": overrides[:1]})
+        for folder in (tmp_path / "runs" / "scores" / name, tmp_path / "runs" / "sweeps" / "first" / job):
+            record.write(folder / "scores.json")
+    sweep = tmp_path / "runs" / "sweeps" / "first"
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    found = compared(sweep)
+    assert found.options == {"images": ["ours.npz", "theirs.npz"]}
+    assert [row.subject.name for row in found.rows] == ["0: ours.npz", "1: theirs.npz"]
+    assert write_report(found.subjects, tmp_path / "report.html").is_file()
+    assert len(compared(tmp_path / "runs").subjects) == 2, "the copies are not further records"
 
 
 def test_validation_losses_of_different_losses_are_in_different_columns(tmp_path):
