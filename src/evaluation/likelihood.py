@@ -112,7 +112,8 @@ class FlowBits(Likelihood):
 def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_size: int, seed: int) -> Record:
     """Computes the bits per dimension of the first n images of the split, with a progress bar.
 
-    The intervals are over redraws of these images and of the noise; one image has none. The record's curve holds the mean of each term, in the order of `Likelihood.terms`.
+    The intervals are over redraws of these images and of the noise; one image has none. The record's curve holds the
+    mean of each term, in the order of `Likelihood.terms`.
 
     Args:
         loaded: the trained run.

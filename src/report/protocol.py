@@ -16,7 +16,7 @@ from src.report.texts import shortened
 # Entries of a protocol that do not change a score's meaning, or follow from the others.
 IMMATERIAL = re.compile(
     r"versions(\..*)?|per_class(\..*)?|intervals?(\..*)?|reference\.(data|split)|features\.origin"
-    r"|recipe\.(training_steps|network_evaluations|compiled)"
+    r"|recipe\.(training_steps|network_evaluations|compiled)|images\.(from|number|files_left_out|sha256)"
 )
 # The score of a validation set depends on what the loss is.
 LOSS_GROUPS = (

@@ -38,6 +38,8 @@ def test_a_score_is_a_mean_with_its_standard_error():
     record = score_likelihood(run_with(images), Known(), n=10, batch_size=3, seed=0)
     assert record.scores == {"bits": 4.0}
     deviation = (14 / 3) ** 0.5  # of 1, 2, 3, 6: squares 4 + 1 + 0 + 9 over 3
-    assert record.intervals["bits"] == pytest.approx([4 - 1.959964 * deviation / 2, 4 + 1.959964 * deviation / 2])
+    assert record.intervals["bits"] == pytest.approx(
+        [4 - 1.959964 * deviation / 2, 4 + 1.959964 * deviation / 2]
+    )
     assert record.curve == {"bits_per_dim": [3.0, 1.0]}
     assert score_likelihood(run_with(images[:1]), Known(), 1, 1, 0).intervals is None

@@ -98,6 +98,14 @@ def test_what_does_not_matter_does_not_divide_a_column(tmp_path, change):
     assert scored(compared(tmp_path)) == [["first", "other"]]
 
 
+def test_sets_of_given_images_share_a_column(tmp_path):
+    for name, count in (("ours", 1000), ("theirs", 1000), ("few", 999)):
+        images = {"from": name, "number": count, "shape": [1, 8, 8], "files_left_out": 0, "sha256": name}
+        Record({"fd_digits": 5.0}, protocol(images=images, num_images=count)).write(tmp_path / f"{name}.json")
+    found = compared(*(tmp_path / f"{name}.json" for name in ("ours", "theirs", "few")))
+    assert scored(found) == [["ours", "theirs"], ["few"]]
+
+
 def test_a_score_without_a_protocol_is_comparable_with_none(tmp_path):
     write_run(tmp_path / "first")
     write_json(write_run(tmp_path / "second") / "scores.json", {"fd_digits": 4.0})
