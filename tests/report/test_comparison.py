@@ -1,12 +1,14 @@
 """Which options differ, and which scores share a column."""
 
+import re
+
 import pytest
 
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.report.comparison import Comparison
 from src.report.figures import front
-from src.report.page import write_report
+from src.report.page import page, write_report
 from src.report.protocol import higher_is_better
 from src.report.subjects import subjects_of
 from src.report.texts import concise, in_words
@@ -233,13 +235,38 @@ def test_texts_are_short():
     }
 
 
-def test_the_direction_of_scores():
-    assert not any(
-        map(higher_is_better, ("fid", "fd_digits", "kid", "bits_per_dim", "val/loss", "inception_score_std"))
+def test_the_direction_of_a_score_is_stored_and_known_by_name_in_earlier_records():
+    stored = {"mine": True, "kid": False, "precision_vgg": True, "plain": None}
+    new = Record({}, protocol(higher_is_better=stored))
+    names = (
+        "mine",
+        "mine/class_3",
+        "recall_vgg",
+        "kid",
+        "kid_std",
+        "kid_std/class_3",
+        "plain",
+        "mine_too",
+        "val/loss",
     )
+    found = [higher_is_better(name, new) for name in names]
+    assert found == [True, True, True, False, None, None, None, None, False]
+    old = Record({}, protocol())
+    assert not any(higher_is_better(name, old) for name in ("fid", "kid", "bits_per_dim", "val/loss"))
+    assert higher_is_better("inception_score_std", old) is None
     assert all(
-        map(higher_is_better, ("precision_digits", "recall_vgg", "accuracy_digits", "inception_score"))
+        higher_is_better(name, old) for name in ("precision_digits", "accuracy_digits", "inception_score")
     )
+    assert higher_is_better("membership_p_pixels", Record({}, {"memorisation": {}})) is None
+
+
+def test_a_page_marks_the_best_in_the_direction_of_the_record(tmp_path):
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        record = Record({"mine": value, "kid_std": value}, protocol(higher_is_better={"mine": True}))
+        record.write(write_run(tmp_path / name) / "scores.json")
+    text = page(subjects_of([tmp_path]))
+    assert "mine: higher is better" in text
+    assert re.findall(r'class="num best" data-value="(.*?)"', text) == ["2.0"], "none of a standard deviation"
 
 
 def test_the_pareto_front():
