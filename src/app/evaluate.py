@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,23 @@ IMAGES = 10_000
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Scores generated or given images, or the likelihood of given ones; writes the scores with their protocol.
 
+    A job of a sweep also writes them into its own folder.
+
     Args:
         config: conf/evaluate.yaml, composed.
 
     Returns:
         The scores by name.
     """
+    own = HydraConfig.get().run.dir
+    job = None if own == "." else Path(own)
     if config.images is not None:
         if config.run is not None:
             raise UserError(f"images={config.images}: give run=... or images=..., not both")
         chosen = {option_of(override).partition(".")[0] for override in HydraConfig.get().overrides.task}
         if without_effect := sorted(chosen & set(OF_A_RUN)):
             raise UserError(f"{without_effect[0]}: has no effect on given images; leave it out")
-        return launch(evaluate_given, config)
+        return launch(partial(evaluate_given, job=job), config)
     if config.run is None:
         raise UserError("run is missing: give run=..., or images=... with reference=...")
     likelihoods = [option for option, node in metric_nodes(config).items() if is_likelihood(node)]
@@ -74,11 +79,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"{likelihoods[0]}: a likelihood is computed by itself, with devices=1")
     if config.devices > 1 and any(map(is_memorisation, metric_nodes(config).values())):
         raise UserError(BY_ITSELF)
-    return launch(evaluate_on_this_process, config)
+    return launch(partial(evaluate_on_this_process, job=job), config)
 
 
-def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
-    """The share of this process; see `evaluate`."""
+def evaluate_on_this_process(config: DictConfig, job: Path | None) -> dict[str, float]:
+    """The share of this process; see `evaluate`, and `publish` for `job`."""
     loaded, merged = load_with(config)
     nodes = metric_nodes(merged)
     likelihoods = [option for option, node in nodes.items() if is_likelihood(node)]
@@ -91,12 +96,12 @@ def evaluate_on_this_process(config: DictConfig) -> dict[str, float]:
         without_effect(config, NUMERICS)
         likelihood = build(nodes[likelihoods[0]], Likelihood, likelihoods[0])
         record = score_likelihood(loaded, likelihood, config.n or IMAGES, config.batch_size, config.seed)
-        return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}")
+        return publish(record, folder / f"nll_seed-{config.seed}_{digest_of(record.protocol)}", job)
     if any(map(is_memorisation, nodes.values())):
-        return report_memorisation(loaded, nodes, config, folder)
+        return report_memorisation(loaded, nodes, config, folder, job)
     record = score_images(with_bytes(loaded, config.bytes), merged, config)
     if rank() == 0:
-        return publish(record, recipe_folder(folder, record.protocol))
+        return publish(record, recipe_folder(folder, record.protocol), job)
     return record.scores
 
 
@@ -110,7 +115,7 @@ def without_effect(config: DictConfig, others: Sequence[Option] = ()) -> None:
 
 
 def report_memorisation(
-    loaded: LoadedRun, nodes: dict[str, DictConfig], config: DictConfig, folder: Path
+    loaded: LoadedRun, nodes: dict[str, DictConfig], config: DictConfig, folder: Path, job: Path | None
 ) -> dict[str, float]:
     """Compares generated with training images; writes the record and a picture of the nearest neighbours."""
     if len(nodes) > 1 or config.devices > 1:
@@ -122,7 +127,7 @@ def report_memorisation(
         loaded, memorisation, config.n or IMAGES, config.batch_size, config.seed
     )
     folder = folder / f"memorisation_seed-{config.seed}_{digest_of(record.protocol)}"
-    scores = publish(record, folder)
+    scores = publish(record, folder, job)
     picture.save(folder / "nearest.png")
     log.info("%s  rows: generated, nearest training image, nearest held-out image", folder / "nearest.png")
     return scores
@@ -244,8 +249,8 @@ def reference_of(
     return source
 
 
-def evaluate_given(config: DictConfig) -> dict[str, float]:
-    """The share of this process in the scores of given images; see `evaluate`."""
+def evaluate_given(config: DictConfig, job: Path | None) -> dict[str, float]:
+    """The share of this process in the scores of given images; see `evaluate`, and `publish` for `job`."""
     given = open_given(config.images, "images")
     images = given.images
     if images is None:
@@ -285,7 +290,7 @@ def evaluate_given(config: DictConfig) -> dict[str, float]:
     record = replace(record, protocol=protocol)
     if rank() == 0:
         folder = Path(config.runs) / "scores" / f"{Path(given.name).stem}_{digest_of(protocol)}"
-        return publish(record, folder)
+        return publish(record, folder, job)
     return record.scores
 
 
@@ -303,10 +308,18 @@ def metrics_of_given(config: DictConfig) -> DictConfig:
     return OmegaConf.create({"metrics": chosen})
 
 
-def publish(record: Record, folder: Path) -> dict[str, float]:
-    """Writes a record as <folder>/scores.json; prints the scores, and returns them with the network's evaluations."""
+def publish(record: Record, folder: Path, job: Path | None) -> dict[str, float]:
+    """Writes a record as <folder>/scores.json; prints the scores, and returns them with the network's evaluations.
+
+    Args:
+        record: the record.
+        folder: its folder.
+        job: the folder of the job of a sweep, in which the record is written too; or None.
+    """
     path = folder / SCORES_FILE
     record.write(path)
+    if job is not None:
+        record.write(job / SCORES_FILE)
     width = max(map(len, ("evaluations", *record.scores))) + 4
     lines = [f"{name:<{width}}{record.printed(name)}" for name in record.scores]
     lines += [f"{'warning':<{width}}{line}" for line in record.warnings or ()]

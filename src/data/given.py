@@ -25,6 +25,8 @@ log = getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 GREY = ("1", "L", "I", "I;16", "F")
 """Pillow's modes of one channel."""
+ORIENTATION = 0x0112
+"""EXIF tag; Pillow applies it to the size of TIFF files by itself."""
 LARGEST_FILE = 1 << 28
 """Bytes of one image file in a zip."""
 
@@ -51,7 +53,7 @@ class Given(NamedTuple):
 
 
 class GivenImages(ImageSet):
-    """Unlabelled images of one shape, which are not scaled, cropped or converted.
+    """Unlabelled images of one shape, which are not scaled or cropped; files are decoded as `src.data.decode` says.
 
     Attributes:
         shape: (C, H, W).
@@ -95,10 +97,12 @@ class FileImages(GivenImages):
                 len(others),
                 ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
             )
-        self.shape = self._shape(self.names[0])
         with tqdm(self.names, desc="reading sizes", unit="image", delay=2, leave=False) as names:
-            for name in names:
-                self._check(name, self._shape(name))
+            shapes = [self._shape(name) for name in names]
+        channels = next((shape[0] for shape in shapes if shape[0]), 1)
+        self.shape = (channels, *shapes[0][1:])
+        for name, shape in zip(self.names, shapes, strict=True):
+            self._check(name, (shape[0] or channels, *shape[1:]))
 
     def _listed(self) -> list[str]:
         if self._zip is not None:
@@ -117,10 +121,18 @@ class FileImages(GivenImages):
         return self._zip.read(name)
 
     def _shape(self, name: str) -> tuple[int, int, int]:
+        """(C, H, W) of a file as it will be decoded; C is 0 for a palette of greys, which fits grey and colour."""
         try:
             source = self.where / name if self._zip is None else BytesIO(self._content(name))
             with Image.open(source, formats=FORMATS) as image:
-                return (1 if image.mode in GREY else 3, image.height, image.width)
+                channels = 1 if image.mode in GREY else 3
+                if image.mode == "P":
+                    colours = np.array(image.getpalette()).reshape(-1, 3)
+                    channels = 0 if (colours == colours[:, :1]).all() else 3
+                sides = (image.height, image.width)
+                if "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5:  # on its side
+                    sides = sides[::-1]
+                return (channels, *sides)
         except Exception as error:  # Pillow raises many kinds
             raise self._unreadable(name, error) from None
 

@@ -17,6 +17,7 @@ from src.errors import UserError
 from src.evaluation.record import Record
 from src.generation.loaded import LoadedRun
 from src.generation.recipe import CLIPPING, describe, kind_of
+from src.metrics.uncertainty import by_influences
 
 
 class Likelihood(ABC):
@@ -47,8 +48,12 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def scores(self, summands: Tensor) -> dict[str, float]:
-        """The scores by name; summands has shape (number of terms, number of images)."""
+    def values(self, summands: Tensor) -> dict[str, Tensor]:
+        """What each image adds to the scores, which are means: (number of images,) by name of the score.
+
+        Args:
+            summands: (number of terms, number of images).
+        """
 
 
 class BoundBits(Likelihood):
@@ -70,12 +75,11 @@ class BoundBits(Likelihood):
         yield chain.prior(x0)
         yield from bound_terms(denoiser, chain, x0, condition, noise)
 
-    def scores(self, summands):
-        means = summands.mean(dim=1)
+    def values(self, summands):
         return {
-            "bits_per_dim": means.sum().item(),
-            "bits_per_dim_decoder": means[1].item(),
-            "bits_per_dim_prior": means[0].item(),
+            "bits_per_dim": summands.sum(dim=0),
+            "bits_per_dim_decoder": summands[1],
+            "bits_per_dim_prior": summands[0],
         }
 
 
@@ -101,14 +105,15 @@ class FlowBits(Likelihood):
     def terms(self, denoiser, x0, condition, noise):
         yield flow_likelihood(denoiser, x0, condition, noise, self.tolerance).bits
 
-    def scores(self, summands):
-        return {"bits_per_dim_flow": summands.sum(dim=0).mean().item()}
+    def values(self, summands):
+        return {"bits_per_dim_flow": summands.sum(dim=0)}
 
 
 def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_size: int, seed: int) -> Record:
     """Computes the bits per dimension of the first n images of the split, with a progress bar.
 
-    The record's curve holds the mean of each term, in the order of `Likelihood.terms`.
+    The intervals are over redraws of these images and of the noise; one image has none. The record's curve holds the
+    mean of each term, in the order of `Likelihood.terms`.
 
     Args:
         loaded: the trained run.
@@ -151,4 +156,9 @@ def score_likelihood(loaded: LoadedRun, likelihood: Likelihood, n: int, batch_si
         **{name: recipe[name] for name in used},
     }
     curve = {"bits_per_dim": summands.mean(dim=1).tolist()}
-    return Record(likelihood.scores(summands), protocol, curve)
+    values = likelihood.values(summands)
+    scores = {name: value.mean().item() for name, value in values.items()}
+    if n < 2:
+        return Record(scores, protocol, curve)
+    intervals = {name: list(by_influences(scores[name], value)) for name, value in values.items()}
+    return Record(scores, protocol, curve, intervals)

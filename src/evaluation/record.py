@@ -113,6 +113,7 @@ def protocol_of(
     - reference: data, split, count and fingerprint of the reference set; None for a score without one;
     - features: name, num_features, sha256 and origin of the feature space;
     - settings: settings of the score, e.g. the subset size of KID;
+    - higher_is_better: by name of the score, whether larger values are better;
     - recipe: the given recipe;
     - quantisation: how images were converted to bytes;
     - versions: versions of the libraries that computed the scores.
@@ -138,6 +139,7 @@ def protocol_of(
         "reference": each({s.name: s.reference and asdict(s.reference) for s in scores}),
         "features": each({s.name: s.features.describe() for s in scores}),
         "settings": each({s.name: s.settings() for s in scores}),
+        "higher_is_better": {s.name: s.higher_is_better for s in scores},
         "recipe": dict(recipe),
         "quantisation": quantisation,
         "versions": {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")},

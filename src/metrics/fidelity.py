@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 KERNEL_SET = 5000
 """Images of each set to which the kernel distance's intervals compare the generated ones."""
+KERNEL_ROWS = 2048
+"""Generated images that are compared with them at once."""
 
 
 class FrechetDistance(FeatureSetScore):
@@ -177,10 +179,14 @@ class KernelDistance(FeatureSetScore):
             torch.randperm(len(one), generator=generator)[:KERNEL_SET].sort().values for one in (made, real)
         )
         size = self.features.num_features
-        among = ((made @ made[others].T / size + 1) ** 3).sum(1)
+
+        def sums(points: Tensor) -> Tensor:
+            """The sum of the kernel of each generated image with these; few rows at a time are in memory."""
+            return torch.cat([((rows @ points.T / size + 1) ** 3).sum(1) for rows in made.split(KERNEL_ROWS)])
+
         own = torch.zeros(len(made), dtype=torch.bool).index_fill_(0, others, True)
-        among -= own * (made.square().sum(1) / size + 1) ** 3
-        return 2 * (among / (len(others) - own.long()) - ((made @ real[fixed].T / size + 1) ** 3).mean(1))
+        among = sums(made[others]) - own * (made.square().sum(1) / size + 1) ** 3
+        return 2 * (among / (len(others) - own.long()) - sums(real[fixed]) / len(fixed))
 
     def uncertainty(self, generated, reference, scores) -> dict[str, Interval]:
         value, deviation = scores.values()
@@ -240,7 +246,7 @@ class PrecisionRecall(FeatureSetScore):
         made, real = self.feature_set(generated), self.feature_set(reference)
         return {
             precision: of_share(share, len(made)),
-            recall: by_groups(found, recall_without(made, real, self.neighbours)),
+            recall: by_groups(found, recall_without(made, real, self.neighbours), len(real)),
         }
 
 

@@ -116,5 +116,5 @@ class DensityCoverage(FeatureSetScore):
         without = [((count - self._hits[:, g]) > 0).double().mean().item() for g in range(GROUPS)]
         return {
             density: by_influences(scores[density], self._held),
-            coverage: by_groups(scores[coverage], without),
+            coverage: by_groups(scores[coverage], without, len(count)),
         }

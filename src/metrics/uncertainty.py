@@ -37,11 +37,21 @@ def by_influences(value: float, influences: Tensor, further: float = 0.0) -> Int
     return value - half, value + half
 
 
-def by_groups(value: float, without: Sequence[float]) -> Interval:
-    """The interval of a score from its values without each of `GROUPS` groups of images (delete-a-group jackknife)."""
+def by_groups(share: float, without: Sequence[float], n: int) -> Interval:
+    """The interval of a share from its values without each of `GROUPS` groups of images (delete-a-group jackknife).
+
+    Limited to [0, 1]. If no group matters, e.g. for a share of 1, it is Wilson's interval.
+
+    Args:
+        share: the score.
+        without: its values without each group.
+        n: number of images of which it is the share.
+    """
     values = torch.tensor(list(without), dtype=torch.float64)
     error = ((len(values) - 1) / len(values) * (values - values.mean()).square().sum()).sqrt().item()
-    return value - T * error, value + T * error
+    if error == 0:
+        return of_share(share, n)
+    return max(0.0, share - T * error), min(1.0, share + T * error)
 
 
 def of_share(share: float, n: int) -> Interval:

@@ -187,9 +187,7 @@ class Comparison:
 
 def are_of_one_sweep(subjects: Sequence[Subject]) -> bool:
     """Whether all subjects are jobs of the same sweep."""
-    parents = {
-        subject.run.folder.parent if subject.run and subject.run.varied else None for subject in subjects
-    }
+    parents = {subject.folder.parent if subject.varied else None for subject in subjects}
     return len(parents) == 1 and None not in parents
 
 
@@ -200,7 +198,7 @@ def differing_options(subjects: Sequence[Subject]) -> list[dict[str, str]]:
     differs is one option, named by the class.
     """
     if are_of_one_sweep(subjects):
-        return [dict(split_option(option) for option in subject.run.varied) for subject in subjects]
+        return [dict(split_option(option) for option in subject.varied) for subject in subjects]
     found: list[dict[str, str]] = [{} for _ in subjects]
     known = [
         (place, subject.run.options)

@@ -10,7 +10,7 @@ from typing import Any
 from src.report.comparison import SEEDS, Cell, Comparison, Row
 from src.report.curves import Curve, last_mean, thinned
 from src.report.effects import mean
-from src.report.protocol import Column, column_of, higher_is_better
+from src.report.protocol import Column, column_of
 from src.report.subjects import Subject
 from src.report.texts import ABSENT, LONGEST, in_words
 from src.runs.files import digest_of
@@ -133,7 +133,7 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
                 }
             )
     values = [cell["x"] for cell in data]
-    better = "higher" if column.higher_is_better else "lower"
+    better = {True: ": higher is better", False: ": lower is better", None: ""}[column.higher_is_better]
     layout = {
         "xaxis": _scale([value for each in values for value in each]),
         "yaxis": {"type": "category", "categoryarray": order, "automargin": True},
@@ -141,7 +141,7 @@ def score_figure(comparison: Comparison, column: Column, palette: Palette) -> Fi
     caption = "Circles: single results, with their own intervals where the records have them."
     if any(len(rows) > 1 for rows in groups.values()):
         caption += " Diamonds: means over seeds with 95 % intervals (Student's t)."
-    return Figure(f"{column.score}: {better} is better", caption, data, layout, 70 + 28 * len(order))
+    return Figure(column.score + better, caption, data, layout, 70 + 28 * len(order))
 
 
 def _bars(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def evaluation_figures(comparison: Comparison, palette: Palette) -> list[Figure]
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[Row, Column]]] = defaultdict(list)
     for row in comparison.rows:
         for column in row.cells:
-            plotted = column.protocol is not None and not column.score.endswith("_std")
+            plotted = column.protocol is not None and column.higher_is_better is not None
             if row.evaluations and plotted and not column.score.startswith("val/"):
                 measured = tuple(item for item in column.protocol if not item[0].startswith("recipe."))
                 groups[column.score, measured].append((row, column))
@@ -192,7 +192,7 @@ def evaluation_figures(comparison: Comparison, palette: Palette) -> list[Figure]
 
 def _evaluation_figure(score: str, found: Sequence[tuple[Row, Column]], palette: Palette) -> Figure:
     points = [(float(row.evaluations or 0), row.cells[column].value) for row, column in found]
-    best = front(points, higher_is_better(score))
+    best = front(points, bool(found[0][1].higher_is_better))
     data: list[dict[str, Any]] = [
         {
             "x": [points[i][0] for i in best],

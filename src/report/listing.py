@@ -35,6 +35,7 @@ class Line:
         best: the scores of the best checkpoint by name.
         best_step: its step; None if unknown.
         columns: by score, what decides whether it may be compared with others.
+        rising: the scores of which larger values are better.
         cost: see `Cost`.
         started: seconds since the epoch; 0 if unknown.
     """
@@ -48,13 +49,14 @@ class Line:
     best: Mapping[str, float]
     best_step: int | None
     columns: Mapping[str, int]
+    rising: Collection[str]
     cost: Cost
     started: float
 
     def value(self, score: str) -> float | None:
         """The best value of a score: that of the best checkpoint, or the last one."""
         values = [each[score] for each in (self.best, self.scores) if score in each]
-        return (max if higher_is_better(score) else min)(values, default=None)
+        return (max if score in self.rising else min)(values, default=None)
 
 
 def list_runs(places: Sequence[Path], options: Mapping[str, str]) -> None:
@@ -153,6 +155,13 @@ def _line(run: Run, columns: dict[Column, int]) -> Line:
         dict(run.best.scores) if run.best else {},
         best.get("training_steps") if isinstance(best, dict) else None,
         kinds,
+        {
+            score
+            for each in (run.last, run.best)
+            if each
+            for score in each.scores
+            if higher_is_better(score, each)
+        },
         run.cost,
         run.started.timestamp() if run.started else 0.0,
     )
@@ -224,7 +233,7 @@ def _score(asked: str, lines: Sequence[Line]) -> str:
 def _best_first(lines: Sequence[Line], score: str) -> list[Line]:
     """By score; those of the most frequent protocol first, since others cannot be compared with them."""
     counts = Counter(line.columns.get(score) for line in lines)
-    sign = -1 if higher_is_better(score) else 1
+    sign = -1 if any(score in line.rising for line in lines) else 1
 
     def key(line: Line) -> tuple[bool, int, int, float]:
         value, kind = line.value(score), line.columns.get(score)

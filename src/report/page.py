@@ -185,14 +185,14 @@ def _settings(comparison: Comparison, lead: Column | None) -> list[tuple[list[st
         return []
     names = [name for name in comparison.options if name not in SEEDS]
     rows = [([dict(key).get(name, ABSENT) for name in names], mean(values)) for key, values in groups.items()]
-    return sorted(rows, key=lambda row: row[1].value, reverse=lead.higher_is_better)
+    return sorted(rows, key=lambda row: row[1].value, reverse=bool(lead.higher_is_better))
 
 
 def _marginals(comparison: Comparison, lead: Column | None) -> list[Marginal]:
     """The marginal means, if several options were varied, or one with several seeds."""
     if lead is None:
         return []
-    return marginal_means(_results(comparison, lead), lead.higher_is_better)
+    return marginal_means(_results(comparison, lead), bool(lead.higher_is_better))
 
 
 def _tables(comparison: Comparison, lead: Column | None) -> list[dict[str, Any]]:
@@ -234,7 +234,7 @@ def _order(row: Row, lead: Column) -> tuple[bool, float]:
 def _best(rows: Sequence[Row], column: Column) -> float | None:
     """The best value of a column; None if there is nothing to choose from."""
     values = [row.cells[column].value for row in rows if column in row.cells]
-    if len(values) < 2 or column.protocol is None or column.score.endswith("_std"):
+    if len(values) < 2 or column.protocol is None or column.higher_is_better is None:
         return None
     return max(values) if column.higher_is_better else min(values)
 

@@ -6,7 +6,7 @@ that are made in the same way (weights, sampler, spacing, steps, guidance, clipp
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from src.evaluation.record import Record
@@ -15,14 +15,15 @@ from src.report.texts import shortened
 
 # Entries of a protocol that do not change a score's meaning, or follow from the others.
 IMMATERIAL = re.compile(
-    r"versions(\..*)?|per_class(\..*)?|intervals?(\..*)?|reference\.(data|split)|features\.origin"
-    r"|recipe\.(training_steps|network_evaluations|compiled)"
+    r"(versions|higher_is_better)(\..*)?|per_class(\..*)?|intervals?(\..*)?|reference\.(data|split)|features\.origin"
+    r"|recipe\.(training_steps|network_evaluations|compiled)|images\.(from|number|files_left_out|sha256)"
 )
 # The score of a validation set depends on what the loss is.
 LOSS_GROUPS = (
     *("data", "codec", "conditioning", "schedule", "parameterization", "loss", "weighting"),
     *("distance", "time_sampling", "variance"),
 )
+# By name, for records of earlier versions.
 HIGHER_IS_BETTER = re.compile(r"(precision|recall|density|coverage|accuracy|inception_score|auc)")
 
 
@@ -34,20 +35,23 @@ class Column:
         score: the score's name.
         protocol: everything that is equal in the column and matters, as (entry, value); `None` for a score without a
             protocol, which is comparable with no other.
+        higher_is_better: see `higher_is_better`.
     """
 
     score: str
     protocol: tuple[tuple[str, str], ...] | None
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether larger values are better."""
-        return higher_is_better(self.score)
+    higher_is_better: bool | None = field(default=None, compare=False)
 
 
-def higher_is_better(score: str) -> bool:
-    """Whether larger values of a score are better, by its name."""
-    return HIGHER_IS_BETTER.search(score) is not None and not score.endswith("_std")
+def higher_is_better(score: str, record: Record) -> bool | None:
+    """Whether larger values of a score in a record are better; None if neither is, or it is not known."""
+    if score.partition("/")[0].endswith("_std") or "memorisation" in record.protocol:
+        return None
+    stored = record.protocol.get("higher_is_better")
+    if isinstance(stored, dict) and not score.startswith("val/"):
+        found = stored.get(_family(score, stored))
+        return found if isinstance(found, bool) else None
+    return HIGHER_IS_BETTER.search(score) is not None
 
 
 def interval_of(record: Record, score: str) -> tuple[float | None, float | None]:
@@ -57,13 +61,14 @@ def interval_of(record: Record, score: str) -> tuple[float | None, float | None]
 
 def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> Column:
     """The column in which a score belongs."""
+    better = higher_is_better(score, record)
     if score.startswith("val/"):
         if run is None or not run.options:
-            return Column(score, None)
+            return Column(score, None, better)
         groups = {key: shortened(v) for key, v in run.options.items() if key.partition(".")[0] in LOSS_GROUPS}
-        return Column(score, tuple(sorted(groups.items())))
+        return Column(score, tuple(sorted(groups.items())), better)
     if not record.protocol:
-        return Column(score, None)
+        return Column(score, None, better)
     entries = {}
     for name, value in record.protocol.items():
         if name in ("reference", "features", "settings") and isinstance(value, dict):
@@ -81,7 +86,7 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
         for key, value in entries.items()
         if not IMMATERIAL.fullmatch(key) and key.removeprefix("recipe.") not in asked
     }
-    return Column(score, tuple(sorted(kept.items())))
+    return Column(score, tuple(sorted(kept.items())), better)
 
 
 def _is_single(record: Record) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.evaluation.record import Record
-from src.report.run import Run, find_runs, inside, is_run, jobs_of, read_run
+from src.report.run import OUTCOME_FILE, Run, find_runs, inside, is_run, jobs_of, read_run
 from src.report.texts import in_words
 from src.runs.files import Damaged, read_json
 from src.runs.folder import SCORES_FILE, check_contained
@@ -45,6 +45,16 @@ class Subject:
     records: list[Scored]
     options: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path:
+        """The run folder, or that of the record."""
+        return self.run.folder if self.run else self.records[0].path.parent
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Of the job of a sweep, the options that differ between the jobs."""
+        return self.run.varied if self.run else self.records[0].options
+
 
 def subjects_of(places: Iterable[Path], advance: Any = None) -> list[Subject]:
     """The runs and records at these places, each once.
@@ -65,8 +75,8 @@ def subjects_of(places: Iterable[Path], advance: Any = None) -> list[Subject]:
             key = subject.run.folder if subject.run else subject.records[0].path
             known = found.setdefault(key.resolve(), subject)
             if known is not subject:  # another sweep over the same run
-                paths = {scored.path: scored for scored in (*known.records, *subject.records)}
-                known.records = list(paths.values())
+                different = {repr(scored.record): scored for scored in (*known.records, *subject.records)}
+                known.records = list(different.values())
     subjects = list(found.values())
     _name_apart(subjects)
     return subjects
@@ -91,8 +101,13 @@ def _at(place: Path, advance: Any) -> Iterator[Subject]:
         records = [] if run.record is None else [Scored(run.record, folder / SCORES_FILE, varied)]
         yield Subject(folder.name, run, records + _further_records(run))
     if empty:
+        different: dict[Any, Scored] = {}
         for path in sorted(place.glob(f"**/{SCORES_FILE}")):
-            yield Subject(path.parent.name, None, [Scored(Record.read(path), path)])
+            record = Record.read(path)
+            # a job of a sweep has a copy; without a protocol, equal numbers may mean different things
+            different.setdefault(repr(record) if record.protocol else path, Scored(record, path))
+        for scored in different.values():
+            yield Subject(scored.path.parent.name, None, [scored])
 
 
 def _further_records(run: Run) -> list[Scored]:
@@ -112,28 +127,51 @@ def _further_records(run: Run) -> list[Scored]:
 
 
 def _evaluated(sweep: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Subject]:
-    """The runs that a sweep of `src.evaluate` has scored, each with the records that the sweep made."""
+    """The runs that a sweep of `src.evaluate` has scored, each with the records that the sweep made.
+
+    A job with given images, or with a run that is gone, is a subject by itself.
+    """
     subjects: dict[Path, Subject] = {}
     further: dict[Path, list[Scored]] = {}
     for job in jobs:
+        own = inside(sweep, job["folder"])
         place = next((o.partition("=")[2] for o in job["overrides"] if o.startswith("run=")), "")
         path = Path(place.strip("'\"")).expanduser()
         folder = path.parent.parent if path.suffix == ".ckpt" else path
         if not place or not is_run(folder):
-            continue
+            folder = own
         if folder not in subjects:
-            subjects[folder] = Subject(folder.name, read_run(folder), [])
-            further[folder] = _further_records(subjects[folder].run)
+            run = None if folder == own else read_run(folder)
+            subjects[folder] = Subject(folder.name, run, [])
+            further[folder] = _further_records(run) if run else []
+        subject = subjects[folder]
         try:
-            outcome = read_json(inside(sweep, job["folder"]) / "outcome.json", dict[str, Any])
-        except (FileNotFoundError, Damaged):
+            made = _record_of(own, further[folder])
+        except UserError as error:
+            if subject.run is None:
+                raise
+            subject.run.problems.append(str(error))
             continue
-        scores = outcome.get("scores")
-        # the job's folder has no protocol; the record in the run folder has the very same numbers
-        made = next((each for each in further[folder] if _same(each.record.scores, scores)), None)
         if made is not None:
-            subjects[folder].records.append(Scored(made.record, made.path, tuple(job["varied"])))
-    yield from subjects.values()
+            subject.records.append(Scored(made.record, made.path, tuple(job["varied"])))
+    yield from (subject for subject in subjects.values() if subject.run or subject.records)
+
+
+def _record_of(job: Path, further: Sequence[Scored]) -> Scored | None:
+    """The record in a job's folder; of a job of earlier versions, that of its run with the same scores.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    path = job / SCORES_FILE
+    if path.exists():
+        check_contained(job.parent, [f"{job.name}/{SCORES_FILE}"])
+        return Scored(Record.read(path), path)
+    try:
+        scores = read_json(job / OUTCOME_FILE, dict[str, Any]).get("scores")
+    except (FileNotFoundError, Damaged):
+        return None
+    return next((each for each in further if _same(each.record.scores, scores)), None)
 
 
 def _same(scores: Mapping[str, float], found: Any) -> bool:
@@ -146,17 +184,16 @@ def _same(scores: Mapping[str, float], found: Any) -> bool:
 def _name_apart(subjects: list[Subject]) -> None:
     for subject in subjects:
         run = subject.run
-        if run and run.varied:
-            number = run.folder.name.partition("_")[0]
-            subject.name = f"{number}: {in_words(dict(split_option(option) for option in run.varied))}"
+        if subject.varied:
+            number = subject.folder.name.partition("_")[0]
+            subject.name = f"{number}: {in_words(dict(split_option(option) for option in subject.varied))}"
         elif run and isinstance(run.options.get("name"), str):
             subject.name = run.options["name"]
     for _ in range(2):
         counts = Counter(subject.name for subject in subjects)
         for subject in subjects:
             if counts[subject.name] > 1:
-                place = subject.run.folder if subject.run else subject.records[0].path.parent
-                subject.name = f"{place.parent.name}/{place.name}"
+                subject.name = f"{subject.folder.parent.name}/{subject.folder.name}"
 
 
 def name_of(option: str) -> str:

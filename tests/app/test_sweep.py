@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,11 +237,13 @@ def test_the_table_prints_intervals_of_records_and_what_matters(tmp_path, capsys
     outcomes = {job.number: {"scores": {"fid": 10.0 + job.number}} for job in sweep.jobs}
     job = sweep.jobs[0]
     job.folder.mkdir(parents=True)
-    record = {"scores": {"fid": 10.0}, "intervals": {"fid": [9.5, 10.5]}, "protocol": {}}
+    record = {"scores": {"fid": 10.0}, "intervals": {"fid": [9.5, 10.5]}}
+    record["protocol"] = {"higher_is_better": {"fid": True}}  # as if
     (job.folder / "scores.json").write_text(json.dumps(record))
     print_tables(sweep, outcomes, pairs=True)
     shown = capsys.readouterr().out
     assert "10.0 ± 0.5" in shown
+    assert re.search(r"schedule=b\W+12.5\W+best", shown), "in the direction of the record"
     for words in ("schedule=b", "difference from the best", "interactions"):
         assert words in shown
 

@@ -58,6 +58,15 @@ def test_given_images_are_scored_without_a_run(command, images, tmp_path, capsys
     assert scores == pytest.approx({"fd_digits": 0, "density_digits": 1, "coverage_digits": 1}, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_sweep_over_given_images_has_intervals_and_a_report(command, images, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", images[:150, 0].numpy())
+    assert command("evaluate", "-m", "images=some.npz,other.npz", "reference=digits") == 0
+    assert "±" in capsys.readouterr().out.rpartition("jobs)")[2], "in the table, too"
+    (page,) = tmp_path.glob("runs/sweeps/*/report.html")
+    assert "other.npz" in page.read_text()
+
+
 def test_published_statistics_are_a_reference(command, images, tmp_path):
     from src.metrics.features import ClassifierFeatures
 

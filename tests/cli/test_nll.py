@@ -31,6 +31,7 @@ def test_bound(command, run):
     scores, curve = record["scores"], record["curve"]["bits_per_dim"]
     assert len(curve) == 61  # the prior and 60 steps
     assert scores["bits_per_dim"] == pytest.approx(sum(curve), rel=1e-6)
+    assert all(low < scores[name] < high for name, (low, high) in record["intervals"].items())
     assert record["protocol"]["num_images"] == 12
     assert record["protocol"]["variance"] == "LearnedRange()"
     in_batches = _scores(command, run, "metrics=nll", "batch_size=5")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from src.app import load, restore
+from src.evaluation.record import Record
 from src.evaluation.scores import ScoreSet
 from tests.conftest import QUICK, commands_in
 
@@ -45,6 +46,7 @@ def test_model_and_references_are_loaded_once(command, run, tmp_path, monkeypatc
     for path in (tmp_path / "runs" / "sweeps").glob("*/*/outcome.json"):
         outcome = json.loads(path.read_text())
         found[tuple(outcome["overrides"][-3:])] = outcome["scores"]
+        assert Record.read(path.parent / "scores.json").intervals, "of the job's own protocol"
     assert len(found) == 8
     for path in (run / "scores").glob("*/scores.json"):
         path.unlink()

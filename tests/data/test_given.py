@@ -61,6 +61,27 @@ def test_grey_files_and_arrays(tmp_path):
         assert torch.equal(images.images(range(5)), WANTED[:, :1])
 
 
+def test_a_palette_of_greys_fits_grey_and_colour(tmp_path):
+    palette = Image.fromarray(PIXELS[0, ..., 0]).convert("P")
+    for name, channels in (("grey", 1), ("colour", 3)):
+        folder = folder_of(tmp_path / name, PIXELS[..., :channels])
+        palette.save(folder / "0.png")
+        images = open_given(str(folder), "images").images
+        assert images.shape == (channels, 6, 4)
+        assert torch.equal(images.images([0])[0], WANTED[0, :1].expand(channels, -1, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_a_file_on_its_side_has_the_size_of_the_upright_image(tmp_path, suffix):
+    folder = folder_of(tmp_path / "folder")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "0.png").unlink()
+    Image.fromarray(np.rot90(PIXELS[0]).copy()).save(folder / f"0.{suffix}", exif=exif)
+    images = open_given(str(folder), "images").images
+    assert torch.equal(images.images([0, 1]), WANTED[:2])
+
+
 def test_other_files_are_left_out_and_named(tmp_path, caplog):
     folder = folder_of(tmp_path / "folder")
     (folder / "notes.txt").touch()

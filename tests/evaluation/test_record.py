@@ -33,6 +33,7 @@ def test_protocol_of_one_score_is_complete():
         "reference": REFERENCE,
         "features": FEATURES,
         "settings": KD,
+        "higher_is_better": {"kd_pixels": False},
         "recipe": RECIPE,
         "quantisation": "rounded to bytes",
     }
@@ -44,6 +45,7 @@ def test_the_protocol_of_several_scores_has_an_entry_for_each():
     assert found["features"] == {"fd_pixels": FEATURES, "kd_pixels": FEATURES}
     assert found["settings"] == {"fd_pixels": {}, "kd_pixels": KD}
     assert found["recipe"] == RECIPE
+    assert found["higher_is_better"] == {"fd_pixels": False, "kd_pixels": False}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.evaluation.record import printed
 from src.metrics.fidelity import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
@@ -100,12 +101,39 @@ def test_a_share_has_wilsons_interval():
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
-    values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     groups = groups_of(2000)
     assert groups.bincount().tolist() == [100] * 20
-    low, high = by_groups(values.mean().item(), [values[groups != g].mean().item() for g in range(20)])
+    low, high = by_groups(values.mean().item(), [values[groups != g].mean().item() for g in range(20)], 2000)
     exact = by_influences(values.mean().item(), values)
     assert high - low == pytest.approx(exact[1] - exact[0], rel=0.35)
+
+
+def test_an_interval_by_groups_is_one_of_a_share():
+    assert by_groups(1.0, [1.0] * 20, 50) == of_share(1.0, 50)
+    low, high = by_groups(0.98, [0.98, 0.9] * 10, 50)
+    assert 0 < low < 0.98 < high == 1
+
+
+def test_effects_on_a_kernel_distance_need_little_memory(monkeypatch):
+    score = prepared(KernelDistance, subset_size=100, subsets=2)
+    score.update(draw(300, seed=3))
+    generated, reference = score.states("the generated set"), score.reference_states
+    whole = score.influences(generated, reference)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            largest = max(largest, found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    monkeypatch.setattr("src.metrics.fidelity.KERNEL_ROWS", 10)
+    with Sizes():
+        found = score.influences(generated, reference)
+    torch.testing.assert_close(found, whole)
+    assert largest <= 10 * len(REFERENCE)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Which options differ, and which scores share a column."""
 
+import re
+
 import pytest
 
 from src.errors import UserError
 from src.evaluation.record import Record
 from src.report.comparison import Comparison
 from src.report.figures import front
+from src.report.page import page, write_report
 from src.report.protocol import higher_is_better
 from src.report.subjects import subjects_of
 from src.report.texts import concise, in_words
@@ -97,6 +100,14 @@ def test_what_does_not_matter_does_not_divide_a_column(tmp_path, change):
     assert scored(compared(tmp_path)) == [["first", "other"]]
 
 
+def test_sets_of_given_images_share_a_column(tmp_path):
+    for name, count in (("ours", 1000), ("theirs", 1000), ("few", 999)):
+        images = {"from": name, "number": count, "shape": [1, 8, 8], "files_left_out": 0, "sha256": name}
+        Record({"fd_digits": 5.0}, protocol(images=images, num_images=count)).write(tmp_path / f"{name}.json")
+    found = compared(*(tmp_path / f"{name}.json" for name in ("ours", "theirs", "few")))
+    assert scored(found) == [["ours", "theirs"], ["few"]]
+
+
 def test_a_score_without_a_protocol_is_comparable_with_none(tmp_path):
     write_run(tmp_path / "first")
     write_json(write_run(tmp_path / "second") / "scores.json", {"fd_digits": 4.0})
@@ -130,6 +141,47 @@ def test_a_sweep_of_evaluations_finds_the_records_of_its_jobs(tmp_path):
     found = compared(sweep)
     assert [len(names) for names in scored(found)] == [2], "and not the record of the training"
     assert found.options == {"steps": ["10", "20"]}
+
+
+def test_jobs_of_a_sweep_of_evaluations_with_equal_scores_are_all_there(tmp_path):
+    run, sweep = write_run(tmp_path / "run"), tmp_path / "sweep"
+    jobs = []
+    for number, steps in enumerate((1, 2, 3)):
+        record = Record({"accuracy_digits": 0.1}, protocol(recipe__steps=steps))
+        job = f"{number}_sampler.steps-{steps}"
+        overrides = [f"run={run}", f"sampler.steps={steps}"]
+        jobs.append({"folder": job, "overrides": overrides, "varied": overrides[1:]})
+        for folder in (run / "scores" / f"ddim-{steps}", sweep / job):
+            record.write(folder / "scores.json")
+        write_json(sweep / job / "outcome.json", {"overrides": overrides, "scores": record.scores})
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    assert compared(sweep).options == {"steps": ["1", "2", "3"]}
+    assert len(scored(compared(sweep), "accuracy_digits")[0]) == 3
+    (run / "scores").rename(tmp_path / "moved")
+    assert len(scored(compared(sweep), "accuracy_digits")[0]) == 3
+    outside, link = tmp_path / "moved" / "ddim-1" / "scores.json", sweep / jobs[0]["folder"] / "scores.json"
+    link.unlink()
+    link.symlink_to(outside)
+    (subject,) = compared(sweep).subjects
+    assert len(subject.records) == 2
+    assert "link out of" in subject.run.problems[0]
+
+
+def test_a_sweep_over_given_images_is_compared(tmp_path):
+    jobs = []
+    for number, name in enumerate(("ours.npz", "theirs.npz")):
+        record = Record({"fd_digits": 5.0}, protocol(images={"from": name, "sha256": name}))
+        job, overrides = f"{number}_images-{name}", [f"images={name}", "reference=digits"]
+        jobs.append({"folder": job, "overrides": overrides, "varied": overrides[:1]})
+        for folder in (tmp_path / "runs" / "scores" / name, tmp_path / "runs" / "sweeps" / "first" / job):
+            record.write(folder / "scores.json")
+    sweep = tmp_path / "runs" / "sweeps" / "first"
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    found = compared(sweep)
+    assert found.options == {"images": ["ours.npz", "theirs.npz"]}
+    assert [row.subject.name for row in found.rows] == ["0: ours.npz", "1: theirs.npz"]
+    assert write_report(found.subjects, tmp_path / "report.html").is_file()
+    assert len(compared(tmp_path / "runs").subjects) == 2, "the copies are not further records"
 
 
 def test_validation_losses_of_different_losses_are_in_different_columns(tmp_path):
@@ -183,13 +235,38 @@ def test_texts_are_short():
     }
 
 
-def test_the_direction_of_scores():
-    assert not any(
-        map(higher_is_better, ("fid", "fd_digits", "kid", "bits_per_dim", "val/loss", "inception_score_std"))
+def test_the_direction_of_a_score_is_stored_and_known_by_name_in_earlier_records():
+    stored = {"mine": True, "kid": False, "precision_vgg": True, "plain": None}
+    new = Record({}, protocol(higher_is_better=stored))
+    names = (
+        "mine",
+        "mine/class_3",
+        "recall_vgg",
+        "kid",
+        "kid_std",
+        "kid_std/class_3",
+        "plain",
+        "mine_too",
+        "val/loss",
     )
+    found = [higher_is_better(name, new) for name in names]
+    assert found == [True, True, True, False, None, None, None, None, False]
+    old = Record({}, protocol())
+    assert not any(higher_is_better(name, old) for name in ("fid", "kid", "bits_per_dim", "val/loss"))
+    assert higher_is_better("inception_score_std", old) is None
     assert all(
-        map(higher_is_better, ("precision_digits", "recall_vgg", "accuracy_digits", "inception_score"))
+        higher_is_better(name, old) for name in ("precision_digits", "accuracy_digits", "inception_score")
     )
+    assert higher_is_better("membership_p_pixels", Record({}, {"memorisation": {}})) is None
+
+
+def test_a_page_marks_the_best_in_the_direction_of_the_record(tmp_path):
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        record = Record({"mine": value, "kid_std": value}, protocol(higher_is_better={"mine": True}))
+        record.write(write_run(tmp_path / name) / "scores.json")
+    text = page(subjects_of([tmp_path]))
+    assert "mine: higher is better" in text
+    assert re.findall(r'class="num best" data-value="(.*?)"', text) == ["2.0"], "none of a standard deviation"
 
 
 def test_the_pareto_front():

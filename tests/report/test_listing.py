@@ -8,9 +8,7 @@ import time
 
 import pytest
 
-from src.app.build import class_of
 from src.evaluation.record import Record
-from src.report.protocol import higher_is_better
 from src.report.run import read_run
 from src.runs.files import write_json
 from tests.conftest import ROOT
@@ -172,13 +170,10 @@ def test_the_list_loads_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_direction_of_every_score_agrees_with_its_class():
-    """The list and the page know the direction by name, since a record does not hold it."""
-    for path in sorted((ROOT / "conf" / "metrics").glob("*.yaml")):
-        node = {}
-        for line in path.read_text().splitlines():
-            if line.startswith("_target_:"):
-                node["_target_"] = line.partition(":")[2].strip()
-        kind = class_of(node) if node else None
-        if kind is not None and hasattr(kind, "higher_is_better"):
-            assert higher_is_better(path.stem) == kind.higher_is_better, path
+def test_the_direction_of_a_score_is_that_of_its_record(tmp_path, listed):
+    for name, value in (("a", 1.0), ("b", 3.0), ("c", 2.0)):
+        record = Record({"fd_digits": value}, protocol(higher_is_better={"fd_digits": True}))
+        run = write_run(tmp_path / "runs" / name)
+        record.write(run / "scores.json")
+        record.write(run / "checkpoints" / "best.json")
+    assert listed("--best")[1] == ["b", "c", "a"]

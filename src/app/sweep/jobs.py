@@ -5,6 +5,7 @@ A job is the command line of a single run with a folder of its own, so that ever
     <sweep>/jobs.json               the command and its jobs
     <sweep>/<number>_<what differs> the job's folder (a training's run folder)
         outcome.json                its scores, or why it failed; written when it has ended
+        scores.json                 the record of a training or an evaluation
         console.log                 what it printed, unless it ran in the launcher's process
     <sweep>/sweep.json              the outcomes of all jobs
 """

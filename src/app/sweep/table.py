@@ -28,11 +28,14 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
     console = Console(width=None if Console().is_terminal else 160)
     names = sorted({name for outcome in outcomes.values() for name in outcome.get("scores") or {}})
     table = Table("job", "varied", *names, title=escape(f"{sweep.folder} ({len(sweep.jobs)} jobs)"))
+    records: dict[int, Record] = {}
     for job in sweep.jobs:
+        with suppress(UserError):
+            records[job.number] = Record.read(job.folder / SCORES_FILE)
         outcome = outcomes.get(job.number)
         said = "" if outcome else "not run to its end; the same command continues it"
         outcome = outcome or {}
-        texts = _printed(job, outcome.get("scores") or {})
+        texts = _printed(outcome.get("scores") or {}, records.get(job.number))
         cells = [texts.get(name, "") for name in names]
         if "error" in outcome:
             said = f"[red]failed: {escape(outcome['error'])}"
@@ -40,7 +43,8 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
         table.add_row(str(job.number), escape(" ".join(job.varied or job.overrides)), *cells)
     console.print(table)
     score, results = monitored(sweep.jobs, outcomes)
-    rows = marginal_means(results, higher_is_better(score))
+    better = (higher_is_better(score, record) for record in records.values() if score in record.scores)
+    rows = marginal_means(results, bool(next(better, False)))
     if rows:
         means = Table("option", f"mean {score}", "difference from the best", "results", title="what matters")
         for row in rows:
@@ -56,12 +60,10 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
         console.print(table)
 
 
-def _printed(job: Job, scores: Mapping[str, float]) -> dict[str, str]:
+def _printed(scores: Mapping[str, float], record: Record | None) -> dict[str, str]:
     """The scores of a job, with their intervals where its record has them."""
-    with suppress(UserError):
-        record = Record.read(job.folder / SCORES_FILE)
-        return {n: record.printed(n) if record.scores.get(n) == v else digits(v) for n, v in scores.items()}
-    return {name: digits(value) for name, value in scores.items()}
+    known = record.scores if record else {}
+    return {n: record.printed(n) if known.get(n) == v else digits(v) for n, v in scores.items()}
 
 
 def _text(mean: Mean) -> str:
