@@ -203,7 +203,7 @@ def reference_of(
         image_shape: (C, H, W) of the scored images.
 
     Raises:
-        UserError: there is no such reference, or its images have another shape.
+        UserError: there is no such reference, its images have another shape, or they lack classes that scores need.
     """
     if reference is None and own is None:
         needing = [score.name for score in scores.scores if score.needs_reference]
@@ -239,6 +239,11 @@ def reference_of(
             )
         source.check()
         source.prepare()
+    if scores.of_classes and not source.num_classes and any(score.needs_reference for score in scores.scores):
+        raise UserError(
+            f"per_class=true: reference={reference} has no classes; leave per_class out, or choose a reference with"
+            " classes"
+        )
     if split is not None:
         scores.use_split(split)
     return source

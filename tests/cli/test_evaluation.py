@@ -127,6 +127,24 @@ def test_bad_input_is_one_line(command, tmp_path, capsys, options, words):
     assert_one_line(capsys.readouterr().err, words)
 
 
+@pytest.mark.usefixtures("images")
+def test_scores_of_classes_need_a_reference_with_classes(tmp_path):
+    from src.app.evaluate import reference_of
+    from src.errors import UserError
+    from src.evaluation.scores import ScoreSet
+    from src.metrics.features import ClassifierFeatures
+    from src.metrics.fidelity import Accuracy, FrechetDistance
+
+    features = ClassifierFeatures("digits")
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
+    for name in ("some.npz", "moments.npz"):
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=f"^per_class=true: reference={path} has no classes"):
+            reference_of(path, ScoreSet([FrechetDistance(features)], num_classes=2), None, (1, 8, 8))
+        for scores in (ScoreSet([FrechetDistance(features)]), ScoreSet([Accuracy(features)], num_classes=2)):
+            assert reference_of(path, scores, None, (1, 8, 8)).name == name
+
+
 def test_features_that_are_not_finite_are_one_line(command, capsys, monkeypatch):
     from src.metrics.classifier import SmallClassifier
 
