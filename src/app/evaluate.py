@@ -20,7 +20,7 @@ from src.app.sweep.jobs import option_of
 from src.data.codec import Pixels, TruncatedPixels
 from src.data.given import in_words, open_given
 from src.data.source import SPLITS, ImageSource
-from src.errors import UserError
+from src.errors import TooFewImages, UserError
 from src.evaluation.likelihood import Likelihood, score_likelihood
 from src.evaluation.memorisation import Memorisation, score_memorisation
 from src.evaluation.record import Record
@@ -160,7 +160,7 @@ def prepared_scores(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -
     try:
         labels = recipe.labels(range(n)) if config.per_class else None
         scores.check_counts(n, source, labels)
-    except UserError as error:
+    except TooFewImages as error:
         raise UserError(
             f"{error}; change n={n} or metrics{', or per_class' if config.per_class else ''}"
         ) from None
@@ -266,7 +266,7 @@ def evaluate_given(config: DictConfig) -> dict[str, float]:
     source = reference_of(config.reference, scores, None, images.shape)
     try:
         scores.check_counts(n, source)
-    except UserError as error:
+    except TooFewImages as error:
         raise UserError(f"{error}; give more images, or choose other metrics") from None
     device = pick_device(config.device)
     scores.to(device)
