@@ -195,7 +195,8 @@ def null_distribution(repeats: int) -> None:
             distances = [nearest(each, train).distances[:, 0] for each in (ours, held_out)]
             found["copying"].append(copying_test(*distances, *cells)[1].p)
             among = nearest(ours, np.concatenate([train, held_out])).indices[:, 0]
-            found["membership"].append(membership_test(among, len(train), len(held_out)).p)
+            trained, once = np.arange(1300) < 1000, np.ones(1300, dtype=int)
+            found["membership"].append(membership_test(among, trained, once).p)
         for test, p in found.items():
             below = sum(each <= 0.05 for each in p)
             interval = binomtest(below, repeats).proportion_ci()

@@ -7,3 +7,7 @@ class UserError(Exception):
     The command-line entry points print it without a traceback and exit with status 2. Mathematical packages raise
     `ValueError` in their constructors; `src.app.build.build` adds the option's name to the message.
     """
+
+
+class TooFewImages(UserError):
+    """A set of images is too small for a score."""

@@ -21,7 +21,7 @@ from src.app.sweep.jobs import option_of
 from src.data.codec import Pixels, TruncatedPixels
 from src.data.given import in_words, open_given
 from src.data.source import SPLITS, ImageSource
-from src.errors import UserError
+from src.errors import TooFewImages, UserError
 from src.evaluation.likelihood import Likelihood, score_likelihood
 from src.evaluation.memorisation import Memorisation, score_memorisation
 from src.evaluation.record import Record
@@ -165,7 +165,7 @@ def prepared_scores(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -
     try:
         labels = recipe.labels(range(n)) if config.per_class else None
         scores.check_counts(n, source, labels)
-    except UserError as error:
+    except TooFewImages as error:
         raise UserError(
             f"{error}; change n={n} or metrics{', or per_class' if config.per_class else ''}"
         ) from None
@@ -208,7 +208,7 @@ def reference_of(
         image_shape: (C, H, W) of the scored images.
 
     Raises:
-        UserError: there is no such reference, or its images have another shape.
+        UserError: there is no such reference, its images have another shape, or they lack classes that scores need.
     """
     if reference is None and own is None:
         needing = [score.name for score in scores.scores if score.needs_reference]
@@ -244,6 +244,11 @@ def reference_of(
             )
         source.check()
         source.prepare()
+    if scores.of_classes and not source.num_classes and any(score.needs_reference for score in scores.scores):
+        raise UserError(
+            f"per_class=true: reference={reference} has no classes; leave per_class out, or choose a reference with"
+            " classes"
+        )
     if split is not None:
         scores.use_split(split)
     return source
@@ -266,7 +271,7 @@ def evaluate_given(config: DictConfig, job: Path | None) -> dict[str, float]:
     source = reference_of(config.reference, scores, None, images.shape)
     try:
         scores.check_counts(n, source)
-    except UserError as error:
+    except TooFewImages as error:
         raise UserError(f"{error}; give more images, or choose other metrics") from None
     device = pick_device(config.device)
     scores.to(device)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,24 +25,38 @@ from src.runs.files import digest_of, write_json
 from src.training import post_hoc
 
 OWN = ("record", "axes")
+AXES = ("weights", "steps", "sampler", "spacing", "clipping", "variance", "guidance", "interval", "labels")
+AXES += ("precision", "bytes", "reference", "n", "seed")
+"""The axes that a record may have."""
 
 
-def _by_score(reference: Any) -> Any:
-    """The entry `reference` of several scores; that of one score gets the name ""."""
-    if not isinstance(reference, dict) or any(isinstance(each, dict) for each in reference.values()):
-        return reference
-    return {"": reference}
+def _by_score(entry: Any) -> Any:
+    """An entry of several scores, e.g. `reference`; that of one score gets the name ""."""
+    if not isinstance(entry, dict) or any(isinstance(each, dict) for each in entry.values()):
+        return entry
+    return {"": entry}
 
 
 class TheirReference(TypedDict, total=False):
     """What is read of a reference."""
 
+    data: str
     split: str
+    count: int
+    fingerprint: str
+
+
+class TheirFeatures(TypedDict, total=False):
+    """What is read of a feature space."""
+
+    name: str
+    sha256: str
 
 
 class TheirRecipe(TypedDict, total=False):
     """What is read of the recipe of a record; an entry that is missing is not known."""
 
+    training_steps: int | None
     weights: str
     ema_decay: float | None
     steps: int
@@ -61,6 +75,8 @@ class TheirProtocol(TypedDict, total=False):
 
     num_images: int
     reference: Annotated[dict[str, TheirReference | None] | None, BeforeValidator(_by_score)]
+    features: Annotated[dict[str, TheirFeatures | None] | None, BeforeValidator(_by_score)]
+    settings: dict[str, Any] | None
     recipe: TheirRecipe | None
     quantisation: str
 
@@ -105,15 +121,15 @@ def explain_scores(arguments: Sequence[str]) -> int:
             wanted = [name.strip() for name in own["axes"].strip("[]").split(",")]
         usual = other is None
         axes = usual_axes(loaded, merged, config) if usual else axes_of_record(loaded, config, theirs)
-        unknown = set(wanted or ()) - {axis.name for axis in axes}
-        if unknown and other is None:
-            names = ", ".join(axis.name for axis in axes)
+        names = list(dict.fromkeys(axis.name for axis in axes)) if usual else AXES
+        if unknown := set(wanted or ()).difference(names):
+            who = "this run has" if usual else "there is"
             raise UserError(
-                f"axes={own['axes']}: this run has no {', '.join(sorted(unknown))}; choose from {names}"
+                f"axes={own['axes']}: {who} no {', '.join(sorted(unknown))}; choose from {', '.join(names)}"
             )
         axes = [axis for axis in axes if wanted is None or axis.name in wanted]
         bench.all_codecs = any(axis.name == "bytes" for axis in axes)
-        _run(bench, loaded, axes, other)
+        _run(bench, loaded, axes, other, theirs)
     return 0
 
 
@@ -138,7 +154,9 @@ def protocol_from(record: Record, path: str) -> TheirProtocol:
         ) from None
 
 
-def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | None) -> None:
+def _run(
+    bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | None, theirs: TheirProtocol
+) -> None:
     base = bench.score()
     name = next(iter(base.record.scores))
     if other is not None and name not in other.scores:
@@ -146,25 +164,29 @@ def _run(bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | 
             f"record: it has {', '.join(other.scores) or 'no scores'} and not {name}; choose that by metrics=..."
         )
     print(f"run         {loaded.found.checkpoint}\nscore       {name} {base.text()} of {base.n:,} images")
-    gap = None
+    gap, gap_half = None, 0.0
     if other is not None:
         gap = other.scores[name] - base.value
+        if interval := other.interval(name):
+            gap_half = (interval[1] - interval[0]) / 2
         print(f"record      {name} {other.printed(name)}, a gap of {gap:+.4g}")
+        if abs(gap) <= gap_half:
+            print("warning     the gap is within the record's interval: its shares say little")
     rows: list[dict[str, Any]] = []
-    for axis in axes:
+    for axis in (*axes, *other_conditions(base.record.protocol, theirs, name)):
         if axis.options is None:
-            rows.append(_row(axis, error="cannot be made from the record"))
+            rows.append(_row(axis, error="differs, and cannot be made here"))
             continue
         print(f"scoring     {axis.name}: {axis.after}", flush=True)
         try:
-            rows.append(_row(axis, bench.score(axis.options), base, gap))
+            rows.append(_row(axis, bench.score(axis.options), base, gap, gap_half))
         except UserError as error:
             rows.append(_row(axis, error=redacted(str(error))))
     possible = [axis for axis in axes if axis.options is not None]
     if other is not None and len(possible) > 1:
         together = Axis("all of them", "", "", tuple(o for axis in possible for o in joint(axis, possible)))
         try:
-            rows.append(_row(together, bench.score(together.options), base, gap))
+            rows.append(_row(together, bench.score(together.options), base, gap, gap_half))
         except UserError as error:
             rows.append(_row(together, error=redacted(str(error))))
     _print(rows, name, gap)
@@ -206,6 +228,7 @@ def _row(
     scored: Scored | None = None,
     base: Scored | None = None,
     gap: float | None = None,
+    gap_half: float = 0.0,
     error: str | None = None,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"axis": axis.name, "before": axis.before, "after": axis.after}
@@ -222,7 +245,8 @@ def _row(
         "evaluations": scored.evaluations,
     }
     if gap:
-        row["share"], row["share_half_interval"] = change / gap, half / abs(gap)
+        row["share"] = change / gap
+        row["share_half_interval"] = math.hypot(half, row["share"] * gap_half) / abs(gap)
     return row
 
 
@@ -252,7 +276,7 @@ def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> lis
     """The axes of a run with the usual alternative on each."""
     recipe, record = loaded.recipe, loaded.record(0)
     n = config.n or IMAGES
-    axes = [Axis("weights", loaded.weights, *_other_weights(loaded, config))]
+    axes = _weights_axes(loaded, config)
     if recipe.conditioning is not None and recipe.conditioning.dropout:
         if guided(merged):
             scale = float(merged.guidance.scale)
@@ -283,10 +307,20 @@ def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> lis
     return axes
 
 
-def _other_weights(loaded: LoadedRun, config: DictConfig) -> tuple[str, tuple[str, ...]]:
-    if config.weights == "raw":
-        return "ema", ("weights=ema",)
-    return "raw", ("weights=raw",)
+def _weights_axes(loaded: LoadedRun, config: DictConfig) -> list[Axis]:
+    """Raw weights for averaged ones and the reverse, and another length of the average where there are snapshots."""
+    other = "ema" if config.weights == "raw" else "raw"
+    axes = [Axis("weights", loaded.weights, other, (f"weights={other}",))]
+    if post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER):
+        length = "0.05" if _length(loaded.weights) == 0.1 else "0.1"
+        axes.append(Axis("weights", loaded.weights, f"ema std={length}", (f"weights={length}",)))
+    return axes
+
+
+def _length(weights: str | None) -> float | None:
+    """The length of an average, e.g. of "ema std=0.05"; None for other weights."""
+    found = re.match(r"ema std=(\d+(?:\.\d+)?(?:e-?\d+)?)", weights or "")
+    return found and float(found[1])
 
 
 def axes_of_record(loaded: LoadedRun, config: DictConfig, protocol: TheirProtocol) -> list[Axis]:
@@ -337,11 +371,11 @@ def _weights_axis(loaded: LoadedRun, mine: dict[str, Any], theirs: TheirRecipe) 
 
     options: tuple[str, ...] | None = None
     name = theirs.get("weights")
-    length = re.match(r"ema std=(\d+(?:\.\d+)?(?:e-?\d+)?)", name or "")
+    length = _length(name)
     if name == "raw":
         options = ("weights=raw",)
     elif length and post_hoc.snapshots(loaded.found.folder / post_hoc.FOLDER):
-        options = (f"weights={length[1]}",)
+        options = (f"weights={length}",)
     elif name == "ema" and mine["weights"] == "raw":
         options = ("weights=ema",)
     before = words(mine["weights"], mine["ema_decay"])
@@ -380,6 +414,37 @@ def _labels(description: str) -> tuple[str, ...] | None:
     # numbers only: the record is untrusted
     entries = re.search(r"of (\[[0-9]+(?:, ?[0-9]+)*\])$", description)
     return (f"labels={entries[1].replace(' ', '')}",) if entries else None
+
+
+def other_conditions(mine: Mapping[str, Any], theirs: TheirProtocol, score: str) -> list[Axis]:
+    """What a record has that no option changes: reference data, features, settings of the score, training steps.
+
+    Args:
+        mine: the protocol of the run's score.
+        theirs: that of the record; an entry that is missing is not known.
+        score: the name of the score.
+    """
+    axes: list[Axis] = []
+
+    def compare(part: str, ours: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]) -> None:
+        for key in keys:
+            here = list(ours[key]) if isinstance(ours.get(key), tuple) else ours.get(key)
+            if key in other and other[key] != here:
+                axes.append(Axis(f"{part}.{key}", str(here), str(other[key]), None))
+
+    def both(part: str) -> list[Mapping[str, Any]]:
+        entries = [_by_score(protocol.get(part)) or {} for protocol in (mine, theirs)]
+        return [entry.get(score, entry.get("")) or {} for entry in entries]
+
+    ours, other = both("reference")
+    # another split has other images, and is an axis
+    same = other.get("split", ours.get("split")) == ours.get("split")
+    compare("reference", ours, other, ("data", "count", "fingerprint") if same else ("data",))
+    compare("features", *both("features"), ("name", "sha256"))
+    ours, other = both("settings")
+    compare("settings", ours, other, sorted(other))
+    compare("recipe", mine.get("recipe") or {}, theirs.get("recipe") or {}, ("training_steps",))
+    return axes
 
 
 def _set_axes(config: DictConfig, protocol: TheirProtocol) -> list[Axis]:

@@ -137,8 +137,17 @@ def halving(bench: Bench, candidates: list[Candidate], n: int, budget: float) ->
         candidates: the combinations; get their scores.
         n: images of the last rung.
         budget: share of the evaluations of the full grid.
+
+    Raises:
+        UserError: the first rung exceeds the budget, or no combination is possible.
     """
     sizes = rungs(n, fewest(bench, candidates)) if budget < 1 else [n]
+    if sizes[0] > budget * n:
+        share = math.ceil(100 * sizes[0] / n)
+        raise UserError(
+            f"budget={budget:g}: the first rung of {sizes[0]} images is {share} % of n={n}; give a larger n, or"
+            f" budget={share / 100:g} or more"
+        )
     alive = candidates
     allowed = math.inf
     for rung, size in enumerate(sizes):

@@ -28,10 +28,11 @@ LABELS = "labels"
 
 @dataclass(frozen=True)
 class Features:
-    """Features of images 0 to n - 1 of a sampling run.
+    """Features of the first images of a sampling run.
 
     Attributes:
-        tensors: (n, num_features) by codec and feature space; and the classes, int64 (n,), where there are any.
+        tensors: (n, num_features) by codec and feature space; and the classes, int64 (n,), where there are any. Each
+            has its own n.
         evaluations: network evaluations per image.
         sampled: how many images were sampled for this request; the others were known.
     """
@@ -108,17 +109,16 @@ class FeatureBank:
         codecs = list({codec.describe(): codec for codec in (loaded.recipe.codec, *codecs)}.values())
         wanted = {f"{codec.describe()} | {space}" for codec in codecs for space in scores.spaces}
         known = self._known.get(key) or self._read(key, identity)
-        have = 0
-        if known is not None and wanted <= known.tensors.keys():
-            have = min(len(known.tensors[name]) for name in wanted)
+        tensors = {} if known is None else dict(known.tensors)
+        have = min(len(tensors.get(name, ())) for name in wanted)
         if have < n:
             made = self._sample(loaded, scores, range(have, n), batch_size, codecs)
-            if have:
-                tensors = {
-                    name: torch.cat([known.tensors[name][:have], t]) for name, t in made.tensors.items()
-                }
-                made = Features(tensors, max(known.evaluations, made.evaluations), made.sampled)
-            known = made
+            for name, new in made.tensors.items():
+                old = tensors.get(name, new[:0])
+                if len(old) < n:  # other spaces may be known for more images
+                    tensors[name] = torch.cat([old[:have], new])
+            evaluations = max(made.evaluations, known.evaluations if known else 0)
+            known = Features(tensors, evaluations, made.sampled)
             self._write(key, identity, known)
         else:
             known = replace(known, sampled=0)

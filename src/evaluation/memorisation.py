@@ -21,6 +21,7 @@ from src.metrics.memorisation import (
     copy_ratio,
     copying_test,
     distinct,
+    in_one_set,
     membership_test,
     nearest,
 )
@@ -49,7 +50,8 @@ class Memorisation:
     - `distance_heldout_train_<space>`: mean distance of held-out images to the nearest of all training images, and
       `distance_all_train_<space>` that of generated images.
 
-    Pixels are in [0, 1]. Training images that are equal count once.
+    Pixels are in [0, 1]. Training images that are equal count once. The membership test leaves out images that are in
+    both sets.
 
     Args:
         features: the feature space.
@@ -124,7 +126,7 @@ def compare(
     """The scores, and for each generated image by space `ratio_<space>` and `nearest_<space>`, an index in `train`.
 
     Args:
-        generated, train, held_out: the images; those of `train` are distinct.
+        generated, train, held_out: the images.
         memorisation: the settings.
         seed: of the draw that reduces the larger set.
     """
@@ -132,22 +134,25 @@ def compare(
 
     scores: dict[str, float] = {}
     curve: dict[str, list[float]] = {}
+    first = distinct(train.pixels.numpy())
+    compared, occurrences = in_one_set(train.pixels.numpy(), held_out.pixels.numpy())
     features = memorisation.features.name
-    clusters = KMeans(min(memorisation.cells, max(1, len(train) // 20)), n_init=1, random_state=0)
-    clusters.fit(train.vectors[features])
+    clusters = KMeans(min(memorisation.cells, max(1, len(first) // 20)), n_init=1, random_state=0)
+    clusters.fit(train.vectors[features][first])
     cells = [clusters.predict(images.vectors[features]) for images in (generated, held_out)]
-    fewest = min(len(train), len(held_out))
+    fewest = min(len(first), len(held_out))
     kept = [
-        torch.randperm(len(images), generator=generator(seed, "memorisation", k))[:fewest].numpy()
-        for k, images in enumerate((train, held_out))
+        torch.randperm(count, generator=generator(seed, "memorisation", k))[:fewest].numpy()
+        for k, count in enumerate((len(first), len(held_out)))
     ]
     for space in train.vectors:
-        ours, seen, unseen = (images.vectors[space] for images in (generated, train, held_out))
+        ours, unseen = generated.vectors[space], held_out.vectors[space]
+        seen = train.vectors[space][first]
         k = memorisation.neighbours + 1
         to_train, from_held_out = nearest(ours, seen, k), nearest(unseen, seen, k)
-        among_all = nearest(ours, np.concatenate([seen, unseen])).indices[:, 0]
+        among_all = nearest(ours, np.concatenate([train.vectors[space], unseen])[compared]).indices[:, 0]
         ratios = copy_ratio(to_train.distances)
-        membership = membership_test(among_all, len(seen), len(unseen))
+        membership = membership_test(among_all, compared < len(train), occurrences)
         statistic, copying = copying_test(to_train.distances[:, 0], from_held_out.distances[:, 0], *cells)
         scores |= {
             f"copied_{space}": float((ratios < memorisation.threshold).mean()),
@@ -164,7 +169,7 @@ def compare(
             f"distance_heldout_train_{space}": float(from_held_out.distances[:, 0].mean()),
         }
         curve[f"ratio_{space}"] = ratios.tolist()
-        curve[f"nearest_{space}"] = to_train.indices[:, 0].tolist()
+        curve[f"nearest_{space}"] = first[to_train.indices[:, 0]].tolist()
     return scores, curve
 
 
@@ -222,11 +227,18 @@ def score_memorisation(
             f"metrics.held_out={memorisation.held_out}: this split has {len(held_out)} images; choose another split,"
             " or data with held-out images"
         )
-    first = torch.from_numpy(distinct(trained.numpy()))
-    if len(first) <= memorisation.neighbours + 1:
+    both = (trained, held_out, torch.cat([trained, held_out]))
+    different, different_held_out, of_both = (len(distinct(pixels.numpy())) for pixels in both)
+    if different <= memorisation.neighbours + 1:
         raise UserError(
-            f"metrics.neighbours={memorisation.neighbours}: there are {len(first)} different training images; choose"
+            f"metrics.neighbours={memorisation.neighbours}: there are {different} different training images; choose"
             " fewer neighbours"
+        )
+    in_both = different + different_held_out - of_both
+    if in_both == different_held_out:
+        raise UserError(
+            f"metrics.held_out={memorisation.held_out}: all images of this split are training images, too; choose"
+            " another split, or data with held-out images"
         )
     made, evaluations = [], 0
     with tqdm(desc="memorisation: generating", total=n, unit="image", delay=2, leave=False) as progress:
@@ -234,17 +246,18 @@ def score_memorisation(
             made.append(batch.images.cpu())
             evaluations = max(evaluations, batch.evaluations)
             progress.update(len(batch.images))
-    generated, seen, unseen = (
-        embed(pixels, features) for pixels in (torch.cat(made), trained[first], held_out)
-    )
+    generated, seen, unseen = (embed(pixels, features) for pixels in (torch.cat(made), trained, held_out))
     scores, curve = compare(generated, seen, unseen, memorisation, seed)
-    for name in [name for name in curve if name.startswith("nearest")]:
-        curve[name] = [int(first[int(k)]) for k in curve[name]]
     protocol = {
         "memorisation": memorisation.settings(),
         "data": source.name,
-        "train": {"images": len(trained), "distinct": len(first), "fingerprint": source.fingerprint("train")},
-        "held_out": {"images": len(held_out), "fingerprint": source.fingerprint(memorisation.held_out)},
+        "train": {"images": len(trained), "distinct": different, "fingerprint": source.fingerprint("train")},
+        "held_out": {
+            "images": len(held_out),
+            "distinct": different_held_out,
+            "fingerprint": source.fingerprint(memorisation.held_out),
+        },
+        "in_both": in_both,
         "features": features.describe(),
         "num_images": n,
         "seed": seed,

@@ -170,7 +170,8 @@ class ScoreSet:
             labels: their classes, int64 (count,); for scores of each class.
 
         Raises:
-            UserError: a set is too small.
+            TooFewImages: a set is too small.
+            UserError: a score needs images, and the reference has only statistics.
         """
         for score in self._all:
             generated = count if score.label is None else int((labels == score.label).sum())

@@ -141,7 +141,9 @@ def copying_test(
     return statistic, TestResult(z, float(norm.cdf(z)))
 
 
-def membership_test(neighbours: NDArray[np.int64], train: int, held_out: int) -> TestResult:
+def membership_test(
+    neighbours: NDArray[np.int64], trained: NDArray[np.bool_], occurrences: NDArray[np.int64]
+) -> TestResult:
     """Are generated images nearest to training images more often than chance allows?
 
     The nearest image of each generated one is looked for among training and held-out images together. If the generated
@@ -151,22 +153,53 @@ def membership_test(neighbours: NDArray[np.int64], train: int, held_out: int) ->
     and its distribution is nearly normal. Unlike distances, this does not depend on how good or how typical the
     generated images are.
 
+    Of the images that are in one of the sets only, those that occur twice are training images more often than those
+    that occur once, if the training set is the larger one. So the sample is drawn among images that occur equally
+    often. Images of which none is held out (e.g. training images that were repeated on purpose) count as occurring
+    once.
+
     Args:
-        neighbours: index of the nearest image, shape (n,); below `train` for a training image.
-        train, held_out: number of distinct training and held-out images.
+        neighbours: index of the nearest of the images, shape (n,).
+        trained: whether each image is a training image, shape (m,); the images are distinct, see `in_one_set`.
+        occurrences: how often each is in its set, shape (m,).
 
     Returns:
-        z, positive if training images are nearest too often, with its upper p value.
+        z, positive if training images are nearest too often, with its upper p value; NaN if no images of one group are
+        in both sets.
     """
-    total = train + held_out
-    counts = np.bincount(neighbours, minlength=total).astype(float)
-    variance = train * held_out / total * counts.var(ddof=1)
-    z = (counts[:train].sum() - train * counts.mean()) / variance**0.5
-    return TestResult(float(z), float(norm.sf(z)))
+    counts = np.bincount(neighbours, minlength=len(trained)).astype(float)
+    occurrences = np.where(np.isin(occurrences, occurrences[~trained]), occurrences, 1)
+    excess = variance = 0.0
+    for number in np.unique(occurrences):
+        found, seen = counts[occurrences == number], trained[occurrences == number]
+        train, held_out = seen.sum(), (~seen).sum()
+        if train and held_out:
+            excess += found[seen].sum() - train * found.mean()
+            variance += train * held_out / len(found) * found.var(ddof=1)
+    z = float(excess / variance**0.5) if variance else float("nan")
+    return TestResult(z, float(norm.sf(z)))
 
 
 def distinct(images: NDArray) -> NDArray[np.int64]:
     """Indices of the first of each set of equal images, increasing; images of any shape (n, ...)."""
+    return np.sort(np.unique(_rows(images), return_index=True)[1])
+
+
+def in_one_set(train: NDArray, held_out: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct images that are in one of two sets only, of any equal shapes (n, ...).
+
+    Returns:
+        Indices in the concatenated sets, increasing, of the first of equal images; and how often each occurs.
+    """
+    rows = _rows(np.concatenate([train, held_out]))
+    _, first, image, occurrences = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+    seen = np.bincount(image[: len(train)], minlength=len(first))
+    chosen = np.flatnonzero((seen == 0) | (seen == occurrences))
+    chosen = chosen[first[chosen].argsort()]
+    return first[chosen], occurrences[chosen]
+
+
+def _rows(images: NDArray) -> NDArray[np.void]:
+    """One comparable element for each image."""
     flat = np.ascontiguousarray(images.reshape(len(images), -1))
-    rows = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()
-    return np.sort(np.unique(rows, return_index=True)[1])
+    return flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()

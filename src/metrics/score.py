@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.errors import UserError
+from src.errors import TooFewImages, UserError
 from src.metrics.features import FeatureExtractor
 from src.metrics.uncertainty import Interval
 
@@ -200,11 +200,11 @@ class FidelityScore(Metric):
             whose: name of the set for messages, e.g. "the generated set".
 
         Raises:
-            UserError: the set is too small.
+            TooFewImages: the set is too small.
         """
         if count < self.smallest:
             because = f" ({self.because})" if self.because else ""
-            raise UserError(
+            raise TooFewImages(
                 f"{self.name}{self._of_class} needs at least {self.smallest} images{because}, but {whose} has {count}"
             )
 

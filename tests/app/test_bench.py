@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.app.bench import Bench, Scored, in_hydra, overrides_of
-from src.app.explain import _guidance_axes, _labels
+from src.app.explain import Axis, _guidance_axes, _labels, _row, other_conditions
 from src.app.search import Candidate, affordable, rungs, without_repeats
 from src.app.sweep.jobs import combinations
 from src.diffusion.sampler import DDIM, DDPM, Heun
@@ -77,6 +77,46 @@ def test_labels_of_a_record():
     assert _labels("none") is None
     assert _labels("image i has entry i mod 1 of [${oc.env:TOKEN}]") is None
     assert _labels("image i has text i mod 2 of ['a', 'b'], encoded by CLIP") is None
+
+
+def test_conditions_of_a_record_that_no_option_makes_are_listed():
+    reference = {"data": "digits", "split": "train", "count": 1504, "fingerprint": "abc"}
+    mine = {
+        "reference": reference,
+        "features": {"name": "digits", "sha256": "cafe", "num_features": 64},
+        "settings": {"subsets": 100, "sizes": (1, 2)},
+        "recipe": {"training_steps": 20, "steps": 5},
+    }
+
+    def found(**theirs):
+        rows = other_conditions(mine, theirs, "kd")
+        assert all(row.options is None for row in rows)
+        return {row.name: (row.before, row.after) for row in rows}
+
+    assert found() == {}
+    assert found(**{**mine, "settings": {"subsets": 100, "sizes": [1, 2]}}) == {}
+    assert found(
+        reference={"kd": {**reference, "data": "cifar10", "count": 777}, "accuracy": None},
+        features={"kd": {"sha256": "beef"}},
+        settings={"kd": {"subsets": 10}},
+        recipe={"training_steps": 999, "steps": 18},
+    ) == {
+        "reference.data": ("digits", "cifar10"),
+        "reference.count": ("1504", "777"),
+        "features.sha256": ("cafe", "beef"),
+        "settings.subsets": ("100", "10"),
+        "recipe.training_steps": ("20", "999"),
+    }
+    # another split is an axis of its own, and has other images
+    assert found(reference={"data": "digits", "split": "test", "count": 146, "fingerprint": "def"}) == {}
+
+
+def test_the_share_of_a_gap_includes_the_interval_of_the_gap():
+    effects = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    base, variant = scored(effects, 1.0), scored(effects, 1.5)
+    axis = Axis("steps", "5", "10", ("sampler.steps=10",))
+    assert _row(axis, variant, base, gap=2.0)["share_half_interval"] == pytest.approx(0, abs=1e-6)
+    assert _row(axis, variant, base, 2.0, 1.0)["share_half_interval"] == pytest.approx(0.25 * 1.0 / 2.0)
 
 
 def test_options_of_a_variant_replace_those_of_all():

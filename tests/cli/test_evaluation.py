@@ -133,7 +133,27 @@ def test_bad_input_is_one_line(command, tmp_path, capsys, options, words):
     np.savez(tmp_path / "wide.npz", np.zeros((3, 8, 9), dtype=np.uint8))
     np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
     assert command("evaluate", *options) == 2
-    assert_one_line(capsys.readouterr().err, words)
+    err = capsys.readouterr().err
+    assert_one_line(err, words)
+    assert ("give more images" in err) == ("needs at least" in err)
+
+
+@pytest.mark.usefixtures("images")
+def test_scores_of_classes_need_a_reference_with_classes(tmp_path):
+    from src.app.evaluate import reference_of
+    from src.errors import UserError
+    from src.evaluation.scores import ScoreSet
+    from src.metrics.features import ClassifierFeatures
+    from src.metrics.fidelity import Accuracy, FrechetDistance
+
+    features = ClassifierFeatures("digits")
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
+    for name in ("some.npz", "moments.npz"):
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=f"^per_class=true: reference={path} has no classes"):
+            reference_of(path, ScoreSet([FrechetDistance(features)], num_classes=2), None, (1, 8, 8))
+        for scores in (ScoreSet([FrechetDistance(features)]), ScoreSet([Accuracy(features)], num_classes=2)):
+            assert reference_of(path, scores, None, (1, 8, 8)).name == name
 
 
 def test_features_that_are_not_finite_are_one_line(command, capsys, monkeypatch):
@@ -202,7 +222,7 @@ def test_explain_resolves_nothing_from_a_record(command, run, tmp_path, capsys, 
     assert "hunter2secret" not in printed.out + printed.err + written
     rows = {row["axis"]: row for row in json.loads(written)["axes"]}
     assert set(rows) == set(recipe)
-    assert all(row["error"] == "cannot be made from the record" for row in rows.values())
+    assert all(row["error"] == "differs, and cannot be made here" for row in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +253,7 @@ def test_missing_entries_of_a_record_are_not_known(command, run, tmp_path):
     assert status == 0
     (row,) = json.loads(written)["axes"]
     assert (row["axis"], row["after"]) == ("weights", "not known decay 0.5")
-    assert row["error"] == "cannot be made from the record"
+    assert row["error"] == "differs, and cannot be made here"
     # several scores, of which one has no reference
     reference = {"fd_digits": {"data": "digits", "split": "test"}, "accuracy_digits": None}
     status, written = explained(command, run, tmp_path, None, reference=reference)
@@ -278,6 +298,18 @@ def test_explain_without_a_record_tries_the_usual_axes(command, run, capsys):
         assert f"scoring     {name}" in printed
 
 
+def test_explain_tries_raw_weights_and_another_length(run):
+    from src.app.bench import Bench
+    from src.app.explain import usual_axes
+
+    bench = Bench([f"run={run}", "sampler=ddim", "sampler.steps=2"])
+    loaded, merged, config = bench.load()
+    for weights, length in (("ema", "0.1"), ("ema std=0.05", "0.1"), ("ema std=0.1", "0.05")):
+        axes = usual_axes(replace(loaded, weights=weights), merged, config)
+        options = [axis.options for axis in axes if axis.name == "weights"]
+        assert options == [("weights=raw",), (f"weights={length}",)]
+
+
 def test_search_finds_the_best_of_a_small_grid(command, run, capsys):
     grid = ["sampler.steps=1,3", "guidance.scale=1,2", "n=64", "metrics=fd_digits"]
     assert command("search", f"run={run}", *grid, "budget=0.8") == 0
@@ -296,12 +328,21 @@ def test_search_finds_the_best_of_a_small_grid(command, run, capsys):
         (["explain"], ["run is missing"]),
         (["explain", "run=RUN", "axes=[colour]"], ["axes=[colour]", "choose from weights"]),
         (["explain", "run=RUN", "record=nowhere.json"], ["nowhere.json"]),
+        (
+            ["explain", "run=RUN", "record=theirs.json", "axes=stepz"],
+            ["axes=stepz", "no stepz", "weights, steps"],
+        ),
         (["search", "run=nowhere"], ["run=nowhere"]),
         (["search", "run=RUN", "n=10,20"], ["n: all combinations have one value"]),
         (["search", "run=RUN", "sampler.steps=1,2", "budget=2"], ["budget=2", "(0, 1]"]),
+        (
+            ["search", "run=RUN", "sampler.steps=1,2", "n=600", "metrics=kd_digits", "budget=0.2"],
+            ["budget=0.2", "first rung of 600 images is 100 % of n=600", "budget=1"],
+        ),
     ],
 )
-def test_bad_commands_are_one_line(command, run, capsys, arguments, words):
+def test_bad_commands_are_one_line(command, run, tmp_path, capsys, arguments, words):
+    (tmp_path / "theirs.json").write_text('{"scores": {"fd_digits": 3.0}, "protocol": {}}')
     assert command(*(argument.replace("RUN", str(run)) for argument in arguments)) == 2
     assert_one_line(capsys.readouterr().err, words)
 

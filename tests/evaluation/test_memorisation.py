@@ -49,6 +49,16 @@ def test_copies_are_found_with_the_image_that_was_copied(memorisation, sets):
     assert shown.size[0] > shown.size[1]
 
 
+def test_images_of_both_sets_are_not_compared(memorisation, sets):
+    train, held_out, fresh = (each.pixels for each in sets)
+    both = torch.cat([held_out, train[:200], train[:200]])
+    found = compare(*(embed(each, memorisation.features) for each in (fresh, train, both)), memorisation)[0]
+    expected = compare(
+        *(embed(each, memorisation.features) for each in (fresh, train[200:], held_out)), memorisation
+    )[0]
+    assert found["membership_z_pixels"] == expected["membership_z_pixels"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +81,8 @@ def test_evaluate_writes_a_record_and_a_picture(command, tmp_path, capsys):
     (folder,) = (run / "scores").glob("memorisation*")
     record = json.loads((folder / "scores.json").read_text())
     assert record["protocol"]["train"]["distinct"] <= record["protocol"]["train"]["images"] == 1504
+    assert record["protocol"]["held_out"]["distinct"] <= record["protocol"]["held_out"]["images"]
+    assert record["protocol"]["in_both"] >= 0
     assert record["protocol"]["recipe"]["steps"] == 2
     assert len(record["curve"]["ratio_digits"]) == 20
     assert 0 < len(record["curve"]["attractive_pixels"]) <= 20

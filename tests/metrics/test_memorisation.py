@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, mannwhitneyu
 
-from src.metrics.memorisation import attraction, copy_ratio, copying_test, distinct, membership_test, nearest
+from src.metrics.memorisation import (
+    attraction,
+    copy_ratio,
+    copying_test,
+    distinct,
+    in_one_set,
+    membership_test,
+    nearest,
+)
 
 
 def fresh(seed, *sizes, d=4):
@@ -68,16 +76,50 @@ def test_membership_has_the_moments_of_random_labels():
     for _ in range(4000):
         label = rng.permutation(30)
         sums.append((label[neighbours] < 20).sum())
-    found = membership_test(neighbours, 20, 10)
+    found = membership_test(neighbours, np.arange(30) < 20, np.ones(30, dtype=int))
     expected = ((neighbours < 20).sum() - np.mean(sums)) / np.std(sums)
     assert found.z == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("near_the_data", [False, True])
+def test_repeated_images_give_no_false_alarms_of_membership(near_the_data):
+    z = []
+    for k in range(50):
+        rng = np.random.default_rng(k)
+        points = rng.normal(size=(300, 4))
+        repeated = rng.permutation(np.concatenate([points, points[:150]]))
+        generated = rng.normal(size=(200, 4))
+        if near_the_data:  # more near the repeated ones
+            generated = repeated[rng.integers(0, 450, size=200)] + 0.05 * generated
+        z.append(membership(generated, repeated[:300], repeated[300:]).z)
+    assert abs(np.mean(z)) < 0.45
+    assert 0.8 < np.std(z) < 1.25
+
+
+def test_repeated_training_images_that_are_copied_are_found():
+    train, held_out, noise = fresh(0, 100, 100, 100)
+    train[50:] = train[:10].repeat(5, axis=0)
+    assert membership(train[50:] + 0.01 * noise[50:], train, held_out).z > 3
+    assert np.isnan(membership(noise, train, train[:30]).z)
+
+
+def test_images_in_one_set():
+    train, held_out = np.array([[5], [3], [5], [2], [4]]), np.array([[1], [3], [6], [1]])
+    chosen, occurrences = in_one_set(train, held_out)
+    assert chosen.tolist() == [0, 3, 4, 5, 7]
+    assert occurrences.tolist() == [2, 1, 1, 2, 1]
 
 
 def p_values(generated, train, held_out):
     cells = [(each[:, 0] > 1.5).astype(int) for each in (generated, held_out)]
     distances = [nearest(each, train).distances[:, 0] for each in (generated, held_out)]
-    among = nearest(generated, np.concatenate([train, held_out])).indices[:, 0]
-    return copying_test(*distances, *cells)[1].p, membership_test(among, len(train), len(held_out)).p
+    return copying_test(*distances, *cells)[1].p, membership(generated, train, held_out).p
+
+
+def membership(generated, train, held_out):
+    chosen, occurrences = in_one_set(train, held_out)
+    among = nearest(generated, np.concatenate([train, held_out])[chosen]).indices[:, 0]
+    return membership_test(among, chosen < len(train), occurrences)
 
 
 def test_p_values_of_fresh_images_are_uniform():
