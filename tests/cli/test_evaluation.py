@@ -298,12 +298,13 @@ def test_explain_without_a_record_tries_the_usual_axes(command, run, capsys):
         assert f"scoring     {name}" in printed
 
 
-def test_explain_tries_raw_weights_and_another_length(run):
+def test_explain_tries_raw_weights_and_another_length(run, monkeypatch):
     from src.app.bench import Bench
     from src.app.explain import usual_axes
 
     bench = Bench([f"run={run}", "sampler=ddim", "sampler.steps=2"])
     loaded, merged, config = bench.load()
+    monkeypatch.setattr("src.app.explain.post_hoc.snapshots", lambda folder: [folder / "step_1"])
     for weights, length in (("ema", "0.1"), ("ema std=0.05", "0.1"), ("ema std=0.1", "0.05")):
         axes = usual_axes(replace(loaded, weights=weights), merged, config)
         options = [axis.options for axis in axes if axis.name == "weights"]
