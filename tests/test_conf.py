@@ -541,6 +541,7 @@ def test_jit_on_imagenet_fits_together(assembled, monkeypatch):
     assert experiment.module.denoiser.network.image_shape == (3, 64, 64)
 
 
+@pytest.mark.slow
 def test_every_row_of_the_speed_run_fits_together_and_differs_from_the_baseline(assembled):
     seen = {}
     for row in choices("speedrun"):

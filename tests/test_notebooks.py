@@ -27,7 +27,13 @@ def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith("01"))
+        for path in NOTEBOOKS
+    ],
+)
 def test_runs(path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)

@@ -20,6 +20,7 @@ NEEDS = {
     "model=encoder_tiny": ["conditioning=class", "loss=classification"],
     "loss=mean_flow": ["schedule=rectified_flow", "model.second_time=true"],
     "loss=shortcut": ["schedule=rectified_flow", "model.second_time=true"],
+    "loss=continuous_consistency": ["schedule=rectified_flow", "model.second_time=true"],
     "loss=consistency": ["schedule=rectified_flow"],
     "variance=learned": ["loss=vlb"],
     "variance=learned_range": ["loss=vlb"],

@@ -22,6 +22,7 @@ ORIGIN = {
     "accumulation": 1,
     "machine": {"torch": "2.9.0", "device": "cpu", "threads": "1"},
     "config": flat({"seed": 0, "batch_size": 16, "optimizer": {"lr": 0.1}, "logger": {"csv": {"x": 1}}}),
+    "paired": "",
     "deterministic": True,
 }
 

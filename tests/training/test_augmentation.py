@@ -76,6 +76,7 @@ def test_the_network_reads_how_an_image_was_transformed():
     assert seen[0][2] is None
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit_and_samples_read_zeros(command, tmp_path, monkeypatch):
     options = ["augmentation=edm", "augmentation.probability=0.5", "regularizer=dispersive", *SMALL]
     options += ["conditioning=class", "conditioning.dropout=0.2", "model.dropout=0.1"]

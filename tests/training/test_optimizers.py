@@ -82,7 +82,11 @@ def test_average_is_that_of_the_packages_eval_mode():
 
 
 @pytest.mark.parametrize(
-    "options", [("optimizer=muon", "model=dit_tiny", "model.width=32"), FREE], ids=["muon", "free"]
+    "options",
+    [
+        pytest.param(("optimizer=muon", "model=dit_tiny", "model.width=32"), id="muon"),
+        pytest.param(FREE, id="free", marks=pytest.mark.slow),
+    ],
 )
 def test_resuming_is_exact_with_previews_and_validation(command, only_run, tmp_path, options):
     quick = [o for o in FEW if "dit" not in str(options) or "base_channels" not in o]

@@ -131,6 +131,7 @@ def test_two_processes_equal_one_where_the_term_is_of_single_images(tmp_path, we
     assert (dispersive - trained(0, 1, weights, "dispersive")).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit_with_the_same_encoder_only(command, tmp_path, capfd):
     path = file_of_weights(tmp_path)
     options = ["regularizer=repa", f"regularizer.model={MODEL}", f"regularizer.weights={path}"]
