@@ -1,21 +1,21 @@
 """Cost of a sampling step outside the network, in microseconds: a two-pass floor, this project and diffusers.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.sampling [--device cuda]
+    OMP_NUM_THREADS=1 python -m benchmarks.sampling [--device cuda] [--json FILE]
 
 The network returns a stored tensor, so only the sampler is measured. The floor is x.mul_(a).add_(eps, alpha=b).
 Needs an idle machine. The ratios use the lowest times, since other load can only increase a time.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import machine, spread, write_json
 from src.diffusion.clipping import StaticClipping
 from src.diffusion.denoiser import Denoiser
 from src.diffusion.parameterization import Eps
@@ -95,22 +95,28 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     keep_freed_memory()  # as the entry points do on the CPU
     console = Console(width=120)
-    console.print(
-        f"{device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores,"
-        f" torch {torch.__version__}"
-    )
+    console.print(f"{device}; {machine()['text']}")
+    found = {}
     for shape, rounds in ROUNDS.items():
         with console.status("x".join(map(str, shape))):
             costs = measure(rows(torch.randn(shape, device=device)), rounds, synchronize)
         base = min(costs["floor"])
-        table = Table("", "median us/step", "lowest", "of the floor", title="x".join(map(str, shape)))
-        for name, values in costs.items():
-            table.add_row(name, f"{median(values):,.0f}", f"{min(values):,.0f}", f"{min(values) / base:.2f}")
+        title = "x".join(map(str, shape))
+        table = Table("", "median us/step", "spread", "lowest of the floor's", title=title)
+        found[title] = {name: spread(values) for name, values in costs.items()}
+        for name, each in found[title].items():
+            ratio = each["low"] / base
+            table.add_row(
+                name, f"{each['median']:,.0f}", f"{each['low']:,.0f}-{each['high']:,.0f}", f"{ratio:.2f}"
+            )
         console.print(table)
+    write_json(arguments.json, {"microseconds_per_step": found})
 
 
 if __name__ == "__main__":
