@@ -49,10 +49,9 @@ def main() -> None:
     )
     parser.add_argument("sweeps", type=Path, nargs="+")
     ended = [each for sweep in parser.parse_args().sweeps for each in results_of(sweep)]
-    found = {(result.options[OPTION], result.seed): (result, count) for result, count, _ in ended}.values()
-    steps: dict[str, list[int]] = {}
-    for result, count in found:
-        steps.setdefault(result.options[OPTION], []).append(count)
+    found = {(result.options[OPTION], result.seed): (result, count) for result, count, _ in ended}
+    rows = {row for row, _ in found}
+    complete = [each for (_, seed), each in found.items() if all((row, seed) in found for row in rows)]
     budgets = sorted({budget for _, _, budget in ended})
     if len(budgets) != 1:
         raise SystemExit(
@@ -63,8 +62,8 @@ def main() -> None:
     print(
         f"| row | steps | ms a step | {SCORE} | from the best | seeds |\n| --- | --- | --- | --- | --- | --- |"
     )
-    for row in marginal_means([result for result, _ in found]):
-        count = fmean(steps[row.value])
+    for row in marginal_means([result for result, _ in complete]):
+        count = fmean(steps for result, steps in complete if result.options[OPTION] == row.value)
         milliseconds = 1000 * budgets[0] / count
         print(
             f"| {row.value} | {count:,.0f} | {milliseconds:.0f} | {shown(row.mean)} | {shown(row.difference)}"

@@ -154,25 +154,15 @@ class ContinuousConsistencyLoss(MeanFlowLoss):
     tangent's norm. Its noise schedule (here straight), learned weight and warm-up of the tangent are left out.
 
     Args:
-        denoiser: the denoiser whose network is trained; with a second time.
-        time_sampling: the distribution of t.
+        denoiser, time_sampling, constant, tangent: see `MeanFlowLoss`; the times are those of t.
         share: the expected share of images with s = 0, the others are flow matching; 1 in the paper.
-        power, constant: of the adaptive weight.
-        tangent: see `MeanFlowLoss`.
+        power: of the adaptive weight; 1/2 is the paper's normalisation.
+
+    Raises:
+        ValueError: see `MeanFlowLoss`.
     """
 
     name = "continuous_consistency"
-
-    def __init__(
-        self,
-        denoiser: BaseDenoiser,
-        time_sampling: TimeSampling,
-        share: float = 1.0,
-        power: float = 0.5,
-        constant: float = 1e-3,
-        tangent: Literal["data", "network"] = "data",
-    ):
-        super().__init__(denoiser, time_sampling, share, power, constant, tangent)
 
     def draw(self, n, generator):
         t = self.time_sampling(n, self.denoiser.schedule, generator)
