@@ -378,6 +378,17 @@ def test_the_table_shows_brackets(tmp_path, capsys):
     assert shown.count("failed") == 1
 
 
+def test_without_records_the_direction_of_a_score_follows_from_its_name(tmp_path, capsys):
+    """In sweeps of earlier releases."""
+    sweep = Sweep("evaluate", tmp_path, ["sampler.steps=5,10", "run=x"])
+    for job, value in zip(sweep.jobs, (0.2, 0.9), strict=True):
+        job.folder.mkdir()
+        job.close(scores={"accuracy_digits": value})
+    print_tables(sweep, sweep.outcomes())
+    means = capsys.readouterr().out.partition("what matters")[2]
+    assert means.index("sampler.steps=10") < means.index("sampler.steps=5")
+
+
 def test_the_reason_of_a_failure_is_that_of_the_last_start(tmp_path, monkeypatch):
     (job,) = Sweep("train", tmp_path, ["data=digits"]).jobs
     job.folder.mkdir()

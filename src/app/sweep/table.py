@@ -44,7 +44,8 @@ def print_tables(sweep: Sweep, outcomes: dict[int, dict[str, Any]], pairs: bool 
     console.print(table)
     score, results = monitored(sweep.jobs, outcomes)
     better = (higher_is_better(score, record) for record in records.values() if score in record.scores)
-    rows = marginal_means(results, bool(next(better, False)))
+    by_name = higher_is_better(score, Record({}, {}))  # jobs of earlier releases have no record
+    rows = marginal_means(results, bool(next(better, by_name)))
     if rows:
         means = Table("option", f"mean {score}", "difference from the best", "results", title="what matters")
         for row in rows:
