@@ -164,6 +164,17 @@ class ContinuousConsistencyLoss(MeanFlowLoss):
 
     name = "continuous_consistency"
 
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        time_sampling: TimeSampling,
+        share: float = 1.0,
+        power: float = 0.5,
+        constant: float = 1e-3,
+        tangent: Literal["data", "network"] = "data",
+    ):
+        super().__init__(denoiser, time_sampling, share, power, constant, tangent)
+
     def draw(self, n, generator):
         t = self.time_sampling(n, self.denoiser.schedule, generator)
         return torch.stack([t, t.where(~moving(n, self.share, generator), torch.zeros_like(t))], dim=1)
