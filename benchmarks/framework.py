@@ -4,7 +4,9 @@
 
 The network multiplies its input by one weight. The bare loop has the same batch size, loss, clipping, optimiser and
 average. The next row is the same step in Lightning's Trainer. The others are this project's: the module in the Trainer,
-then with each callback of the default training, then the whole default training as `python -m src.train` assembles it.
+then with each callback of the default training that acts at every step, then all these, then with the reference band of
+the recipe, too. Validation, previews, checkpoints and scores act every so many steps, and are left out: their costs
+are those of the network.
 Times are CPU times, which are those of the clock on an idle machine and suffer less from other load. Rounds are
 interleaved. `--profile` lists the functions in which the time is spent.
 """
@@ -13,12 +15,14 @@ import argparse
 import cProfile
 import itertools
 import logging
+import math
 import os
 import pstats
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +39,7 @@ from src.app.sweep.jobs import composed
 from src.diffusion.schedule import Cosine
 from src.model import Network
 from src.runs.machine import keep_freed_memory, skip_driver_search
+from src.training.callbacks.reference_bands import ReferenceBands
 
 # Steps that are not measured at the start of each round.
 WARM_UP = 50
@@ -148,20 +153,22 @@ def lightning(steps: int) -> float:
     return clock.seconds()
 
 
-def ours(steps: int, callbacks: Sequence[str]) -> float:
-    """Seconds per step of the default training on the digits, with these callbacks."""
+def ours(steps: int, callbacks: Sequence[str], bands: str = "none") -> float:
+    """Seconds per step of the default training on the digits, with these callbacks and this reference band."""
     # the bar would fill the terminal; it is drawn every N steps, and drawing is its smallest part
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        experiment, clock = prepared(Path(folder), steps, callbacks)
+        experiment, clock = prepared(Path(folder), steps, callbacks, bands)
         experiment.trainer.fit(experiment.module, experiment.data)
     return clock.seconds()
 
 
-def prepared(folder: Path, steps: int, callbacks: Sequence[str]) -> tuple[Experiment, Clock]:
+def prepared(
+    folder: Path, steps: int, callbacks: Sequence[str], bands: str = "none"
+) -> tuple[Experiment, Clock]:
     """A training of the free network, and the clock of its steps."""
     register()
     options = [f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "logger=csv", "metrics=none"]
-    options += ["bands=none"]
+    options += [f"bands={bands}"]
     config = composed("train", options)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
@@ -173,6 +180,9 @@ def prepared(folder: Path, steps: int, callbacks: Sequence[str]) -> tuple[Experi
     denoiser, clock = experiment.module.denoiser, Clock()
     denoiser.network = Free(denoiser.network.image_shape)
     experiment.trainer.callbacks.insert(0, clock)
+    for callback in experiment.trainer.callbacks:
+        if isinstance(callback, ReferenceBands):  # this network leaves each band, which must not be recorded
+            callback.band = replace(callback.band, limit=math.inf)
     return experiment, clock
 
 
@@ -204,6 +214,7 @@ def main() -> None:
     for name in CALLBACKS:
         rows[f"module, {name}"] = lambda steps, name=name: ours(steps, (name,))
     rows["module, all callbacks"] = lambda steps: ours(steps, CALLBACKS)
+    rows["and a reference band"] = lambda steps: ours(steps, CALLBACKS, "digits")
     measured: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(arguments.rounds):
         for name, run in rows.items():

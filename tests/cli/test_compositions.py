@@ -71,6 +71,17 @@ def test_labels_reach_the_network(command, only_run):
 
 
 @pytest.mark.slow(reason="compiling takes a minute or more")
+def test_compiled_training_equals_the_plain_one(command, tmp_path):
+    trained = []
+    for compiled in ("true", "false"):
+        options = [f"compile={compiled}", "trainer.precision=64-true", "trainer.max_steps=5", "callbacks=none"]
+        assert command("train", *QUICK, *options, f"hydra.run.dir={tmp_path / compiled}") == 0
+        path = tmp_path / compiled / "checkpoints" / "step_00000005.ckpt"
+        trained.append(torch.load(path, weights_only=True)["state_dict"])
+    torch.testing.assert_close(*trained, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow(reason="compiling takes a minute or more")
 def test_compiled_network_resumes(command, only_run):
     assert command("train", *QUICK, "compile=true", "trainer.max_steps=3", "callbacks=none") == 0
     assert command("train", "ckpt=last", "trainer.max_steps=6", "compile=false") == 0
