@@ -4,8 +4,10 @@
     python -m benchmarks.few_step --cost
 
 Trains through the command line, one run after the other (some minutes each on one core), and scores each run with
-1,000 images. What exists is not repeated. All have the same network, optimiser, batches and seeds. --cost measures the
-processor's time of a training step instead, in turns.
+1,000 images. What exists is not repeated. All have the same network, optimiser, batches and seeds. A distilled model
+starts from the flow of the same seed and trains for --steps more; progressive distillation shares them among its rounds
+of 8, 4, 2 and 1 steps, and each number of evaluations is that of the round's student. --cost measures the processor's
+time of a training step instead, in turns.
 """
 
 import argparse
@@ -35,7 +37,6 @@ ROWS = {
     "mean flow": (MEAN_FLOW, "flow_map", "euler"),
     "improved mean flow": ([*MEAN_FLOW, "loss.tangent=network"], "flow_map", "euler"),
     "shortcut": (["experiment=shortcut_digits"], "flow_map", "euler"),
-    "mean flow, label_scale=999": ([*MEAN_FLOW, "schedule.label_scale=999"], "flow_map", "euler"),
     "continuous consistency": (
         [
             *MEAN_FLOW,
@@ -48,7 +49,12 @@ ROWS = {
         None,
     ),
     "consistency": (["experiment=consistency_digits"], "consistency", None),
+    "consistency distillation": ([*FLOW, "loss=consistency", "sampler=consistency"], "consistency", None),
+    "progressive distillation": ([*FLOW, "loss=progressive", "sampler=euler"], "euler", None),
 }
+DISTILLED = ("consistency distillation", "progressive distillation")
+ROUNDS = (8, 4, 2, 1)
+"""Steps of the students of progressive distillation."""
 FEW, MANY = (1, 2, 4), 50
 
 
@@ -92,28 +98,41 @@ def cell(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def scores_of_row(runs: Path, row: str, steps: int, seed: int) -> dict[int, float]:
+    """fd_digits by number of evaluations; trains what does not exist."""
+    recipe, few, many = ROWS[row]
+    plain = [f"seed={seed}", "logger=csv", "trainer=cpu", "trainer.precision=32-true", "metrics=none"]
+
+    def folder(name: str) -> Path:
+        return runs / f"{re.sub('[^a-z0-9]+', '_', name)}_{steps}_{seed}"
+
+    def options(length: int, teacher: Path | None) -> list[str]:
+        every = [f"callbacks.{name}.every={length}" for name in ("sample_images", "checkpoints")]
+        origin = [f"loss.run={teacher}", f"init={teacher}"] if teacher else []
+        return [*recipe, *plain, f"trainer.max_steps={length}", *every, *origin]
+
+    teacher = None
+    if row in DISTILLED:
+        teacher = folder("flow matching")
+        scores_of_row(runs, "flow matching", steps, seed)
+    scores = {}
+    if row == "progressive distillation":
+        for number in ROUNDS:
+            student = folder(f"{row} {number}")
+            chosen = [*options(steps // len(ROUNDS), teacher), f"sampler.steps={number}"]
+            scores |= scores_of(student, chosen, few, (number,))
+            teacher = student
+        return {number: scores[number] for number in FEW}
+    scores |= scores_of(folder(row), options(steps, teacher), few, FEW)
+    return scores | (scores_of(folder(row), options(steps, teacher), many, (MANY,)) if many else {})
+
+
 def table(runs: Path, steps: int, seeds: int, rows: list[str]) -> None:
     """Trains, scores and prints."""
     found: dict[str, dict[int, list[float]]] = {row: {} for row in rows}
     work = [(seed, row) for seed in range(seeds) for row in rows]
     for seed, row in track(work, description="training", console=Console(stderr=True)):
-        options, few, many = ROWS[row]
-        options = [
-            *options,
-            f"seed={seed}",
-            f"trainer.max_steps={steps}",
-            "logger=csv",
-            "trainer=cpu",
-            "trainer.precision=32-true",
-        ]
-        options += [
-            "metrics=none",
-            f"callbacks.sample_images.every={steps}",
-            f"callbacks.checkpoints.every={steps}",
-        ]
-        folder = runs / f"{re.sub('[^a-z0-9]+', '_', row)}_{steps}_{seed}"
-        scores = scores_of(folder, options, few, FEW)
-        scores |= scores_of(folder, options, many, (MANY,)) if many else {}
+        scores = scores_of_row(runs, row, steps, seed)
         for number, value in scores.items():
             found[row].setdefault(number, []).append(value)
         print(f"{row}, seed {seed}: {scores}", file=sys.stderr)
@@ -129,6 +148,8 @@ def cost(rounds: int = 7) -> None:
     jobs.register()
     steps = {}
     for row, (options, _, _) in ROWS.items():
+        if row in DISTILLED:
+            continue  # they need a run; the teacher of one evaluates the network once more, of the other twice
         plain = ["logger=csv", "trainer=cpu", "metrics=none", "callbacks=none"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             steps[row] = assemble(compose("train", [*options, *plain]), Path("unused")).module.loss

@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="processes for each row")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each process, after one more")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     size = {"image_size": 28, "channels": 1, "base_channels": 32, "channel_multipliers": (1, 2, 2)}
@@ -230,7 +230,7 @@ def main() -> None:
         f"{name}, {precision}": (run, precision == "bfloat16 autocast")
         for precision in ("float32", "bfloat16 autocast")
         for name, run in codes.items()
-        if arguments.only in f"{name}, {precision}"
+        if any(each in f"{name}, {precision}" for each in arguments.only)
     }
     console = Console(width=120)
     measured: dict[str, Times] = {name: [] for name in rows}
