@@ -9,6 +9,7 @@ __init__.
 import ast
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib.util import find_spec
@@ -47,12 +48,11 @@ def code_fingerprints(
         if name not in found and _source(name) is not None:
             found.add(name)
             todo |= {other for other in imports_of(name) if _counts(other, packages)}
-    digests = {
-        "modules": {name: _digest(name) for name in sorted(found)},
-        "assembly": {name: _digest(name) for name in assembly},
+    return {
+        "format": FORMAT,
+        "modules": {name: _parsed(name).digest for name in sorted(found)},
+        "assembly": {name: _parsed(name).digest for name in assembly},
     }
-    _tree.cache_clear()
-    return {"format": FORMAT, **digests}
 
 
 def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
@@ -83,10 +83,10 @@ def modules_of(objects: Iterable[Any], packages: Sequence[str]) -> set[str]:
 def imports_of(module: str) -> set[str]:
     """The modules that a module imports, anywhere in its source."""
     found = set()
-    for node in ast.walk(_tree(module)):
+    for node in _parsed(module).imports:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             found |= {_home(_absolute(node, module), alias.name) for alias in node.names}
     return found
 
@@ -105,7 +105,7 @@ def _home(module: str, name: str) -> str:
         return module
     if _source(f"{module}.{name}") is not None:
         return f"{module}.{name}"
-    for node in ast.walk(_tree(module)):
+    for node in _parsed(module).imports:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -131,17 +131,29 @@ def _source(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _digest(module: str) -> str:
-    return sha256(ast.dump(_tree(module)).encode()).hexdigest()[:12]
+@dataclass(frozen=True)
+class Parsed:
+    """What is kept of a source file: the digest of its syntax tree, and its imports."""
+
+    digest: str
+    imports: tuple[ast.Import | ast.ImportFrom, ...]
+
+
+def _parsed(module: str) -> Parsed:
+    path = _source(module)
+    status = path.stat()
+    return _parse(path, status.st_mtime_ns, status.st_size)
 
 
 @cache
-def _tree(module: str) -> ast.Module:
-    tree = ast.parse(_source(module).read_bytes())
+def _parse(path: Path, changed: int, size: int) -> Parsed:
+    """Parses a file; `changed` and `size` tell its versions apart."""
+    tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = list(_without_texts(body)) or [ast.Pass()]
-    return tree
+    imports = tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return Parsed(sha256(ast.dump(tree).encode()).hexdigest()[:12], imports)
 
 
 def _without_texts(body: list[ast.stmt]) -> Iterator[ast.stmt]:
