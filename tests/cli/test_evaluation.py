@@ -206,6 +206,16 @@ def explained(command, run, tmp_path, recipe, **protocol):
     return status, "".join(path.read_text() for path in run.glob("scores/explain_*/explain.json"))
 
 
+@pytest.mark.parametrize(("half", "warned"), [(1e4, True), (1e-4, False)])
+def test_explain_warns_about_a_gap_within_the_records_interval(command, run, tmp_path, capsys, half, warned):
+    record = tmp_path / "theirs.json"
+    content = {"scores": {"fd_digits": 3.0}, "intervals": {"fd_digits": [3 - half, 3 + half]}}
+    record.write_text(json.dumps(content | {"protocol": {"recipe": {"steps": 2}}}))
+    options = ["n=64", "sampler=ddim", "sampler.steps=2", "metrics=fd_digits"]
+    assert command("explain", f"run={run}", f"record={record}", *options) == 0
+    assert ("the gap is within the record's interval" in capsys.readouterr().out) == warned
+
+
 def test_explain_resolves_nothing_from_a_record(command, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TOKEN", "hunter2secret")
     recipe = {
