@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from src.app import jobs
 
@@ -43,9 +44,14 @@ def _one_thread():
 
 
 def commands_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """A function that runs an entry point in this process, in `folder`: call("train", "seed=1") -> exit status."""
+    """A function that runs an entry point in this process, in `folder`: call("train", "seed=1") -> exit status.
+
+    Hydra composes each configuration twice, first only to read hydra.mode, which is nowhere set here. Leaving that out
+    saves a quarter of a command's time.
+    """
 
     def call(name: str, *overrides: str) -> int:
+        monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         monkeypatch.chdir(folder)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(folder / "cache"))
