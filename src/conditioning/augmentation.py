@@ -1,6 +1,7 @@
 """Augmentation that does not leak into samples: the network is given what was done to an image."""
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from src.randomness import draws_at, generator
 
 # Standard deviations of scalings (as a power of 2) and of translations (as a fraction of the image's size).
 SCALE, TRANSLATION = 0.2, 1 / 8
+TRANSFORMATIONS = ("flip_x", "flip_y", "scaling", "rotation", "anisotropy", "translation")
+"""In the order in which they are applied."""
 
 
 class GeometricAugmentation:
@@ -35,20 +38,28 @@ class GeometricAugmentation:
 
     Args:
         probability: of each transformation, in [0, 1]; 0.12 in the paper for CIFAR-10. 0 changes nothing.
+        without: those of `TRANSFORMATIONS` that are left out, or None; their inputs are 0, and the others stay.
 
     Attributes:
         channels: size of the network's input.
 
     Raises:
-        ValueError: probability is out of range.
+        ValueError: an argument is out of range.
     """
 
     channels = 9
 
-    def __init__(self, probability: float = 0.12):
+    def __init__(self, probability: float = 0.12, without: Collection[str] | None = None):
         if not 0 <= probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {probability:g}")
+        without = without or ()
+        if unknown := set(without).difference(TRANSFORMATIONS):
+            raise ValueError(
+                f"without={list(without)}: there is no {', '.join(sorted(unknown))}; choose from"
+                f" {', '.join(TRANSFORMATIONS)}"
+            )
         self.probability = probability
+        self.used = torch.tensor([name not in without for name in TRANSFORMATIONS])
 
     def __call__(self, x0: Tensor, positions: Tensor, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Transforms training images.
@@ -74,6 +85,7 @@ class GeometricAugmentation:
         options = {"generator": generator, "dtype": torch.float64}
         applied = torch.rand(n, 6, **options) < self.probability
         applied[:, 0] = self.probability > 0
+        applied &= self.used
         flips = torch.rand(n, 2, **options) < 0.5
         a2, a5, a6, a7 = torch.randn(4, n, **options)
         a3, a4 = math.pi * (2 * torch.rand(2, n, **options) - 1)

@@ -74,7 +74,12 @@ def test_labels_reach_the_network(command, only_run):
 def test_compiled_training_equals_the_plain_one(command, tmp_path):
     trained = []
     for compiled in ("true", "false"):
-        options = [f"compile={compiled}", "trainer.precision=64-true", "trainer.max_steps=5", "callbacks=none"]
+        options = [
+            f"compile={compiled}",
+            "trainer.precision=64-true",
+            "trainer.max_steps=5",
+            "callbacks=none",
+        ]
         assert command("train", *QUICK, *options, f"hydra.run.dir={tmp_path / compiled}") == 0
         path = tmp_path / compiled / "checkpoints" / "step_00000005.ckpt"
         trained.append(torch.load(path, weights_only=True)["state_dict"])

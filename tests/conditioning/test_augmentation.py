@@ -112,6 +112,31 @@ def test_the_draws_have_their_distributions():
     assert torch.corrcoef(drawn.T).triu(1).abs()[0].max() < error
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("flip_x", [0]),
+        ("flip_y", [1]),
+        ("scaling", [2]),
+        ("rotation", [3]),
+        ("anisotropy", [4, 5]),
+        ("translation", [6, 7]),
+    ],
+)
+def test_a_transformation_that_is_left_out_changes_no_other(name, columns):
+    every, some = (
+        GeometricAugmentation(1.0, without).draw(50, generator(0, "test", 0)) for without in ((), [name])
+    )
+    assert (every[:, columns] != 0).any()
+    every[:, columns] = 0
+    assert torch.equal(some, every)
+
+
+def test_an_unknown_transformation_is_refused():
+    with pytest.raises(ValueError, match=r"there is no shear; choose from flip_x"):
+        GeometricAugmentation(without=["shear"])
+
+
 def test_images_and_inputs_are_those_of_the_position():
     augmentation = GeometricAugmentation(0.5)
     x, positions = torch.randn(12, 1, 8, 8), torch.arange(20, 32)
