@@ -55,10 +55,10 @@ from src.training.reference_bands import (
 MISTAKEN = (200, 201)
 """The seeds of each mistake; correct trainings have the seeds 0, 1, ..., fresh ones 1000, 1001, ..."""
 FRESH = 1000
-MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 40, "digits_class": 100}
+MISTAKEN_STEPS = {"digits": 100, "fashion_mnist": 120, "digits_class": 100}
 FEWEST = 5
 """Smallest number of seeds of a band."""
-WINDOW = {"digits": 20, "fashion_mnist": 10, "digits_class": 20}
+WINDOW = {"digits": 20, "fashion_mnist": 20, "digits_class": 20}
 
 Patch = Callable[[], Any]
 
