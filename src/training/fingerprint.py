@@ -140,15 +140,12 @@ class Parsed:
 
 
 def _parsed(module: str) -> Parsed:
-    path = _source(module)
-    status = path.stat()
-    return _parse(path, status.st_mtime_ns, status.st_size)
+    return _parse(_source(module).read_bytes())
 
 
 @cache
-def _parse(path: Path, changed: int, size: int) -> Parsed:
-    """Parses a file; `changed` and `size` tell its versions apart."""
-    tree = ast.parse(path.read_bytes())
+def _parse(source: bytes) -> Parsed:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = list(_without_texts(body)) or [ast.Pass()]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from src.evaluation.record import Record
 from tests.conftest import QUICK
@@ -73,6 +74,8 @@ def test_labels_reach_the_network(command, only_run):
 @pytest.mark.slow(reason="compiling takes a minute or more")
 def test_compiled_training_equals_the_plain_one(command, tmp_path):
     trained = []
+    torch.compiler.reset()
+    counters.clear()
     for compiled in ("true", "false"):
         options = [
             f"compile={compiled}",
@@ -83,6 +86,7 @@ def test_compiled_training_equals_the_plain_one(command, tmp_path):
         assert command("train", *QUICK, *options, f"hydra.run.dir={tmp_path / compiled}") == 0
         path = tmp_path / compiled / "checkpoints" / "step_00000005.ckpt"
         trained.append(torch.load(path, weights_only=True)["state_dict"])
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     torch.testing.assert_close(*trained, rtol=1e-7, atol=1e-9)
 
 
