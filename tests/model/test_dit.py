@@ -39,6 +39,68 @@ def test_equals_the_transformer_of_diffusers():
         assert expected.std() > 0.05
 
 
+def test_equals_the_authors_jit():
+    """As distributed in azula, which compiles its blocks."""
+    plugin = pytest.importorskip("azula.plugins.jit._src.model")
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "depth": 2, "num_classes": 5}
+    theirs = plugin.JiT(
+        *(16, 4, 3),
+        hidden_size=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        bottleneck_dim=8,
+        in_context_len=4,
+        in_context_start=1,
+    ).eval()
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.1)
+    modern = {"norm": "rms", "qk_norm": True, "rotary": True, "swiglu": True, "frequency_shift": 0}
+    tokens = {"bottleneck": 8, "class_tokens": 4, "class_tokens_from": 1}
+    ours = DiT(16, 3, **sizes, width=32, heads=2, **modern, **tokens).eval()
+    ours.load_state_dict(from_jit(theirs.state_dict(), depth=2))
+    x, label, labels = torch.randn(3, 3, 16, 16), torch.tensor([0.0, 0.3, 0.999]), torch.tensor([0, 3, 5])
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = theirs(x, label, labels)
+        torch.testing.assert_close(ours(x, label, Condition(labels=labels)), expected, rtol=1e-5, atol=1e-5)
+        assert expected.std() > 0.05
+
+
+def from_jit(theirs, depth):
+    """Renamed weights; their embedding of the time has cosines first."""
+    names = {
+        "patch_projection": "x_embedder.proj2",
+        "embedding.time.linear1": "t_embedder.mlp.0",
+        "embedding.time.linear2": "t_embedder.mlp.2",
+        "modulation_out": "final_layer.adaLN_modulation.1",
+        "linear_out": "final_layer.linear",
+    }
+    for i in range(depth):
+        names |= {
+            f"blocks.{i}.modulation": f"blocks.{i}.adaLN_modulation.1",
+            f"blocks.{i}.attention.qkv": f"blocks.{i}.attn.qkv",
+            f"blocks.{i}.attention.projection": f"blocks.{i}.attn.proj",
+            f"blocks.{i}.feed_forward.linear_in": f"blocks.{i}.mlp.w12",
+            f"blocks.{i}.feed_forward.linear_out": f"blocks.{i}.mlp.w3",
+        }
+    ours = {f"{o}.{kind}": theirs[f"{t}.{kind}"] for o, t in names.items() for kind in ("weight", "bias")}
+    cosines, sines = ours["embedding.time.linear1.weight"].chunk(2, dim=1)
+    ours["embedding.time.linear1.weight"] = torch.cat((sines, cosines), dim=1)
+    ours["patch_projection.weight"] = ours["patch_projection.weight"].flatten(1)
+    ours["patches.weight"] = theirs["x_embedder.proj1.weight"]
+    ours["embedding.classes.weight"] = theirs["y_embedder.embedding_table.weight"]
+    ours["class_tokens"] = theirs["in_context_posemb"][0]
+    ours["norm_out.weight"] = theirs["final_layer.norm_final.weight"]
+    for i in range(depth):
+        for norm in ("norm1", "norm2"):
+            ours[f"blocks.{i}.{norm}.weight"] = theirs[f"blocks.{i}.{norm}.weight"]
+        for name, short in (("query", "q"), ("key", "k")):
+            ours[f"blocks.{i}.attention.{name}_norm.weight"] = theirs[f"blocks.{i}.attn.{short}_norm.weight"]
+    return ours
+
+
 def from_diffusers(theirs, depth):
     """Renamed weights. Theirs embed the time in each block, with the same weights in published checkpoints."""
     embedding = "transformer_blocks.{}.norm1.emb."
