@@ -255,7 +255,7 @@ def main() -> None:
     found: dict[str, Any] = {"peak_flops": peak, "training": results, "images_per_second": {}}
     for row in rows(smoke):
         if time.perf_counter() - began > LIMIT:
-            left_out.append(f"{row.name}, batch {row.batch}, {row.precision}, {row.how}")
+            left_out.append(f"{row.name}, batch {row.batch}, {row.precision}, {row.how}: no time was left")
             continue
         console.print(f"{row.name}, {row.precision}, {row.how}", style="dim")
         cells = [row.name, str(row.batch), row.precision, row.how]
@@ -281,10 +281,15 @@ def main() -> None:
     others = {"diffusers": diffusers}
     if importlib.util.find_spec("denoising_diffusion_pytorch"):
         others["denoising-diffusion-pytorch"] = lucidrains
+    else:
+        left_out.append("denoising-diffusion-pytorch: it is not installed")
     batch = 2 if smoke else 128
     for name, loop in others.items():
         for precision in ("float32", "bfloat16"):
             cells = [name, str(batch), precision, "eager"]
+            if time.perf_counter() - began > LIMIT:
+                left_out.append(f"{', '.join(cells)}: no time was left")
+                continue
             set_float32(precision)
             try:
                 times = [wall for wall, _ in loop(size, batch, repeats + 2, precision == "bfloat16")[2:]]
@@ -298,7 +303,7 @@ def main() -> None:
             write_json(arguments.json, found)
     console.print(table)
     for line in left_out:
-        console.print(f"left out for lack of time: {line}")
+        console.print(f"left out: {line}")
     set_float32("float32")
     stages = found["images_per_second"]
     stages["sampling, DDIM with 50 steps"] = sampling(

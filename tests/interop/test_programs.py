@@ -21,6 +21,14 @@ def test_a_second_time_is_refused(name):
         Bare(small(name, second_time=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [programs.write_program, programs.write_onnx])
+@pytest.mark.parametrize("name", SMALL)
+def test_each_network_becomes_a_program_with_the_same_output(name, write, tmp_path):
+    pytest.importorskip("onnxruntime")
+    assert write(small(name, num_classes=3), (0.0, 1.0), tmp_path) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("schedule", "parameterization", "labels"),
     [
