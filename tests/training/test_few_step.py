@@ -118,7 +118,7 @@ RESUMED = {
 )
 def test_a_resumed_training_is_the_same_bit_for_bit(name, command, tmp_path):
     options = ["conditioning=class", "conditioning.dropout=0.2", "model.dropout=0.1"]
-    if name != "contrastive":  # whose other images would not be drawn independently of the noise
+    if name != "contrastive":  # docs/few_step.md offers it without a coupling
         options.append("coupling=optimal_transport_per_class")
     assert_resumes(command, tmp_path, [*RESUMED[name], *SMALL, *options])
 
