@@ -23,7 +23,7 @@ from src.training.lr_schedule import WarmUp
 MULTIPLIERS = (1, 2, 2)
 T, DROPOUT, RATE, WARM_UP, DECAY, CLIP = 1000, 0.1, 1e-3, 100, 0.9999, 1.0
 """Settings of conf/experiment/ddpm_fashion_mnist.yaml; a test compares them."""
-AT_ONCE = 100
+AT_ONCE = 50
 """Images that are sampled at once."""
 PREFIX = {"ema": "ema_model.", "raw": "online_model."}
 """Of the weights in the state of ema_pytorch's EMA."""

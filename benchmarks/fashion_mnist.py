@@ -2,10 +2,12 @@
 
     python -m benchmarks.fashion_mnist reference     # the scores of real images; fills the cache of the reference
     python -m benchmarks.fashion_mnist ours          # experiment=ddpm_fashion_mnist
+    python -m benchmarks.fashion_mnist ours_v        # the same with parameterization=v
     python -m benchmarks.fashion_mnist package       # needs pip install denoising-diffusion-pytorch
     python -m benchmarks.fashion_mnist samples       # images of both at the end, as .npz
     python -m benchmarks.fashion_mnist scores        # FID, KID and fd_fashion_mnist of these
     python -m benchmarks.fashion_mnist details       # over training steps, raw weights, DDIM steps
+    python -m benchmarks.fashion_mnist errors        # of the predicted noise, by noise level
     python -m benchmarks.fashion_mnist tables        # Markdown
 
 Each stage continues where it was interrupted and skips what exists; several may be named, and are done in this order.
@@ -23,7 +25,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -38,14 +40,20 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import denoising_diffusion_pytorch as package
+from benchmarks.loading import loaded_run
 from src.data.fashion_mnist import FashionMNIST
+from src.diffusion.schedule import Linear
 from src.evaluation.record import Record
 from src.generation.pictures import image_grid, read_images
 from src.model import UNet
 from src.runs.files import digest_of, read_json, replacing, write_json
 from src.runs.folder import CHECKPOINTS, SCORES_FILE, checkpoints_by_step
 
-STAGES = ("reference", "ours", "package", "samples", "scores", "details", "tables")
+STAGES = ("reference", "ours", "ours_v", "package", "samples", "scores", "details", "errors", "tables")
+OURS = {"ours": (), "ours_v": ("parameterization=v",)}
+"""This project's trainings, with their options."""
+CODES = (*OURS, "package")
+ERROR_TIMES = (999, 950, 900, 800, 600, 400, 200, 50)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Images:
     """Generated images.
 
     Attributes:
-        code: "ours" or "package".
+        code: one of `CODES`.
         step: training steps.
         weights: "ema" or "raw".
         steps: of DDIM.
@@ -112,15 +120,22 @@ class Benchmark:
 
     def ours(self) -> None:
         """Trains `experiment=ddpm_fashion_mnist` through the command line."""
-        folder, at = self.runs / "ours", self.at
+        self._train("ours")
+
+    def ours_v(self) -> None:
+        """The same with v-prediction."""
+        self._train("ours_v")
+
+    def _train(self, code: str) -> None:
+        folder, at = self.runs / code, self.at
         found = checkpoints_by_step(folder / CHECKPOINTS)
         if found and package.step_of(found[-1]) >= at.steps:
             return
-        options = [f"ckpt={folder}"] if found else self._first_options(folder)
-        with self._cost("ours: training"):
+        options = [f"ckpt={folder}"] if found else self._first_options(code, folder)
+        with self._cost(f"{code}: training"):
             self._command("train", *options, f"trainer.max_steps={at.steps}")
 
-    def _first_options(self, folder: Path) -> list[str]:
+    def _first_options(self, code: str, folder: Path) -> list[str]:
         at = self.at
         options = [
             f"model.base_channels={at.base_channels}",
@@ -129,7 +144,13 @@ class Benchmark:
         ]
         options += [f"callbacks.checkpoints.every={at.save_every}", "callbacks.checkpoints.keep=1000"]
         options += ["metrics=none", "~callbacks.sample_images", f"validate_every={at.save_every}"]
-        return ["experiment=ddpm_fashion_mnist", "logger=csv", *options, f"hydra.run.dir={folder}"]
+        return [
+            "experiment=ddpm_fashion_mnist",
+            "logger=csv",
+            *OURS[code],
+            *options,
+            f"hydra.run.dir={folder}",
+        ]
 
     def package(self) -> None:
         """Trains the package's parts on the batches of `ours`."""
@@ -151,30 +172,39 @@ class Benchmark:
             return path
         folder = self.runs / "samples" / images.name
         with self._cost(f"{images.code}: sampling {images.name}"):
-            if images.code == "ours":
-                folder_of_run = self.runs / "ours" / CHECKPOINTS
-                found = {package.step_of(path): path for path in checkpoints_by_step(folder_of_run)}
-                checkpoint = found[images.step]
+            if images.code in OURS:
+                checkpoint = self._checkpoints(images.code)[images.step]
                 chosen = [f"weights={images.weights}", f"sampler.steps={images.steps}"]
                 chosen += [f"n={images.n}", f"out={folder}", f"batch_size={package.AT_ONCE}"]
                 self._command("sample", f"run={checkpoint}", *chosen)
             else:
-                checkpoint = self.runs / "package" / f"step_{images.step}.pt"
+                checkpoint = self._checkpoints("package")[images.step]
                 diffusion = package.load(checkpoint, self._package_width(), images.weights, images.steps)
                 package.sample(diffusion, images.n, self.at.seed, folder / "images")
         pixels = read_images(folder / "images", range(images.n), 1)
         return write_npz(path, pixels)
 
+    def _checkpoints(self, code: str) -> dict[int, Path]:
+        """By step."""
+        if code in OURS:
+            found = checkpoints_by_step(self.runs / code / CHECKPOINTS)
+        else:
+            found = (self.runs / code).glob("step_*.pt")
+        return {package.step_of(path): path for path in found}
+
+    @property
+    def codes(self) -> list[str]:
+        """Those that have been trained to the end."""
+        return [code for code in CODES if self.at.steps in self._checkpoints(code)]
+
     def samples(self) -> None:
-        """The images of both trainings at their end."""
+        """The images of all trainings at their end."""
         for images in self.final():
             self.sampled(images)
 
     def final(self) -> list[Images]:
         """What FID and KID are computed of."""
-        return [
-            Images(code, self.at.steps, "ema", self.at.ddim_steps, self.at.n) for code in ("ours", "package")
-        ]
+        return [Images(code, self.at.steps, "ema", self.at.ddim_steps, self.at.n) for code in self.codes]
 
     # scores
 
@@ -189,7 +219,7 @@ class Benchmark:
         return path if path.exists() else write_npz(path, FashionMNIST().split(split).images(range(n)))
 
     def scores(self) -> None:
-        """FID, KID and fd_fashion_mnist of the images of both."""
+        """FID, KID and fd_fashion_mnist of the images of all."""
         for images in self.final():
             self.cheap(self.sampled(images))
             self.inception(self.sampled(images))
@@ -230,14 +260,12 @@ class Benchmark:
     def over_training(self) -> list[Images]:
         """By code and training steps."""
         marks = range(self.at.curve_every, self.at.steps + 1, self.at.curve_every)
-        return [self._detail(code, step) for step in marks for code in ("ours", "package")]
+        return [self._detail(code, step) for step in marks for code in self.codes]
 
     def of_weights(self) -> list[Images]:
         """Averaged and raw weights."""
         return [
-            self._detail(code, self.at.steps, weights)
-            for code in ("ours", "package")
-            for weights in ("ema", "raw")
+            self._detail(code, self.at.steps, weights) for code in self.codes for weights in ("ema", "raw")
         ]
 
     def over_ddim(self) -> list[Images]:
@@ -245,8 +273,39 @@ class Benchmark:
         return [
             self._detail(code, self.at.steps, steps=steps)
             for steps in self.at.table_steps
-            for code in ("ours", "package")
+            for code in self.codes
         ]
+
+    def errors(self) -> None:
+        """Prints the mean squared error of the predicted noise on test images, averaged weights, by time.
+
+        Each network's second column leaves out the two components of an image's error along a constant image and along
+        the noise itself: a network that knows everything but the mean and the scale of x_t has an error in these only.
+        """
+        levels = Linear()(ERROR_TIMES).scalars()
+        x0 = FashionMNIST().split("test").images(range(self.at.errors_n)).float() / 127.5 - 1
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(self.at.seed))
+        predictions = {
+            code: self._our_eps(code) if code in OURS else self._their_eps() for code in self.codes
+        }
+        print(f"mean squared error of eps, {len(x0)} test images; and without mean and scale\n")
+        print(f"| t | {' | | '.join(predictions)} | |\n| --- |{' --- | --- |' * len(predictions)}")
+        for t, level in zip(ERROR_TIMES, levels, strict=True):
+            cells = []
+            for predict in predictions.values():
+                with torch.no_grad():
+                    error = predict(level.alpha * x0 + level.sigma * noise, t) - noise
+                cells += [error.square().mean(), without_mean_and_scale(error, noise).square().mean()]
+            print(f"| {t} | {' | '.join(f'{cell:.5f}' for cell in cells)} |", flush=True)
+
+    def _our_eps(self, code: str) -> Callable[[Tensor, int], Tensor]:
+        denoiser = loaded_run(str(self._checkpoints(code)[self.at.steps])).denoiser
+        return lambda x_t, t: denoiser(x_t, denoiser.schedule([t]).scalars()[0]).eps
+
+    def _their_eps(self) -> Callable[[Tensor, int], Tensor]:
+        checkpoint = self._checkpoints("package")[self.at.steps]
+        diffusion = package.load(checkpoint, self._package_width(), "ema", None)
+        return lambda x_t, t: diffusion.model(x_t, torch.full((len(x_t),), t - 1))
 
     # tables
 
@@ -262,8 +321,10 @@ class Benchmark:
             ("weights", "weights", self.of_weights()),
             ("steps of DDIM", "steps", self.over_ddim()),
         ):
-            print(f"\nfd_fashion_mnist of {self.at.details_n:,} images\n\n| {title} | ours | package |")
-            print("| --- | --- | --- |")
+            print(
+                f"\nfd_fashion_mnist of {self.at.details_n:,} images\n\n| {title} | {' | '.join(self.codes)} |"
+            )
+            print(f"| --- |{' --- |' * len(self.codes)}")
             for value in dict.fromkeys(getattr(images, part) for images in wanted):
                 row = [images for images in wanted if getattr(images, part) == value]
                 cells = (self._cell(self.runs / "samples" / f"{images.name}.npz") for images in row)
@@ -316,6 +377,14 @@ def cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
+def without_mean_and_scale(error: Tensor, noise: Tensor) -> Tensor:
+    """What is left of errors, (n, C, H, W), off the plane of the constant image and the noise, per image."""
+    constant = torch.ones_like(noise).flatten(1)
+    basis, _ = torch.linalg.qr(torch.stack((constant, noise.flatten(1)), dim=2).double())
+    flat = error.flatten(1).double()[..., None]
+    return (flat - basis @ (basis.mT @ flat)).view_as(error)
+
+
 def write_npz(path: Path, pixels: Tensor) -> Path:
     """Writes images, uint8 (n, C, H, W), as <path>, an .npz with arr_0 (n, H, W, C); returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,12 +398,13 @@ def first_images(path: Path, n: int) -> Tensor:
     return torch.from_numpy(np.load(path)["arr_0"][:n]).permute(0, 3, 1, 2)
 
 
-def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
-    """Two grids of images with a gap."""
-    grids = [image_grid(images) for images in (left, right)]
-    picture = Image.new("L", (grids[0].width + grids[1].width + 16, grids[0].height), "white")
-    picture.paste(grids[0], (0, 0))
-    picture.paste(grids[1], (grids[0].width + 16, 0))
+def side_by_side(*sets: Tensor) -> Image.Image:
+    """Grids of images with gaps."""
+    grids = [image_grid(images) for images in sets]
+    distance = grids[0].width + 16
+    picture = Image.new("L", (distance * len(grids) - 16, grids[0].height), "white")
+    for number, grid in enumerate(grids):
+        picture.paste(grid, (distance * number, 0))
     return picture
 
 
@@ -358,9 +428,10 @@ def main(given: Sequence[str] | None = None) -> None:
         "--curve-every", type=int, default=1000, help="training steps; a multiple of save-every"
     )
     parser.add_argument("--table-steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--errors-n", type=int, default=200, help="test images of `errors`")
     parser.add_argument("--picture", type=Path, help="where `tables` draws the first images of both")
     arguments = parser.parse_args(given)
-    if {*arguments.stages} - {"reference", "ours"} and not find_spec("denoising_diffusion_pytorch"):
+    if {*arguments.stages} - {"reference", *OURS} and not find_spec("denoising_diffusion_pytorch"):
         raise SystemExit("pip install denoising-diffusion-pytorch, which these stages need")
     benchmark = Benchmark(arguments)
     for stage in STAGES:

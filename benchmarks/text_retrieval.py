@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.app import jobs
-from src.app.load import load_with
+from benchmarks.loading import loaded_run
 from src.conditioning import TextTable
 from src.data.source import ImageSet
 from src.generation.loaded import LoadedRun
@@ -26,17 +25,6 @@ from src.metrics.features import InceptionFeatures
 from src.metrics.inception import POOL3_FILE, expanded
 
 N = 100
-
-
-def loaded_run(run: str, *options: str) -> LoadedRun:
-    """A run as `src.sample` loads it."""
-    from hydra import compose, initialize_config_dir
-
-    from src.app.options import CONF
-
-    jobs.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_with(compose("sample", [f"run={run}", *options]))[0]
 
 
 def chosen(images: ImageSet) -> list[int]:

@@ -58,6 +58,17 @@ def test_a_stage_continues_a_training_and_skips_a_finished_one(tmp_path, monkeyp
         fashion_mnist.main(["ours", "--runs", str(tmp_path), "--batch-size", "16"])
 
 
+def test_errors_in_the_mean_and_the_scale_of_an_image_are_told_apart():
+    source = torch.Generator().manual_seed(0)
+    noise, other = torch.randn(2, 3, 1, 28, 28, generator=source)
+    offset = torch.tensor([0.5, -1, 2]).view(3, 1, 1, 1)
+    error = 0.1 * other + offset + (offset - 1) * noise
+    rest = fashion_mnist.without_mean_and_scale(error, noise)
+    assert rest.mean((1, 2, 3)).abs().max() < 1e-12
+    assert (rest * noise).mean((1, 2, 3)).abs().max() < 1e-12
+    torch.testing.assert_close(rest, 0.1 * other.double(), atol=0.05, rtol=0)
+
+
 class Linearly(nn.Module):
     """A network for both codes, whose output exceeds the range of images."""
 
