@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "export",
     "import_weights",
     "train_classifier",
+    "wandb_workspace",
     "fetch_inception",
 }
 
