@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -266,7 +267,8 @@ def _of_npz(where: Path, option: str) -> Given:
             moments = [file[name] for name in ("mu", "sigma")] if {"mu", "sigma"} <= names else None
         name = next((name for name in ("arr_0", "images", "samples") if name in names), None)
         array = None if name is None else _array(where, name)
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError) as error:
+    # RuntimeError: encrypted, or an unknown compression
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{option}={where}: is no intact .npz file ({reason})") from None
     if array is None and moments is None:
@@ -296,14 +298,23 @@ def _array(where: Path, name: str) -> np.ndarray:
 
 
 def _statistics(mu: np.ndarray, sigma: np.ndarray, where: Path, option: str) -> Statistics:
+    for name, array in (("mu", mu), ("sigma", sigma)):
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{option}={where}: {name} has the type {array.dtype}; give real numbers")
     mean, covariance = (torch.from_numpy(np.asarray(one, dtype=np.float64)) for one in (mu, sigma))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise UserError(
             f"{option}={where}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} do not"
             " fit; sigma must be np.cov(features, rowvar=False)"
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{option}={where}: values of mu or sigma are not finite; compute the statistics again")
     largest = float(covariance.abs().max())
-    finite = bool(mean.isfinite().all() and covariance.isfinite().all())
-    if not finite or not torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * largest):
-        raise UserError(f"{option}={where}: sigma is no covariance, or values are not finite")
-    return Statistics(mean, (covariance + covariance.T) / 2)
+    symmetric = (covariance + covariance.T) / 2
+    equal = torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * largest)
+    if not equal or torch.linalg.eigvalsh(symmetric)[0] < -1e-6 * largest:
+        raise UserError(
+            f"{option}={where}: sigma is no covariance: it is not symmetric or has negative eigenvalues; it must be"
+            " np.cov(features, rowvar=False)"
+        )
+    return Statistics(mean, symmetric)

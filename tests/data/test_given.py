@@ -136,8 +136,21 @@ def spoil(tmp_path, kind):
             "axis": {"mu": np.zeros(3), "sigma": np.zeros((5, 5))},
             "nan": {"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)},
             "not symmetric": {"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0, 1]])},
+            "negative": {"mu": np.zeros(2), "sigma": np.diag([1.0, -1])},
+            "complex": {"mu": np.zeros(2), "sigma": np.eye(2) * 1j},
+            "text": {"mu": np.array(["a", "b"]), "sigma": np.eye(2)},
+            "no features": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         }.get(kind)
-        if content is None:
+        if kind in ("damaged npz", "encrypted"):
+            np.savez_compressed(path, arr_0=PIXELS)
+            content_of_file = bytearray(path.read_bytes())
+            if kind == "damaged npz":
+                content_of_file[100:140] = b"\xff" * 40
+            else:  # the flag of the file's header and of the directory's entry
+                content_of_file[6] |= 1
+                content_of_file[content_of_file.index(b"PK\x01\x02") + 8] |= 1
+            path.write_bytes(content_of_file)
+        elif content is None:
             path.write_bytes(b"no zip")
         else:
             np.savez(path, **content)
@@ -160,8 +173,14 @@ def spoil(tmp_path, kind):
         ("names", r"has x; it must have images \(arr_0\) or statistics \(mu and sigma\)"),
         ("pickle", "is no intact .npz file"),
         ("axis", r"mu of shape \(3,\) and sigma of shape \(5, 5\) do not fit; .*rowvar=False"),
-        ("nan", "sigma is no covariance, or values are not finite"),
-        ("not symmetric", "sigma is no covariance"),
+        ("nan", "values of mu or sigma are not finite"),
+        ("not symmetric", "sigma is no covariance: .*rowvar=False"),
+        ("negative", "sigma is no covariance: .*negative eigenvalues"),
+        ("complex", "sigma has the type complex128; give real numbers"),
+        ("text", "mu has the type <U1; give real numbers"),
+        ("no features", r"mu of shape \(0,\) and sigma of shape \(0, 0\) do not fit"),
+        ("damaged npz", "is no intact .npz file"),
+        ("encrypted", "is no intact .npz file .*encrypted"),
         ("empty", "is no intact .npz file"),
     ],
 )
