@@ -189,7 +189,7 @@ def score_images(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> R
         batches[rank() :: world_size()], description=description, transient=True, disable=rank() > 0
     ):
         (made,) = recipe.images(loaded.denoiser, numbers, config.batch_size)
-        scores.update(made.images, made.labels)
+        scores.update(made.images, made.labels, numbers)
         evaluations = max(evaluations, made.evaluations)
     evaluations = max(gathered(evaluations))
     values = scores.compute(n)
@@ -278,10 +278,10 @@ def evaluate_given(config: DictConfig, job: Path | None) -> dict[str, float]:
     scores.set_references(source, rank(), world_size(), config.cache)
     batches = share_of(images, config.batch_size, rank(), world_size(), n)
     total = -(-len(range(rank(), n, world_size())) // config.batch_size)
-    for batch, _ in track(
+    for batch, _, numbers in track(
         batches, description=f"{scores.names}: features", total=total, transient=True, disable=rank() > 0
     ):
-        scores.update(batch.to(device))
+        scores.update(batch.to(device), numbers=numbers)
     values = scores.compute(n)
     record = scores.record(values, {}, "bytes as given")
     protocol: dict[str, Any] = {name: part for name, part in record.protocol.items() if name != "recipe"}

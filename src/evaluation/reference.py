@@ -3,7 +3,7 @@
 import glob
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,18 +29,18 @@ CACHE_FORMAT = 1
 
 def share_of(
     images: ImageSet, batch_size: int, rank: int = 0, world_size: int = 1, n: int | None = None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Tensor | None, Sequence[int]]]:
     """One rank's share of an image set: images rank, rank + world_size, ..., in batches of b <= batch_size.
 
     Only of its first n images, if n is given.
 
     Yields:
-        The images, uint8 (b, C, H, W), and their labels, int64 (b,), or None for an unlabelled set.
+        The images, uint8 (b, C, H, W); their labels, int64 (b,), or None for an unlabelled set; and their numbers.
     """
     indices = range(rank, len(images) if n is None else n, world_size)
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
-        yield images.images(chosen), images.condition(chosen).labels
+        yield images.images(chosen), images.condition(chosen).labels, chosen
 
 
 class GivenSource:

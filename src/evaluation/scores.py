@@ -103,15 +103,18 @@ class ScoreSet:
         for score in self._all:
             score.reset()
 
-    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
+    def update(
+        self, images: Tensor, labels: Tensor | None = None, numbers: Sequence[int] | None = None
+    ) -> None:
         """Adds generated images.
 
         Args:
             images: uint8 (B, C, H, W), on the device of the scores.
             labels: the classes on which they were conditioned, int64 (B,), on the CPU; only scores of classes need
                 them.
+            numbers: places of the images in the whole set, over all ranks; see `FidelityScore.update`.
         """
-        _update(self._all, images, labels)
+        _update(self._all, images, labels, numbers)
 
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """The features (B, num_features) of images in each feature space, by its name and hash."""
@@ -253,8 +256,8 @@ class ScoreSet:
             leave=False,
             disable=processes.rank() > 0,
         ) as progress:
-            for batch, labels in share_of(images, REFERENCE_BATCH, rank, world_size):
-                _update([score for score, _ in scores], batch.to(self.monitored.device), labels)
+            for batch, labels, numbers in share_of(images, REFERENCE_BATCH, rank, world_size):
+                _update([score for score, _ in scores], batch.to(self.monitored.device), labels, numbers)
                 progress.update(len(batch) * processes.world_size())
         for score, reference in scores:
             score.of_reference = False
@@ -308,10 +311,12 @@ def _by_space(scores: Iterable[FidelityScore]) -> Iterable[list[FidelityScore]]:
     return spaces.values()
 
 
-def _update(scores: Iterable[FidelityScore], images: Tensor, labels: Tensor | None) -> None:
+def _update(
+    scores: Iterable[FidelityScore], images: Tensor, labels: Tensor | None, numbers: Sequence[int] | None
+) -> None:
     """Adds images to scores, those of its class to a score of one class; one pass through each feature network."""
     scores = tuple(scores)
-    _add(scores, _features(scores, images), labels)
+    _add(scores, _features(scores, images), labels, numbers)
 
 
 def _features(scores: Iterable[FidelityScore], images: Tensor) -> dict[str, Tensor]:
@@ -326,16 +331,22 @@ def _features(scores: Iterable[FidelityScore], images: Tensor) -> dict[str, Tens
     return found
 
 
-def _add(scores: Iterable[FidelityScore], found: Mapping[str, Tensor], labels: Tensor | None) -> None:
+def _add(
+    scores: Iterable[FidelityScore],
+    found: Mapping[str, Tensor],
+    labels: Tensor | None,
+    numbers: Sequence[int] | None = None,
+) -> None:
     for score in scores:
         features = found[_key(score.features.name, score.features.sha256)]
         if score.label is None:
-            score.update(None, features, labels)
+            score.update(None, features, labels, numbers)
             continue
         chosen = (labels == score.label).nonzero().squeeze(1)
         if len(chosen):
             there = chosen.to(features.device, non_blocking=True)
-            score.update(None, features[there], labels[chosen])
+            places = None if numbers is None else [numbers[k] for k in chosen.tolist()]
+            score.update(None, features[there], labels[chosen], places)
 
 
 def _key(name: str, sha256: str) -> str:

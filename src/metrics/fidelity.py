@@ -34,7 +34,7 @@ class FrechetDistance(FeatureSetScore):
         reference_split: the split of the data used as the reference.
     """
 
-    generated_only = frozenset({"vectors"})
+    generated_only = frozenset({"vectors", "numbers"})
 
     def __init__(self, features: FeatureExtractor, reference_split: Split = "train"):
         name = "fid" if features.name == "inception" else f"fd_{features.name}"

@@ -7,6 +7,7 @@ of the reference set are already combined over the ranks when `set_reference` re
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -153,7 +154,11 @@ class FidelityScore(Metric):
         return {}
 
     def update(
-        self, images: Tensor | None, features: Tensor | None = None, labels: Tensor | None = None
+        self,
+        images: Tensor | None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Adds images.
 
@@ -161,6 +166,8 @@ class FidelityScore(Metric):
             images: uint8 (B, C, H, W), on the score's device; None with features.
             features: features of these images (B, num_features), if already computed.
             labels: classes on which the images were conditioned, int64 (B,), on any device; for scores that need them.
+            numbers: places of the B images in the whole set, over all ranks; for scores that draw from it. By default
+                they follow the images that were added before.
         """
         features = self.features(images) if features is None else features
         if self.needs_labels:
@@ -258,8 +265,8 @@ class FidelityScore(Metric):
 class FeatureSetScore(FidelityScore):
     """A score that needs all feature vectors, not only sums; it stores num_images x num_features floats.
 
-    The sets are sorted before they are compared, so that random draws from them do not depend on the order of
-    the images or on which rank made them.
+    The sets are brought into the order of the images' numbers before they are compared, so that random draws from them
+    are those of torch-fidelity and do not depend on which rank made which images.
 
     Args:
         name, features, reference_split, smallest, because: see `FidelityScore`.
@@ -271,6 +278,18 @@ class FeatureSetScore(FidelityScore):
         super().__init__(name, features, reference_split, smallest, because)
         # flat, because torchmetrics gathers one-dimensional empty tensors from ranks without images
         self.add_state("vectors", [], dist_reduce_fx="cat")
+        # of the type of torchmetrics' empty tensors; exact up to 2^24 images
+        self.add_state("numbers", [], dist_reduce_fx="cat")
+
+    def update(self, images, features=None, labels=None, numbers=None):
+        """See `FidelityScore`."""
+        before = len(self.vectors)
+        super().update(images, features, labels, numbers)
+        if len(self.vectors) > before:
+            added = len(self.vectors[-1]) // self.features.num_features
+            first = sum(len(each) for each in self.numbers)
+            places = range(first, first + added) if numbers is None else numbers
+            self.numbers.append(torch.tensor(places, dtype=torch.float32, device=self.device))
 
     def accumulate(self, features: Tensor) -> None:
         self.vectors.append(features.flatten())
@@ -280,6 +299,5 @@ class FeatureSetScore(FidelityScore):
         return states["vectors"].reshape(-1, self.features.num_features)
 
     def feature_set(self, states: dict[str, Tensor]) -> Tensor:
-        """The features (n, num_features), float64 on the CPU, in lexicographic order."""
-        distinct, counts = self.vectors_of(states).double().cpu().unique(dim=0, return_counts=True)
-        return distinct.repeat_interleave(counts, dim=0)
+        """The features (n, num_features), float64 on the CPU, in the order of the images' numbers."""
+        return self.vectors_of(states).double().cpu()[states["numbers"].cpu().argsort(stable=True)]

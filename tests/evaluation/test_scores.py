@@ -39,6 +39,28 @@ def test_scores_computed_together_equal_separate_scores_bit_for_bit(tmp_path):
             assert found[name] == value
 
 
+def test_draws_follow_the_numbers_of_the_images(tmp_path):
+    scores = ScoreSet(both().scores, num_classes=2)
+    for score in scores.of_classes:
+        score.smallest = 2
+    source = Source(train=REAL)
+    source.sets["train"].labels = torch.arange(50) % 2
+    scores.set_references(source)
+    labels, found = torch.arange(40) // 3 % 2, []
+    for places in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
+        scores.reset()
+        for chosen in places.split(9):
+            scores.update(FAKE[chosen], labels[chosen], chosen.tolist())
+        found.append(scores.compute())
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    scores.reset()
+    scores.update(FAKE, labels)
+    assert scores.compute() == pytest.approx(found[0], rel=1e-12)
+    scores.reset()
+    scores.update(FAKE.flip(0), labels.flip(0))
+    assert scores.compute()["kd_pixels"] != pytest.approx(found[0]["kd_pixels"], rel=1e-6), "other draws"
+
+
 def test_each_feature_space_is_computed_once_per_batch():
     other = PixelFeatures(6, scale=2, sha256="other")
     other.name = "doubled"
@@ -107,9 +129,10 @@ def test_too_few_images_are_reported_before_generation():
 def test_shares_cover_every_image_once():
     for world_size in (1, 2, 3, 60):
         dealt = [b for rank in range(world_size) for b in share_of(Images(REAL), 4, rank, world_size)]
-        assert all(len(images) <= 4 for images, _ in dealt)
-        found = sorted(map(tuple, torch.cat([images for images, _ in dealt]).flatten(1).tolist()))
-        assert found == sorted(map(tuple, REAL.flatten(1).tolist()))
+        assert all(len(images) <= 4 for images, *_ in dealt)
+        assert sorted(k for *_, numbers in dealt for k in numbers) == list(range(len(REAL)))
+        for images, _, numbers in dealt:
+            assert torch.equal(images, REAL[list(numbers)])
 
 
 # --- scores of each class
@@ -127,8 +150,8 @@ def per_class(rank: int = 0, world_size: int = 1, cache: Path | None = None) -> 
     source.sets["train"].labels = REAL_LABELS
     scores.set_references(source, rank, world_size, cache)
     scores.reset()
-    for images, labels in share_of(Images(FAKE, FAKE_LABELS), 7, rank, world_size):
-        scores.update(images, labels)
+    for images, labels, numbers in share_of(Images(FAKE, FAKE_LABELS), 7, rank, world_size):
+        scores.update(images, labels, numbers)
     found = scores.compute()
     part = scores.protocol({}, "")["per_class"]["fd_pixels"]
     assert part == {
@@ -187,7 +210,10 @@ def test_too_few_images_of_a_class_are_reported_before_generation():
 def scores_of_rank(rank: int, world_size: int, cache: Path) -> dict[str, float]:
     scores = both()
     scores.set_references(Source(train=REAL), rank, world_size, cache)
-    found = scored(scores, *(images for images, _ in share_of(Images(FAKE), 7, rank, world_size)))
+    scores.reset()
+    for images, labels, numbers in share_of(Images(FAKE), 7, rank, world_size):
+        scores.update(images, labels, numbers)
+    found = scores.compute()
     assert all(score.num_images == len(FAKE) for score in scores.scores)
     # rank 1 has no images
     alone = scored(scores, *([FAKE] if rank == 0 else []))

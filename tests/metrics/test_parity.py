@@ -5,6 +5,7 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from src.evaluation.scores import ScoreSet
 from src.metrics.features import InceptionFeatures
@@ -14,6 +15,13 @@ from src.metrics.score import FidelityScore
 from tests.metrics.pixels import PixelFeatures, give_reference
 from tests.metrics.test_features import random_images
 from tests.metrics.test_inception import Dataset
+
+
+class Float64Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's, with features in float64, since it computes kernels in their precision."""
+
+    def forward(self, x):
+        return tuple(each.double() for each in super().forward(x))
 
 
 class PixelExtractor(FeatureExtractorBase):
@@ -44,6 +52,7 @@ class PixelExtractor(FeatureExtractorBase):
 
 
 torch_fidelity.register_feature_extractor("pixels-of-the-tests", PixelExtractor)
+torch_fidelity.register_feature_extractor("inception-in-float64", Float64Inception)
 REAL = random_images(90, (1, 3, 3), seed=1)
 FAKE = random_images(80, (1, 3, 3), seed=2)
 FAKE[::2] = FAKE[::2] // 128 * 255  # in the corners, where few of the real ones are
@@ -69,18 +78,16 @@ def ours(score: FidelityScore, fake: Tensor, real: Tensor) -> dict[str, float]:
     return score.compute()
 
 
-def check_all(
-    features, found: dict[str, float], fake: Tensor, real: Tensor, kernel_rel: float = 1e-6
-) -> None:
-    """Compares the scores that do not depend on random subsets, and the others with one subset of all images."""
-    n = len(fake)
+def check_all(features, found: dict[str, float], fake: Tensor, real: Tensor) -> None:
+    """Compares the scores, KID with the same number and size of subsets."""
     assert ours(FrechetDistance(features), fake, real)[FrechetDistance(features).name] == pytest.approx(
         found["frechet_inception_distance"], rel=1e-6
     )
-    kernel = KernelDistance(features, subset_size=n, subsets=1)
-    assert ours(kernel, fake, real[:n])[kernel.name] == pytest.approx(
-        found["kernel_inception_distance_mean"], rel=kernel_rel
-    )
+    kernel = KernelDistance(features, **SUBSETS)
+    mean, deviation = ours(kernel, fake, real).values()
+    assert mean == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-6)
+    # between subsets; rounding of InceptionV3's features changes it by 3e-6
+    assert deviation == pytest.approx(found["kernel_inception_distance_std"], rel=1e-5)
     neighbours = PrecisionRecall(features)
     assert list(ours(neighbours, fake, real).values()) == pytest.approx(
         [found["precision"], found["recall"]], abs=1e-12
@@ -88,10 +95,11 @@ def check_all(
 
 
 def everything(fake: Tensor, real: Tensor, **settings) -> dict[str, float]:
-    n = len(fake)
-    found = theirs(fake, real, fid=True, prc=True, **settings)
-    kernel = theirs(fake, real[:n], kid=True, kid_subsets=1, kid_subset_size=n, **settings)
-    return found | kernel
+    kernel = {f"kid_{name}": value for name, value in SUBSETS.items()}
+    return theirs(fake, real, fid=True, prc=True, kid=True, **kernel, **settings)
+
+
+SUBSETS = {"subsets": 4, "subset_size": 30}
 
 
 def test_scores_equal_torch_fidelitys_call():
@@ -99,11 +107,11 @@ def test_scores_equal_torch_fidelitys_call():
     assert 0 < found["precision"] < 1
     assert found["recall"] > 0
     check_all(PixelFeatures(9, scale=1 / 64), found, FAKE, REAL)
-    one = theirs(FAKE, REAL, isc=True, isc_splits=1, feature_extractor="pixels-of-the-tests")
+    score = theirs(FAKE, REAL, isc=True, feature_extractor="pixels-of-the-tests")
     logits = PixelFeatures(9, scale=1 / 64)
     logits.name = "inception_logits_unbiased"
-    assert ours(InceptionScore(logits, splits=1), FAKE, REAL)["inception_score"] == pytest.approx(
-        one["inception_score_mean"], rel=1e-6
+    assert list(ours(InceptionScore(logits), FAKE, REAL).values()) == pytest.approx(
+        [score["inception_score_mean"], score["inception_score_std"]], rel=1e-6
     )
 
 
@@ -111,12 +119,13 @@ def test_scores_equal_torch_fidelitys_call():
 def test_scores_of_inception_equal_torch_fidelitys_call(state_dict_file):
     real, fake = random_images(50, (3, 32, 32), seed=1), random_images(40, (3, 32, 32), seed=2) // 2
     weights = {"feature_extractor_weights_path": str(state_dict_file)}
-    found = everything(fake, real, **weights)
-    # torch-fidelity's kernels are float32, ours float64
-    check_all(InceptionFeatures(str(state_dict_file)), found, fake, real, kernel_rel=1e-3)
-    one = theirs(fake, real, isc=True, isc_splits=1, **weights)
-    score = InceptionScore(InceptionFeatures(str(state_dict_file), "logits_unbiased"), splits=1)
-    assert ours(score, fake, real)["inception_score"] == pytest.approx(one["inception_score_mean"], rel=1e-6)
+    found = everything(fake, real, feature_extractor="inception-in-float64", **weights)
+    check_all(InceptionFeatures(str(state_dict_file)), found, fake, real)
+    their = theirs(fake, real, isc=True, **weights)
+    score = InceptionScore(InceptionFeatures(str(state_dict_file), "logits_unbiased"))
+    assert ours(score, fake, real)["inception_score"] == pytest.approx(
+        their["inception_score_mean"], rel=1e-6
+    )
 
 
 def test_fid_and_inception_score_share_one_pass(state_dict_file, monkeypatch):

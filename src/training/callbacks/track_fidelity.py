@@ -146,11 +146,12 @@ class TrackFidelity(EverySteps):
         mine = range(trainer.global_rank, self.n, trainer.world_size)
         self.scores.reset()
         bar = tqdm(desc="score", total=len(mine), unit="image", delay=2, leave=False, disable=not is_main)
-        evaluations, failed = 0, None
+        evaluations, failed, left = 0, None, mine
         try:
             with module.averaged() as denoiser, bar:
                 for made in self.recipe.images(denoiser, mine, self.batch_size):
-                    self.scores.update(made.images, made.labels)
+                    numbers, left = left[: len(made.images)], left[len(made.images) :]
+                    self.scores.update(made.images, made.labels, numbers)
                     bar.update(len(made.images))
                     evaluations = max(evaluations, made.evaluations)
         except Exception as error:
