@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from src.errors import UserError
@@ -107,13 +108,13 @@ class Comparison:
         self.subjects = list(subjects)
         for subject, options in zip(self.subjects, differing_options(self.subjects), strict=True):
             subject.options = options
-        asked = self._asked()
+        asked, several = self._asked()
         recipes = [recipe_of(scored.record) for subject in self.subjects for scored in subject.records]
         values = {key: {shortened(recipe[key], None) for recipe in recipes if key in recipe} for key in asked}
-        differ = {key: concise(several) for key, several in values.items() if len(several) > 1}
+        differ = {key: concise(texts) for key, texts in values.items() if len(texts) > 1}
         self.rows: list[Row] = []
         for subject in self.subjects:
-            self._add(subject, differ, asked)
+            self._add(subject, differ, asked, several)
         order = Counter(column for row in self.rows for column in row.cells)
         self.columns = sorted(order, key=lambda column: (column.score.startswith("val/"), -order[column]))
         names = dict.fromkeys(name for row in self.rows for name in row.options)
@@ -121,9 +122,14 @@ class Comparison:
             name: sorted({row.options.get(name, ABSENT) for row in self.rows}, key=natural) for name in names
         }
 
-    def _asked(self) -> set[str]:
-        """The entries of the recipe that are options of this comparison: varied by a sweep, or for one checkpoint."""
+    def _asked(self) -> tuple[set[str], set[str]]:
+        """The entries of the recipe that are options of this comparison: varied by a sweep, or for one checkpoint.
+
+        Returns:
+            All of them, and those with several values for one checkpoint.
+        """
         found: set[str] = set()
+        several: set[str] = set()
         for subject in self.subjects:
             values: dict[tuple[Any, str], set[str]] = {}
             for scored in subject.records:
@@ -133,10 +139,18 @@ class Comparison:
                 for option in map(name_of, scored.options):
                     root = option.partition(".")[0]
                     found |= set(DECIDES.get(option, DECIDES.get(root, ())[:1] if "." in option else ()))
-            found |= {key for (_, key), different in values.items() if len(different) > 1}
-        return found
+            several |= {key for (_, key), different in values.items() if len(different) > 1}
+        return found | several, several
 
-    def _add(self, subject: Subject, differ: Mapping[str, Mapping[str, str]], asked: set[str]) -> None:
+    def _add(
+        self, subject: Subject, differ: Mapping[str, Mapping[str, str]], asked: set[str], several: set[str]
+    ) -> None:
+        """Adds the rows of a subject.
+
+        An entry of the recipe that an option of the subject decides is left out, unless a checkpoint has several
+        values. Records that differ in no option, but in a score, have rows of their own, numbered by the option
+        `record`.
+        """
         rows: dict[tuple[Any, ...], Row] = {}
         for scored in subject.records:
             recipe = recipe_of(scored.record)
@@ -145,17 +159,25 @@ class Comparison:
             if step is None and subject.run is not None and scored.record is subject.run.last:
                 step = subject.run.step
             named = {name_of(option) for option in subject.options}
-            options = subject.options | {
-                OWN_NAMES.get(key, key): differ[key][shortened(recipe[key], None)]
-                for key in sorted(differ)
-                if key in recipe and not named & {name for name, keys in DECIDES.items() if key in keys}
-            }
-            row = rows.setdefault((step, *sorted(options.items())), Row(subject, step, options))
-            row.records.append(scored)
-            row.evaluations = row.evaluations or evaluations_of(scored.record)
+            decided = {key for name in named for key in DECIDES.get(name, ())} - several
+            options = dict(subject.options)
+            for key in sorted((differ.keys() & recipe.keys()) - decided):
+                name = OWN_NAMES.get(key, f"sampling {key}" if key in subject.options else key)
+                options[name] = differ[key][shortened(recipe[key], None)]
+            cells = {}
             for score, value in scored.record.scores.items():
                 column = column_of(scored.record, score, subject.run, asked)
-                row.cells.setdefault(column, Cell(value, scored, *interval_of(scored.record, score)))
+                cells[column] = Cell(value, scored, *interval_of(scored.record, score))
+            for number in count(1):
+                numbered = options | ({"record": str(number)} if number > 1 else {})
+                row = rows.setdefault((step, *sorted(numbered.items())), Row(subject, step, numbered))
+                known = [(row.cells[column], cell) for column, cell in cells.items() if column in row.cells]
+                if all(repr(one.value) == repr(other.value) for one, other in known):  # NaN equals NaN
+                    break
+            row.records.append(scored)
+            row.evaluations = row.evaluations or evaluations_of(scored.record)
+            for column, cell in cells.items():
+                row.cells.setdefault(column, cell)
         self.rows += rows.values() or [Row(subject, None, subject.options)]
 
     def lead(self, score: str | None = None) -> Column | None:

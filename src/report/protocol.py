@@ -23,6 +23,7 @@ LOSS_GROUPS = (
     *("data", "codec", "conditioning", "schedule", "parameterization", "loss", "weighting"),
     *("distance", "time_sampling", "variance"),
 )
+AS_IN_ROW = "as in the row"
 # By name, for records of earlier versions.
 HIGHER_IS_BETTER = re.compile(r"(precision|recall|density|coverage|accuracy|inception_score|auc)")
 
@@ -33,8 +34,9 @@ class Column:
 
     Attributes:
         score: the score's name.
-        protocol: everything that is equal in the column and matters, as (entry, value); `None` for a score without a
-            protocol, which is comparable with no other.
+        protocol: everything that is equal in the column and matters, as (entry, value); of an entry that is an option
+            of the comparison, only that it is known. `None` for a score without a protocol, which is comparable with
+            no other.
         higher_is_better: see `higher_is_better`.
     """
 
@@ -82,9 +84,9 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
         of_label = of_base.get(label) if isinstance(of_base, dict) else None
         entries |= flat(of_label if isinstance(of_label, dict) else {}, "per_class_of_this")
     kept = {
-        key: shortened(value, None)
+        key: AS_IN_ROW if key.removeprefix("recipe.") in asked else shortened(value, None)
         for key, value in entries.items()
-        if not IMMATERIAL.fullmatch(key) and key.removeprefix("recipe.") not in asked
+        if not IMMATERIAL.fullmatch(key)
     }
     return Column(score, tuple(sorted(kept.items())), better)
 

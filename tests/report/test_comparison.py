@@ -184,6 +184,99 @@ def test_a_sweep_over_given_images_is_compared(tmp_path):
     assert len(compared(tmp_path / "runs").subjects) == 2, "the copies are not further records"
 
 
+def in_table(*places):
+    """The scores in the tables of the page."""
+    section = page(subjects_of(places)).partition('<section id="scores">')[2].partition("</section>")[0]
+    return sorted(map(float, re.findall(r'data-value="(.*?)"', section)))
+
+
+def write_further(run, name, score, **changes):
+    Record({"fd_digits": score}, protocol(**changes)).write(run / "scores" / name / "scores.json")
+
+
+def test_sampling_seeds_of_trainings_with_different_seeds_are_rows(tmp_path):
+    sweep, jobs = tmp_path / "sweep", []
+    for number, name in enumerate("ab"):
+        run = write_run(tmp_path / name, seed=number)
+        for seed in (1, 2):
+            record = Record({"fd_digits": 10.0 * (number + 1) + seed}, protocol(recipe__seed=seed))
+            job, overrides = f"{len(jobs)}_run-{name}_seed-{seed}", [f"run={run}", f"seed={seed}"]
+            jobs.append({"folder": job, "overrides": overrides, "varied": overrides})
+            record.write(sweep / job / "scores.json")
+    write_json(sweep / "jobs.json", {"entry_point": "evaluate", "overrides": [], "jobs": jobs})
+    found = compared(sweep)
+    assert found.options == {"seed": ["0", "1"], "sampling seed": ["1", "2"]}
+    assert [len(names) for names in scored(found)] == [4]
+    assert in_table(sweep) == [11, 12, 21, 22]
+
+
+def test_further_sampling_seeds_of_one_job_of_a_sweep_over_the_seed_are_rows(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", schedule=["cosine"], parameterization=["eps"], seed=[0, 1])
+    for seed in (1, 2):
+        write_further(next(sweep.glob("0_*")), f"seed-{seed}", 20.0 + seed, recipe__seed=seed)
+    found = compared(sweep)
+    assert sorted(row.seed for row in found.rows) == ["0,0", "0,1", "0,2", "1,0"]
+    assert [len(names) for names in scored(found)] == [4]
+    assert {5, 5.1, 21, 22} <= set(in_table(sweep))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "further"),
+    [
+        (
+            {},
+            {"sampler": {"_target_": "src.diffusion.sampler.DDPM", "steps": 50}},
+            {"recipe__sampler": "DDPM()", "recipe__steps": 10},
+        ),
+        (
+            {"ema": {"_target_": "src.training.ema.Fixed"}},
+            {"ema": {"_target_": "src.training.ema.Other"}},
+            {"recipe__weights": "raw", "recipe__ema_decay": None},
+        ),
+        (
+            {"conditioning": {"_target_": "src.conditioning.conditioning.One"}},
+            {"conditioning": {"_target_": "src.conditioning.conditioning.Other"}},
+            {"recipe__labels": "image i has label 3"},
+        ),
+    ],
+    ids=["sampler", "ema", "conditioning"],
+)
+def test_an_option_of_the_trainings_hides_no_further_sampling(tmp_path, first, second, further):
+    runs = [write_run(tmp_path / name, **options) for name, options in (("a", first), ("b", second))]
+    for run in runs:
+        Record({"fd_digits": 5.0}, protocol(recipe__labels="balanced")).write(run / "scores.json")
+    write_further(runs[0], "other", 99.0, **({"recipe__labels": "balanced"} | further))
+    found = compared(tmp_path)
+    assert scored(found) == [["a", "a", "b"]]
+    assert in_table(tmp_path) == [5, 5, 99]
+    (option,) = found.subjects[0].options
+    kept = [(row.subject.name, row.options[option]) for row in found.rows]
+    assert len(set(kept)) == 2, "what was trained is still there"
+
+
+def test_different_scores_with_equal_options_are_numbered_rows(tmp_path):
+    run = write_run(tmp_path / "run")
+    for number, value in enumerate((5.0, 7.0, 8.0, 7.0)):
+        write_further(run, f"again-{number}", value, versions={"torch": str(number)})
+    found = compared(run)
+    assert found.options == {"record": ["2", "3", "–"]}
+    assert [len(row.records) for row in found.rows] == [2, 2, 1]
+    assert {5, 7, 8} <= set(in_table(run))
+
+
+def test_a_record_without_an_entry_that_is_an_option_has_another_column(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_further(run, "ddim-10", 9.0, recipe__steps=10)
+    unknown = protocol()
+    del unknown["recipe"]["steps"]
+    Record({"fd_digits": 1.0}, unknown).write(tmp_path / "other.json")
+    found = compared(run, tmp_path / "other.json")
+    assert scored(found) == [["run", "run"], ["other"]]
+    columns = [column for column in found.columns if column.score == "fd_digits"]
+    heads = [found.differences(columns)[column] for column in columns]
+    assert heads == [{"recipe.steps": "as in the row"}, {"recipe.steps": "–"}]
+
+
 def test_validation_losses_of_different_losses_are_in_different_columns(tmp_path):
     sweep = write_sweep(tmp_path / "sweep", schedule=["cosine"], parameterization=["eps", "v"], seed=[0, 1])
     assert [len(names) for names in scored(compared(sweep), "val/loss_ema")] == [2, 2]
