@@ -50,6 +50,8 @@ OF_A_RUN = (
 OF_A_RUN += ("seed", "labels", "prompts", "bytes", "data", "conditioning", "precision", "compile", "noise")
 IMAGES = 10_000
 """Generated images that are scored by default."""
+AS_GIVEN = "bytes as given"
+"""The conversion to bytes of given images, in records: it is not known."""
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -283,7 +285,7 @@ def evaluate_given(config: DictConfig, job: Path | None) -> dict[str, float]:
     ):
         scores.update(batch.to(device), numbers=numbers)
     values = scores.compute(n)
-    record = scores.record(values, {}, "bytes as given")
+    record = scores.record(values, {}, AS_GIVEN)
     protocol: dict[str, Any] = {name: part for name, part in record.protocol.items() if name != "recipe"}
     protocol["images"] = {
         "from": given.name,

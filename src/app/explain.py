@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_options, parsed_part
 from src.app.build import trusting
 from src.app.environment import redacted
-from src.app.evaluate import IMAGES
+from src.app.evaluate import AS_GIVEN, IMAGES
 from src.app.options import NUMERICS
 from src.app.overrides import trusted_packages
+from src.app.parts import metric_nodes
 from src.data.source import SPLITS
 from src.errors import UserError
 from src.evaluation.record import Record, printed
-from src.generation.loaded import LoadedRun
+from src.generation.loaded import USUAL, LoadedRun
 from src.runs.files import digest_of, write_json
 from src.training import post_hoc
 
@@ -28,6 +29,8 @@ OWN = ("record", "axes")
 AXES = ("weights", "steps", "sampler", "spacing", "clipping", "variance", "guidance", "interval", "labels")
 AXES += ("precision", "bytes", "reference", "n", "seed")
 """The axes that a record may have."""
+AS_USUAL = {"precision": USUAL.precision, "compiled": USUAL.compiled, "noise": f"drawn on {USUAL.noise}"}
+"""What this program's recipes leave out where it is as usual; see `Numerics.record`."""
 
 
 def _by_score(entry: Any) -> Any:
@@ -53,10 +56,10 @@ class TheirFeatures(TypedDict, total=False):
     sha256: str
 
 
+@with_config(extra="allow")
 class TheirRecipe(TypedDict, total=False):
-    """What is read of the recipe of a record; an entry that is missing is not known."""
+    """The recipe of a record; an entry that is missing is not known. Further entries are conditions."""
 
-    training_steps: int | None
     weights: str
     ema_decay: float | None
     steps: int
@@ -68,6 +71,7 @@ class TheirRecipe(TypedDict, total=False):
     labels: str
     precision: str
     seed: int
+    network_evaluations: Any  # follows from the others
 
 
 class TheirProtocol(TypedDict, total=False):
@@ -107,7 +111,8 @@ def explain_scores(arguments: Sequence[str]) -> int:
         0.
 
     Raises:
-        UserError: a mistake in the arguments, or a record without the score or with an entry of a wrong type.
+        UserError: a mistake in the arguments, or a record without the score, or with one that is not finite or an
+            entry of a wrong type.
     """
     own, overrides = own_options(arguments, OWN)
     with trusting(trusted_packages(overrides)):
@@ -116,25 +121,27 @@ def explain_scores(arguments: Sequence[str]) -> int:
         other = Record.read(Path(own["record"])) if given else None
         theirs = protocol_from(other, own["record"]) if other else {}
         loaded, merged, config = bench.load()
-        wanted = None
-        if own.get("axes") not in (None, "null"):
-            wanted = [name.strip() for name in own["axes"].strip("[]").split(",")]
         usual = other is None
         axes = usual_axes(loaded, merged, config) if usual else axes_of_record(loaded, config, theirs)
         names = list(dict.fromkeys(axis.name for axis in axes)) if usual else AXES
-        if unknown := set(wanted or ()).difference(names):
+        wanted = set(names)
+        if own.get("axes") not in (None, "null"):
+            wanted = {name.strip() for name in own["axes"].strip("[]").split(",")}
+        if unknown := wanted.difference(names):
             who = "this run has" if usual else "there is"
             raise UserError(
                 f"axes={own['axes']}: {who} no {', '.join(sorted(unknown))}; choose from {', '.join(names)}"
             )
-        axes = [axis for axis in axes if wanted is None or axis.name in wanted]
+        if other is not None:
+            check_score(other, own["record"], bench.scores(loaded, merged, config).monitored.name)
+        axes = [axis for axis in axes if axis.name in wanted]
         bench.all_codecs = any(axis.name == "bytes" for axis in axes)
-        _run(bench, loaded, axes, other, theirs)
+        _run(bench, loaded, axes, wanted, other, theirs)
     return 0
 
 
 def protocol_from(record: Record, path: str) -> TheirProtocol:
-    """The entries of a record's protocol that are used here.
+    """The entries of a record's protocol that are used here, with those that this program leaves out as usual.
 
     Args:
         record: the record.
@@ -144,7 +151,7 @@ def protocol_from(record: Record, path: str) -> TheirProtocol:
         UserError: an entry has a wrong type.
     """
     try:
-        return TypeAdapter(TheirProtocol).validate_python(record.protocol, strict=True)
+        found = TypeAdapter(TheirProtocol).validate_python(record.protocol, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("protocol", *first["loc"]) if part != "")
@@ -152,17 +159,34 @@ def protocol_from(record: Record, path: str) -> TheirProtocol:
             f"record={path}: {where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}; correct it or leave"
             " it out"
         ) from None
+    if "versions" in record.protocol and (recipe := found.get("recipe")):  # only this program writes versions
+        found["recipe"] = {**AS_USUAL, **recipe}
+    return found
+
+
+def check_score(record: Record, path: str, name: str) -> None:
+    """Checks that a record from this file has a score of this name.
+
+    Raises:
+        UserError: it has none, or one that is not finite.
+    """
+    if name not in record.scores:
+        has = ", ".join(record.scores) or "no scores"
+        raise UserError(f"record={path}: it has {has} and not {name}; choose that by metrics=...")
+    if not math.isfinite(value := record.scores[name]):
+        raise UserError(f"record={path}: {name} is {value}; give a record with a finite score")
 
 
 def _run(
-    bench: Bench, loaded: LoadedRun, axes: Sequence[Axis], other: Record | None, theirs: TheirProtocol
+    bench: Bench,
+    loaded: LoadedRun,
+    axes: list[Axis],
+    wanted: set[str],
+    other: Record | None,
+    theirs: TheirProtocol,
 ) -> None:
     base = bench.score()
     name = next(iter(base.record.scores))
-    if other is not None and name not in other.scores:
-        raise UserError(
-            f"record: it has {', '.join(other.scores) or 'no scores'} and not {name}; choose that by metrics=..."
-        )
     print(f"run         {loaded.found.checkpoint}\nscore       {name} {base.text()} of {base.n:,} images")
     gap, gap_half = None, 0.0
     if other is not None:
@@ -172,8 +196,10 @@ def _run(
         print(f"record      {name} {other.printed(name)}, a gap of {gap:+.4g}")
         if abs(gap) <= gap_half:
             print("warning     the gap is within the record's interval: its shares say little")
+    others = other_conditions(base.record.protocol, theirs, name, loaded.source.name)
+    axes = [*axes, *(axis for axis in others if axis.options is None or axis.name in wanted)]
     rows: list[dict[str, Any]] = []
-    for axis in (*axes, *other_conditions(base.record.protocol, theirs, name)):
+    for axis in axes:
         if axis.options is None:
             rows.append(_row(axis, error="differs, and cannot be made here"))
             continue
@@ -259,7 +285,7 @@ def _print(rows: Sequence[dict[str, Any]], name: str, gap: float | None) -> None
     with_change = [row for row in rows if "change" in row and row["axis"] != "all of them"]
     ordered = sorted(with_change, key=lambda row: -abs(row["change"]))
     for row in [*ordered, *(row for row in rows if row not in ordered)]:
-        cells = [row["axis"], escape(row["before"]), escape(row["after"])]
+        cells = [escape(row[cell]) for cell in ("axis", "before", "after")]
         if "change" not in row:
             table.add_row(*cells, f"[red]{escape(row['error'])}")
             continue
@@ -277,16 +303,16 @@ def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> lis
     recipe, record = loaded.recipe, loaded.record(0)
     n = config.n or IMAGES
     axes = _weights_axes(loaded, config)
-    if recipe.conditioning is not None and recipe.conditioning.dropout:
-        if guided(merged):
-            scale = float(merged.guidance.scale)
-            axes.append(Axis("guidance", record["guidance"], "none", ("guidance=none",)))
-            interval = ("guidance=interval", f"guidance.scale={scale:g}")
-            axes.append(Axis("interval", "", "guidance=interval", interval))
-        else:
-            axes.append(
-                Axis("guidance", "none", "scale 1.5", ("guidance=classifier_free", "guidance.scale=1.5"))
-            )
+    if guided(merged):
+        axes.append(Axis("guidance", record["guidance"], "none", ("guidance=none",)))
+        # there are no options for a run's own guidance by another run
+        made = overrides_of("guidance", record["guidance"]) if config.get("guidance") is None else []
+        if made is not None and "interval" in merged.guidance:
+            interval = merged.guidance.interval and list(merged.guidance.interval)
+            other = None if interval else [0.2, 5.0]
+            axes.append(Axis("interval", in_hydra(interval), in_hydra(other), _with_interval(made, other)))
+    elif recipe.conditioning is not None and recipe.conditioning.dropout:
+        axes.append(Axis("guidance", "none", "scale 1.5", ("guidance=classifier_free", "guidance.scale=1.5")))
     steps = recipe.steps
     axes.append(Axis("steps", str(steps), str(2 * steps), (f"sampler.steps={2 * steps}",)))
     another = "ddim" if record["sampler"].startswith("DDPM") else "ddpm"
@@ -300,8 +326,10 @@ def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> lis
         axes.append(Axis("labels", record["labels"], labels, (f"labels={labels}",)))
     how = "round" if config.bytes == "truncate" else "truncate"
     axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
-    split = "train" if config.reference == "test" else "test"
-    axes.append(Axis("reference", config.reference or "the metric's split", split, (f"reference={split}",)))
+    metric = next(iter(metric_nodes(merged).values()), {})
+    reference = config.reference or metric.get("reference_split", "train")
+    split = "train" if reference.endswith("test") else "test"
+    axes.append(Axis("reference", reference, split, (f"reference={split}",)))
     axes.append(Axis("n", str(n), str(n // 2), (f"n={n // 2}",)))
     axes.append(Axis("seed", str(config.seed), str(config.seed + 1), (f"seed={config.seed + 1}",)))
     return axes
@@ -325,43 +353,45 @@ def _length(weights: str | None) -> float | None:
 
 def axes_of_record(loaded: LoadedRun, config: DictConfig, protocol: TheirProtocol) -> list[Axis]:
     """The axes along which a run's evaluation differs from the protocol of another record."""
-    mine = loaded.record(0)
+    mine = AS_USUAL | loaded.record(0)
     theirs: TheirRecipe = protocol.get("recipe") or {}
     axes: list[Axis] = []
 
-    def differ(name: str, key: str) -> bool:
+    def differ(key: str) -> bool:
         return key in theirs and theirs[key] != mine[key]
 
-    if differ("weights", "weights") or differ("weights", "ema_decay"):
+    if differ("weights") or differ("ema_decay"):
         axes.append(_weights_axis(loaded, mine, theirs))
-    if differ("steps", "steps"):
+    if differ("steps"):
         steps = theirs["steps"]
         axes.append(Axis("steps", str(mine["steps"]), str(steps), (f"sampler.steps={steps}",)))
-    if differ("sampler", "sampler"):
+    if differ("sampler"):
         made = overrides_of("sampler", theirs["sampler"])
         options = None if made is None else (*made, f"sampler.steps={mine['steps']}")
         axes.append(Axis("sampler", mine["sampler"], theirs["sampler"], options))
     for name in ("spacing", "clipping", "variance"):
-        if differ(name, name):
+        if differ(name):
             made = overrides_of(name, theirs[name])
             axes.append(Axis(name, mine[name], theirs[name], made and tuple(made)))
-    if differ("guidance", "guidance"):
+    if differ("guidance"):
         axes += _guidance_axes(mine["guidance"], theirs["guidance"])
-    if differ("labels", "labels"):
+    if differ("labels"):
         axes.append(Axis("labels", mine["labels"], theirs["labels"], _labels(theirs["labels"])))
-    precision = theirs.get("precision", loaded.numerics.precision)
-    if precision != loaded.numerics.precision:
-        known = NUMERICS[0].choices
-        options = (f"precision={precision}",) if precision in known else None
-        axes.append(Axis("precision", loaded.numerics.precision, precision, options))
-    quantisation = protocol.get("quantisation", loaded.recipe.codec.describe())
-    if quantisation != loaded.recipe.codec.describe():
+    if differ("precision"):
+        precision = theirs["precision"]
+        options = (f"precision={precision}",) if precision in NUMERICS[0].choices else None
+        axes.append(Axis("precision", mine["precision"], precision, options))
+    quantisation = protocol.get("quantisation", AS_GIVEN)
+    if quantisation not in (AS_GIVEN, loaded.recipe.codec.describe()):
         how = "truncate" if "truncated" in quantisation else "round"
-        axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
-    axes += _set_axes(config, protocol)
-    seed = theirs.get("seed", config.seed)
-    if seed != config.seed:
-        axes.append(Axis("seed", str(config.seed), str(seed), (f"seed={seed}",)))
+        made = None if how == config.bytes else (f"bytes={how}",)
+        axes.append(Axis("bytes", config.bytes, how if made else quantisation, made))
+    n = config.n or IMAGES
+    other = protocol.get("num_images") or n
+    if other != n:
+        axes.append(Axis("n", str(n), str(other), (f"n={other}",)))
+    if differ("seed"):
+        axes.append(Axis("seed", str(mine["seed"]), str(theirs["seed"]), (f"seed={theirs['seed']}",)))
     return axes
 
 
@@ -392,18 +422,16 @@ def _guidance_axes(mine: str, theirs: str) -> list[Axis]:
     same = overrides_of("guidance", mine)
     axes = []
     if {**a[1], "interval": None} != {**b[1], "interval": None}:
-        options = None
-        if made is not None:
-            kept = [option for option in made if not option.startswith("guidance.interval=")]
-            options = (*kept, f"guidance.interval={in_hydra(own)}")
-        axes.append(Axis("guidance", mine, theirs, options))
+        axes.append(Axis("guidance", mine, theirs, made and _with_interval(made, own)))
     if own != other:
-        options = None
-        if same is not None:
-            kept = [option for option in same if not option.startswith("guidance.interval=")]
-            options = (*kept, f"guidance.interval={in_hydra(other)}")
-        axes.append(Axis("interval", in_hydra(own), in_hydra(other), options))
+        axes.append(Axis("interval", in_hydra(own), in_hydra(other), same and _with_interval(same, other)))
     return axes
+
+
+def _with_interval(options: Iterable[str], interval: Any) -> tuple[str, ...]:
+    """Options of guidance, with another interval."""
+    kept = [option for option in options if not option.startswith("guidance.interval=")]
+    return (*kept, f"guidance.interval={in_hydra(interval)}")
 
 
 def _labels(description: str) -> tuple[str, ...] | None:
@@ -416,47 +444,51 @@ def _labels(description: str) -> tuple[str, ...] | None:
     return (f"labels={entries[1].replace(' ', '')}",) if entries else None
 
 
-def other_conditions(mine: Mapping[str, Any], theirs: TheirProtocol, score: str) -> list[Axis]:
-    """What a record has that no option changes: reference data, features, settings of the score, training steps.
+def other_conditions(mine: Mapping[str, Any], theirs: TheirProtocol, score: str, data: str) -> list[Axis]:
+    """What a record has besides the axes of its recipe: reference, features, settings of the score, further entries.
+
+    No option makes them, except another split of the run's data as the reference.
 
     Args:
         mine: the protocol of the run's score.
         theirs: that of the record; an entry that is missing is not known.
         score: the name of the score.
+        data: the name of the run's data.
     """
-    axes: list[Axis] = []
-
-    def compare(part: str, ours: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]) -> None:
-        for key in keys:
-            here = list(ours[key]) if isinstance(ours.get(key), tuple) else ours.get(key)
-            if key in other and other[key] != here:
-                axes.append(Axis(f"{part}.{key}", str(here), str(other[key]), None))
 
     def both(part: str) -> list[Mapping[str, Any]]:
         entries = [_by_score(protocol.get(part)) or {} for protocol in (mine, theirs)]
         return [entry.get(score, entry.get("")) or {} for entry in entries]
 
-    ours, other = both("reference")
-    # another split has other images, and is an axis
-    same = other.get("split", ours.get("split")) == ours.get("split")
-    compare("reference", ours, other, ("data", "count", "fingerprint") if same else ("data",))
-    compare("features", *both("features"), ("name", "sha256"))
+    axes = _reference_axes(*both("reference"), data)
+    axes += _conditions("features", *both("features"), ("name", "sha256"))
     ours, other = both("settings")
-    compare("settings", ours, other, sorted(other))
-    compare("recipe", mine.get("recipe") or {}, theirs.get("recipe") or {}, ("training_steps",))
-    return axes
+    axes += _conditions("settings", ours, other, sorted(other))
+    recipe = theirs.get("recipe") or {}
+    further = sorted(recipe.keys() - TheirRecipe.__annotations__.keys())
+    return axes + _conditions("recipe", AS_USUAL | mine["recipe"], recipe, further)
 
 
-def _set_axes(config: DictConfig, protocol: TheirProtocol) -> list[Axis]:
+def _conditions(
+    part: str, mine: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterable[str]
+) -> list[Axis]:
+    """The entries of a part of the protocol that differ, of those with these keys."""
     axes = []
-    # of several scores: all have one split, or none is the axis
-    splits = {each.get("split") for each in (protocol.get("reference") or {}).values() if each}
-    split = splits.pop() if len(splits) == 1 else None
-    before = config.reference or "train"
-    if split and split != before:
-        options = (f"reference={split}",) if split in SPLITS else None
-        axes.append(Axis("reference", before, split, options))
-    mine, n = config.n or IMAGES, protocol.get("num_images")
-    if n and n != mine:
-        axes.append(Axis("n", str(mine), str(n), (f"n={n}",)))
+    for key in keys:
+        here = list(mine[key]) if isinstance(mine.get(key), tuple) else mine.get(key)
+        if key in theirs and theirs[key] != here:
+            axes.append(Axis(f"{part}.{key}", str(here), str(theirs[key]), None))
     return axes
+
+
+def _reference_axes(mine: Mapping[str, Any], theirs: Mapping[str, Any], data: str) -> list[Axis]:
+    """Another split of the run's data as the reference, or what differs of a reference that cannot be made."""
+    if not mine or theirs.get("fingerprint") == mine["fingerprint"]:
+        return []
+    name, split = (theirs.get(key, mine[key]) for key in ("data", "split"))
+    if name == data and split in SPLITS and (name, split) != (mine["data"], mine["split"]):
+        before = mine["split"] if mine["data"] == data else mine["data"]
+        return [Axis("reference", before, split, (f"reference={split}",))]
+    # another split has other images
+    keys = ("data", "count", "fingerprint") if split == mine["split"] else ("data", "split")
+    return _conditions("reference", mine, theirs, keys)

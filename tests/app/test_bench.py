@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from src.app.bench import Bench, Scored, in_hydra, overrides_of
-from src.app.explain import Axis, _guidance_axes, _labels, _row, other_conditions
+from src.app.explain import (
+    Axis,
+    _guidance_axes,
+    _labels,
+    _row,
+    check_score,
+    other_conditions,
+    protocol_from,
+)
 from src.app.search import Candidate, affordable, rungs, without_repeats
 from src.app.sweep.jobs import combinations
 from src.diffusion.sampler import DDIM, DDPM, Heun
 from src.diffusion.spacing import Trailing
+from src.errors import UserError
 from src.evaluation.record import Record
 from src.generation.recipe import describe
 from src.metrics.uncertainty import by_influences
@@ -89,26 +98,85 @@ def test_conditions_of_a_record_that_no_option_makes_are_listed():
     }
 
     def found(**theirs):
-        rows = other_conditions(mine, theirs, "kd")
+        rows = other_conditions(mine, theirs, "kd", "digits")
         assert all(row.options is None for row in rows)
         return {row.name: (row.before, row.after) for row in rows}
 
     assert found() == {}
     assert found(**{**mine, "settings": {"subsets": 100, "sizes": [1, 2]}}) == {}
     assert found(
-        reference={"kd": {**reference, "data": "cifar10", "count": 777}, "accuracy": None},
+        reference={"kd": {"data": "cifar10", "split": "train", "count": 777}, "accuracy": None},
         features={"kd": {"sha256": "beef"}},
         settings={"kd": {"subsets": 10}},
-        recipe={"training_steps": 999, "steps": 18},
+        recipe={
+            "training_steps": 999,
+            "steps": 18,
+            "network_evaluations": 36,
+            "noise": "drawn on cuda",
+            "[/red]": 1,
+        },
     ) == {
         "reference.data": ("digits", "cifar10"),
         "reference.count": ("1504", "777"),
         "features.sha256": ("cafe", "beef"),
         "settings.subsets": ("100", "10"),
         "recipe.training_steps": ("20", "999"),
+        "recipe.noise": ("drawn on cpu", "drawn on cuda"),
+        "recipe.[/red]": ("None", "1"),
     }
-    # another split is an axis of its own, and has other images
-    assert found(reference={"data": "digits", "split": "test", "count": 146, "fingerprint": "def"}) == {}
+    # equal images have equal fingerprints, whatever their file is called
+    assert found(reference={**reference, "data": "train.npz", "split": "all"}) == {}
+    assert found(reference={"data": "some.npz", "split": "all", "count": 200, "fingerprint": "def"}) == {
+        "reference.data": ("digits", "some.npz"),
+        "reference.split": ("train", "all"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "axis"),
+    [
+        (("digits", "train"), ("digits", "test"), ("train", "test")),
+        (("digits", "test"), ("digits", "train"), ("test", "train")),
+        (("digits", "test"), ("digits", "test"), None),
+        (("some.npz", "all"), ("digits", "train"), ("some.npz", "train")),
+        # the split of other data than the run's
+        (("cifar10", "train"), ("cifar10", "test"), ("train", "test", None)),
+    ],
+)
+def test_another_split_of_the_runs_data_is_an_axis(mine, theirs, axis):
+    def protocol(data, split):
+        reference = {"data": data, "split": split, "count": 9, "fingerprint": f"of {data} {split}"}
+        return {"reference": reference, "recipe": {}}
+
+    found = other_conditions(protocol(*mine), protocol(*theirs), "kd", "digits")
+    if axis is None:
+        assert found == []
+    elif len(axis) == 2:
+        assert found == [Axis("reference", *axis, (f"reference={axis[1]}",))]
+    else:
+        assert found == [Axis("reference.split", *axis)]
+
+
+def test_entries_that_a_record_of_this_program_leaves_out_are_as_usual():
+    def recipe(**protocol):
+        return protocol_from(Record({}, protocol), "theirs.json").get("recipe")
+
+    usual = {"precision": "32-true", "compiled": False, "noise": "drawn on cpu"}
+    assert recipe(recipe={"steps": 5}, versions={}) == {"steps": 5, **usual}
+    assert recipe(recipe={"precision": "bf16-mixed"}, versions={})["precision"] == "bf16-mixed"
+    # written by hand, and of given images
+    assert recipe(recipe={"steps": 5}) == {"steps": 5}
+    assert recipe(versions={}) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_to_explain_is_finite(value):
+    record = Record({"fid": value, "kid": 0.1}, {})
+    check_score(record, "theirs.json", "kid")
+    with pytest.raises(UserError, match=rf"^record=theirs.json: fid is {value}; give a record with a finite"):
+        check_score(record, "theirs.json", "fid")
+    with pytest.raises(UserError, match=r"^record=theirs.json: it has fid, kid and not fd_digits; choose"):
+        check_score(record, "theirs.json", "fd_digits")
 
 
 def test_the_share_of_a_gap_includes_the_interval_of_the_gap():

@@ -194,14 +194,14 @@ def test_explain_finds_what_differs(command, run, tmp_path, capsys):
     assert "sampled     0 images" in capsys.readouterr().out
 
 
-def explained(command, run, tmp_path, recipe, **protocol):
+def explained(command, run, tmp_path, recipe, *more, **protocol):
     """Exit status of src.explain with a record written by hand, and the content of explain.json."""
     for old in run.glob("scores/explain_*/explain.json"):
         old.unlink()
     record = tmp_path / "theirs.json"
     protocol = {"recipe": recipe, **protocol}
     record.write_text(json.dumps({"scores": {"fd_digits": 3.0}, "protocol": protocol}))
-    options = ["n=64", "sampler=ddim", "sampler.steps=2", "metrics=fd_digits"]
+    options = ["n=64", "sampler=ddim", "sampler.steps=2", "metrics=fd_digits", *more]
     status = command("explain", f"run={run}", f"record={record}", *options)
     return status, "".join(path.read_text() for path in run.glob("scores/explain_*/explain.json"))
 
@@ -271,6 +271,69 @@ def test_missing_entries_of_a_record_are_not_known(command, run, tmp_path):
     (row,) = json.loads(written)["axes"]
     assert (row["axis"], row["after"]) == ("reference", "test")
     assert "change" in row
+
+
+def test_explain_knows_the_split_of_the_metric(command, run, tmp_path):
+    reference = {"data": "digits", "split": "train"}
+    of_test = "metrics.reference_split=test"
+    status, written = explained(command, run, tmp_path, {"note": "[/red]"}, of_test, reference=reference)
+    assert status == 0
+    axis, note = json.loads(written)["axes"]
+    assert (axis["axis"], axis["before"], axis["after"]) == ("reference", "test", "train")
+    assert axis["change"]
+    assert (note["axis"], note["error"]) == ("recipe.note", "differs, and cannot be made here")
+    status, written = explained(command, run, tmp_path, {}, of_test, "axes=steps", reference=reference)
+    assert (status, json.loads(written)["axes"]) == (0, [])
+
+
+def test_explain_compares_precision_and_bytes(run):
+    from src.app.bench import Bench
+    from src.app.explain import axes_of_record
+
+    loaded, _, config = Bench([f"run={run}", "sampler=ddim", "precision=bf16-mixed"]).load()
+
+    def axes(quantisation, recipe):
+        found = axes_of_record(loaded, config, {"quantisation": quantisation, "recipe": recipe})
+        return [(axis.name, axis.before, axis.after, axis.options) for axis in found]
+
+    assert axes("bytes as given", {}) == []
+    assert axes(loaded.recipe.codec.describe(), {"precision": "bf16-mixed"}) == []
+    latents = "AutoencoderKL abc, clip(round((x + 1) * 127.5), 0, 255) to uint8"
+    assert axes(latents, {"precision": "32-true"}) == [
+        ("precision", "bf16-mixed", "32-true", ("precision=32-true",)),
+        ("bytes", "round", latents, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "before", "after", "own"),
+    [
+        (["guidance=interval"], "[0.2,5.0]", "null", ("guidance=interval",)),
+        (
+            ["guidance=projected", "guidance.scale=3.5"],
+            "null",
+            "[0.2,5.0]",
+            ("guidance=projected", "guidance.scale=3.5"),
+        ),
+        (["guidance=auto", "guidance.run=RUN"], "null", "[0.2,5.0]", None),
+    ],
+)
+def test_explain_tries_an_interval_of_the_same_guidance(run, guidance, before, after, own):
+    from src.app.bench import Bench
+    from src.app.explain import Axis, usual_axes
+
+    guidance = [option.replace("RUN", str(run)) for option in guidance]
+    options = [*guidance, "metrics=fd_digits", "metrics.reference_split=test"]
+    loaded, merged, config = Bench([f"run={run}", "sampler=ddim", *options]).load()
+    axes = {axis.name: axis for axis in usual_axes(loaded, merged, config)}
+    interval = f"guidance.interval={after}"
+    assert axes["interval"] == Axis("interval", before, after, (interval,))
+    assert axes["guidance"].after == "none"
+    assert axes["reference"] == Axis("reference", "test", "train", ("reference=train",))
+    # the same guidance as the run's own
+    config = Bench([f"run={run}", "sampler=ddim"]).config()
+    found = [axis.options for axis in usual_axes(loaded, merged, config) if axis.name == "interval"]
+    assert found == ([] if own is None else [(*own, interval)])
 
 
 def test_errors_of_variants_show_no_values_of_the_environment(command, run, tmp_path, capsys, monkeypatch):
