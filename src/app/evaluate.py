@@ -230,6 +230,8 @@ def reference_of(
     elif (CONF / "data" / f"{name}.yaml").is_file() and split in ("", *SPLITS):
         source = source_named(name)
         split = split or None
+    elif (CONF / "data" / f"{name}.yaml").is_file() and not Path(reference).expanduser().exists():
+        raise UserError(f"reference={reference}: {name} has no such split; give {name}/{' or '.join(SPLITS)}")
     else:
         source, split = GivenSource(open_given(reference, "reference")), "all"
         found = source.images and source.images.shape

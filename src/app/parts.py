@@ -248,15 +248,17 @@ def image_scores(
     for option, node in nodes.items():
         if is_likelihood(node):
             raise UserError(
-                f"{option}: bits per dimension are for src.evaluate (metrics=nll or nll_flow), not for training; choose"
-                " a score of images, or metrics=none"
+                f"{option}: bits per dimension are only for src.evaluate run=<run> (metrics=nll or nll_flow), by"
+                " themselves; choose a score of images"
             )
         if is_memorisation(node):
             raise UserError(
-                f"{option}: memorisation is for src.evaluate, by itself, and not for training; choose a score of"
-                " images, or metrics=none"
+                f"{option}: memorisation is only for src.evaluate run=<run>, by itself; choose a score of images"
             )
-        score = build(node, FidelityScore, option)
+        try:
+            score = build(node, FidelityScore, option)
+        except UserError as error:  # the features do not know which of several metrics they are of
+            raise UserError(str(error).replace("metrics.features.", f"{option}.features.")) from None
         if score.needs_labels and not labelled:
             raise UserError(
                 f"{option}: {score.name} is of images conditioned on classes, and this network is not; choose another"

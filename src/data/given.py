@@ -308,7 +308,9 @@ def _statistics(mu: np.ndarray, sigma: np.ndarray, where: Path, option: str) -> 
             " fit; sigma must be np.cov(features, rowvar=False)"
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise UserError(f"{option}={where}: values of mu or sigma are not finite; compute the statistics again")
+        raise UserError(
+            f"{option}={where}: values of mu or sigma are not finite; compute the statistics again"
+        )
     largest = float(covariance.abs().max())
     symmetric = (covariance + covariance.T) / 2
     equal = torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * largest)

@@ -184,7 +184,7 @@ class ScoreSet:
             if score.needs_reference and not _has_moments(score, source):
                 split = score.reference_split
                 size = _size(source.split(split), score.label)
-                score.check_count(size, f"the {split} split of {source.name}")
+                score.check_count(size, _named(source, split))
 
     def set_references(
         self,
@@ -215,7 +215,7 @@ class ScoreSet:
                 continue
             reference = _reference_of(score, source)
             if score.label is None:
-                score.check_count(reference.count, f"the {reference.split} split of {source.name}")
+                score.check_count(reference.count, _named(source, reference.split))
             states = _from_rank_zero(store.read(score, reference) if store else None)
             if states is None:
                 missing.setdefault(reference.split, []).append((score, reference))
@@ -356,6 +356,15 @@ def _key(name: str, sha256: str) -> str:
 def _has_moments(score: FidelityScore, source: ImageSource | GivenSource) -> bool:
     given = isinstance(source, GivenSource) and source.statistics is not None
     return given and isinstance(score, FrechetDistance)
+
+
+def _named(source: ImageSource | GivenSource, split: str) -> str:
+    """A reference set for messages."""
+    return (
+        f"reference={source.name}"
+        if isinstance(source, GivenSource)
+        else f"the {split} split of {source.name}"
+    )
 
 
 def _size(images: ImageSet, label: int | None) -> int:

@@ -258,7 +258,10 @@ class FidelityScore(Metric):
             else:
                 states[name] = value.clone()
             if not states[name].isfinite().all():
-                raise UserError(f"{self.name}: features {self.features.name!r} of {whose} are not finite")
+                raise UserError(
+                    f"{self.name}: features {self.features.name!r} of {whose} are not finite; fetch the weights of the"
+                    " network again, or choose other metrics"
+                )
         return states
 
 
