@@ -413,7 +413,7 @@ def test_explain_tries_raw_weights_and_another_length(run, monkeypatch):
 
 
 def test_search_finds_the_best_of_a_small_grid(command, run, capsys):
-    grid = ["sampler.steps=1,3", "guidance.scale=1,2", "n=64", "metrics=fd_digits"]
+    grid = ["sampler.steps=1,3", "sampler.eta=0,1", "sampler=ddim", "n=64", "metrics=fd_digits"]
     assert command("search", f"run={run}", *grid, "budget=0.8") == 0
     assert "best        " in capsys.readouterr().out
     found = json.loads(next(run.glob("scores/search_*/search.json")).read_text())
@@ -427,7 +427,9 @@ def test_search_finds_the_best_of_a_small_grid(command, run, capsys):
     assert command("search", f"run={run}", *grid, "budget=1") == 0
     everything = json.loads(next(run.glob("scores/search_*/search.json")).read_text())
     assert all(row["n"] == 64 for row in everything["candidates"])
-    assert everything["best"] == found["best"]
+    low, high = everything["best"]["interval"]
+    assert low < found["best"]["value"] < high
+    assert max(row["value"] for row in everything["candidates"]) > high, "any candidate would do"
 
 
 @pytest.mark.parametrize(
