@@ -54,6 +54,9 @@ def test_a_stage_continues_a_training_and_skips_a_finished_one(tmp_path, monkeyp
     first, second = commands
     assert {"experiment=ddpm_fashion_mnist", "batch_size=8"} <= set(first)
     assert second == ("train", f"ckpt={tmp_path / 'ours'}", "trainer.max_steps=30")
+    assert "parameterization=v" not in first
+    fashion_mnist.main(["ours_v", "--runs", str(tmp_path), "--batch-size", "8"])
+    assert "parameterization=v" in commands[-1]
     with pytest.raises(SystemExit, match=r"--batch-size 16: .* has 8"):
         fashion_mnist.main(["ours", "--runs", str(tmp_path), "--batch-size", "16"])
 
