@@ -167,7 +167,7 @@ class Benchmark:
 
     def sampled(self, images: Images) -> Path:
         """The .npz of generated images, which are made if they do not exist."""
-        path = self.runs / "samples" / f"{images.name}.npz"
+        path = self._path(images)
         if path.exists():
             return path
         folder = self.runs / "samples" / images.name
@@ -194,8 +194,15 @@ class Benchmark:
 
     @property
     def codes(self) -> list[str]:
-        """Those that have been trained to the end."""
-        return [code for code in CODES if self.at.steps in self._checkpoints(code)]
+        """Those that have been trained to the end, or whose images are there."""
+        return [
+            code
+            for code in CODES
+            if self.at.steps in self._checkpoints(code) or self._path(self._final(code)).exists()
+        ]
+
+    def _path(self, images: Images) -> Path:
+        return self.runs / "samples" / f"{images.name}.npz"
 
     def samples(self) -> None:
         """The images of all trainings at their end."""
@@ -204,7 +211,10 @@ class Benchmark:
 
     def final(self) -> list[Images]:
         """What FID and KID are computed of."""
-        return [Images(code, self.at.steps, "ema", self.at.ddim_steps, self.at.n) for code in self.codes]
+        return [self._final(code) for code in self.codes]
+
+    def _final(self, code: str) -> Images:
+        return Images(code, self.at.steps, "ema", self.at.ddim_steps, self.at.n)
 
     # scores
 
@@ -299,7 +309,7 @@ class Benchmark:
             print(f"| {t} | {' | '.join(f'{cell:.5f}' for cell in cells)} |", flush=True)
 
     def _our_eps(self, code: str) -> Callable[[Tensor, int], Tensor]:
-        denoiser = loaded_run(str(self._checkpoints(code)[self.at.steps])).denoiser
+        denoiser = loaded_run(str(self._checkpoints(code)[self.at.steps]), "device=cpu").denoiser
         return lambda x_t, t: denoiser(x_t, denoiser.schedule([t]).scalars()[0]).eps
 
     def _their_eps(self) -> Callable[[Tensor, int], Tensor]:
@@ -327,14 +337,14 @@ class Benchmark:
             print(f"| --- |{' --- |' * len(self.codes)}")
             for value in dict.fromkeys(getattr(images, part) for images in wanted):
                 row = [images for images in wanted if getattr(images, part) == value]
-                cells = (self._cell(self.runs / "samples" / f"{images.name}.npz") for images in row)
+                cells = (self._cell(self._path(images)) for images in row)
                 print(f"| {value} | {' | '.join(cells)} |")
         print("\n| part | CPU minutes |\n| --- | --- |")
         for path in sorted((self.runs / "costs").glob("*.json")):
             cost = read_json(path, dict[str, Any])
             print(f"| {cost['part']} | {cost['seconds'] / 60:.1f} |")
-        made = [self.runs / "samples" / f"{images.name}.npz" for images in self.final()]
-        if self.at.picture and all(path.exists() for path in made):
+        made = [path for path in map(self._path, self.final()) if path.exists()]
+        if self.at.picture and made:
             side_by_side(*(first_images(path, 64) for path in made)).save(self.at.picture)
 
     def _cell(self, images: Path) -> str:
@@ -345,7 +355,7 @@ class Benchmark:
         against = f"{self.at.reference_images or 60_000:,} training images"
         print(f"{self.at.n:,} images; FID and KID against {against}\n")
         print("| images | FID | KID | fd_fashion_mnist |\n| --- | --- | --- | --- |")
-        rows = {images.code: self.runs / "samples" / f"{images.name}.npz" for images in self.final()}
+        rows = {images.code: self._path(images) for images in self.final()}
         for name, path in {**rows, "test images": self._real("test", self.at.n)}.items():
             inception = self._record(path, f"inception_{self.at.reference_images or 'all'}")
             cells = [inception.printed(score) if inception else "" for score in ("fid", "kid")]

@@ -12,13 +12,13 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from src.app.bench import Bench, Scored, guided, in_hydra, overrides_of, own_options, parsed_part
-from src.app.build import trusting
+from src.app.build import class_of, trusting
 from src.app.environment import redacted
 from src.app.evaluate import AS_GIVEN, IMAGES
 from src.app.options import NUMERICS
 from src.app.overrides import trusted_packages
 from src.app.parts import metric_nodes
-from src.data.source import SPLITS
+from src.data.source import SPLITS, ImageSource
 from src.errors import UserError
 from src.evaluation.record import Record, printed
 from src.generation.loaded import USUAL, LoadedRun
@@ -175,6 +175,8 @@ def check_score(record: Record, path: str, name: str) -> None:
         raise UserError(f"record={path}: it has {has} and not {name}; choose that by metrics=...")
     if not math.isfinite(value := record.scores[name]):
         raise UserError(f"record={path}: {name} is {value}; give a record with a finite score")
+    if not all(map(math.isfinite, record.interval(name) or ())):
+        raise UserError(f"record={path}: the interval of {name} is not finite; correct it or leave it out")
 
 
 def _run(
@@ -196,7 +198,7 @@ def _run(
         print(f"record      {name} {other.printed(name)}, a gap of {gap:+.4g}")
         if abs(gap) <= gap_half:
             print("warning     the gap is within the record's interval: its shares say little")
-    others = other_conditions(base.record.protocol, theirs, name, loaded.source.name)
+    others = other_conditions(base.record.protocol, theirs, name, loaded.source)
     axes = [*axes, *(axis for axis in others if axis.options is None or axis.name in wanted)]
     rows: list[dict[str, Any]] = []
     for axis in axes:
@@ -327,9 +329,11 @@ def usual_axes(loaded: LoadedRun, merged: DictConfig, config: DictConfig) -> lis
     how = "round" if config.bytes == "truncate" else "truncate"
     axes.append(Axis("bytes", config.bytes, how, (f"bytes={how}",)))
     metric = next(iter(metric_nodes(merged).values()), {})
-    reference = config.reference or metric.get("reference_split", "train")
-    split = "train" if reference.endswith("test") else "test"
-    axes.append(Axis("reference", reference, split, (f"reference={split}",)))
+    if metric and getattr(class_of(metric), "needs_reference", True):
+        own = metric.get("reference_split", "train")
+        given = (config.reference or own).replace(":", "/").rpartition("/")[2]
+        split = "train" if (given if given in SPLITS else own) == "test" else "test"
+        axes.append(Axis("reference", config.reference or own, split, (f"reference={split}",)))
     axes.append(Axis("n", str(n), str(n // 2), (f"n={n // 2}",)))
     axes.append(Axis("seed", str(config.seed), str(config.seed + 1), (f"seed={config.seed + 1}",)))
     return axes
@@ -444,7 +448,9 @@ def _labels(description: str) -> tuple[str, ...] | None:
     return (f"labels={entries[1].replace(' ', '')}",) if entries else None
 
 
-def other_conditions(mine: Mapping[str, Any], theirs: TheirProtocol, score: str, data: str) -> list[Axis]:
+def other_conditions(
+    mine: Mapping[str, Any], theirs: TheirProtocol, score: str, source: ImageSource
+) -> list[Axis]:
     """What a record has besides the axes of its recipe: reference, features, settings of the score, further entries.
 
     No option makes them, except another split of the run's data as the reference.
@@ -453,14 +459,14 @@ def other_conditions(mine: Mapping[str, Any], theirs: TheirProtocol, score: str,
         mine: the protocol of the run's score.
         theirs: that of the record; an entry that is missing is not known.
         score: the name of the score.
-        data: the name of the run's data.
+        source: the run's data.
     """
 
     def both(part: str) -> list[Mapping[str, Any]]:
         entries = [_by_score(protocol.get(part)) or {} for protocol in (mine, theirs)]
         return [entry.get(score, entry.get("")) or {} for entry in entries]
 
-    axes = _reference_axes(*both("reference"), data)
+    axes = _reference_axes(*both("reference"), source)
     axes += _conditions("features", *both("features"), ("name", "sha256"))
     ours, other = both("settings")
     axes += _conditions("settings", ours, other, sorted(other))
@@ -481,14 +487,16 @@ def _conditions(
     return axes
 
 
-def _reference_axes(mine: Mapping[str, Any], theirs: Mapping[str, Any], data: str) -> list[Axis]:
+def _reference_axes(mine: Mapping[str, Any], theirs: Mapping[str, Any], source: ImageSource) -> list[Axis]:
     """Another split of the run's data as the reference, or what differs of a reference that cannot be made."""
     if not mine or theirs.get("fingerprint") == mine["fingerprint"]:
         return []
     name, split = (theirs.get(key, mine[key]) for key in ("data", "split"))
-    if name == data and split in SPLITS and (name, split) != (mine["data"], mine["split"]):
-        before = mine["split"] if mine["data"] == data else mine["data"]
-        return [Axis("reference", before, split, (f"reference={split}",))]
+    if name == source.name and split in SPLITS and (name, split) != (mine["data"], mine["split"]):
+        before = mine["split"] if mine["data"] == source.name else mine["data"]
+        own = {"fingerprint": source.fingerprint(split)}
+        other_images = _conditions("reference", own, theirs, own)
+        return other_images or [Axis("reference", before, split, (f"reference={split}",))]
     # another split has other images
     keys = ("data", "count", "fingerprint") if split == mine["split"] else ("data", "split")
     return _conditions("reference", mine, theirs, keys)

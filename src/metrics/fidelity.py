@@ -9,7 +9,7 @@ from torch import Tensor
 from src.metrics.features import ClassifierFeatures, FeatureExtractor
 from src.metrics.frechet import Comparison, Moments, Target, compare
 from src.metrics.neighbours import PAIRS, distances, radii, recall_without
-from src.metrics.score import FeatureSetScore, FidelityScore, Reference, Split
+from src.metrics.score import ORDER, FeatureSetScore, FidelityScore, Reference, Split
 from src.metrics.uncertainty import Interval, by_groups, by_influences, of_share
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ class KernelDistance(FeatureSetScore):
             "subsets": self.subsets,
             "subset_size": self.subset_size,
             "seed": self.seed,
+            "drawn_from": ORDER,
         }
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
@@ -173,7 +174,7 @@ class KernelDistance(FeatureSetScore):
 
         The means are over at most `KERNEL_SET` images of each set.
         """
-        made, real = (self.vectors_of(states).double().cpu() for states in (generated, reference))
+        made, real = self.vectors_of(generated).double().cpu(), self.feature_set(reference)
         generator = torch.Generator().manual_seed(self.seed)
         others, fixed = (
             torch.randperm(len(one), generator=generator)[:KERNEL_SET].sort().values for one in (made, real)
@@ -280,7 +281,7 @@ class InceptionScore(FeatureSetScore):
         self.seed = seed
 
     def settings(self) -> dict[str, Any]:
-        return {"splits": self.splits, "seed": self.seed}
+        return {"splits": self.splits, "seed": self.seed, "drawn_from": ORDER}
 
     def compare(self, generated: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
         from torch_fidelity.metric_isc import isc_features_to_metric

@@ -9,7 +9,7 @@ from torch import Tensor
 from src.metrics.features import FeatureExtractor
 from src.metrics.fidelity import FrechetDistance
 from src.metrics.frechet import Moments, compare
-from src.metrics.score import Split
+from src.metrics.score import ORDER, Split
 from src.metrics.uncertainty import Interval, by_influences
 
 
@@ -56,7 +56,12 @@ class FrechetInfinity(FrechetDistance):
         self.always_keep = True
 
     def settings(self) -> dict[str, Any]:
-        return {"points": self.points, "smallest_share": self.smallest_share, "seed": self.seed}
+        return {
+            "points": self.points,
+            "smallest_share": self.smallest_share,
+            "seed": self.seed,
+            "drawn_from": ORDER,
+        }
 
     def of_class(self, label: int):
         smallest, because = self.smallest, self.because

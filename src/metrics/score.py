@@ -259,10 +259,14 @@ class FidelityScore(Metric):
                 states[name] = value.clone()
             if not states[name].isfinite().all():
                 raise UserError(
-                    f"{self.name}: features {self.features.name!r} of {whose} are not finite; fetch the weights of the"
-                    " network again, or choose other metrics"
+                    f"{self.name}: features {self.features.name!r} of {whose} are not finite; check"
+                    " metrics.features.weights, or choose other metrics"
                 )
         return states
+
+
+ORDER = "the images in their order"
+"""What random subsets are drawn from, in the settings of scores; earlier versions sorted the features."""
 
 
 class FeatureSetScore(FidelityScore):

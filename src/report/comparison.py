@@ -42,7 +42,8 @@ INCIDENTAL = re.compile(
     r"|callbacks\.(progress|curves|checkpoints|sample_images|track_fidelity|skip_nonfinite))(\..*)?"
 )
 OWN_NAMES = {"seed": "sampling seed"}  # of a recipe; the option `seed` of a training is another one
-SEEDS = ("seed", "generation.seed", "sampling seed")
+AGAIN = "record"  # numbers records that differ in no option
+SEEDS = ("seed", "generation.seed", "sampling seed", AGAIN)  # tell repetitions of a setting apart
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Comparison:
         values. Records that differ in no option, but in a score, have rows of their own, numbered by the option
         `record`.
         """
+        trained = {option for each in self.subjects for option in each.options}
         rows: dict[tuple[Any, ...], Row] = {}
         for scored in subject.records:
             recipe = recipe_of(scored.record)
@@ -162,14 +164,14 @@ class Comparison:
             decided = {key for name in named for key in DECIDES.get(name, ())} - several
             options = dict(subject.options)
             for key in sorted((differ.keys() & recipe.keys()) - decided):
-                name = OWN_NAMES.get(key, f"sampling {key}" if key in subject.options else key)
+                name = OWN_NAMES.get(key, f"sampling {key}" if key in trained else key)
                 options[name] = differ[key][shortened(recipe[key], None)]
             cells = {}
             for score, value in scored.record.scores.items():
                 column = column_of(scored.record, score, subject.run, asked)
                 cells[column] = Cell(value, scored, *interval_of(scored.record, score))
             for number in count(1):
-                numbered = options | ({"record": str(number)} if number > 1 else {})
+                numbered = options | ({AGAIN: str(number)} if number > 1 else {})
                 row = rows.setdefault((step, *sorted(numbered.items())), Row(subject, step, numbered))
                 known = [(row.cells[column], cell) for column, cell in cells.items() if column in row.cells]
                 if all(repr(one.value) == repr(other.value) for one, other in known):  # NaN equals NaN

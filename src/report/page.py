@@ -12,7 +12,7 @@ from typing import Any
 
 from src.evaluation.record import Record
 from src.report import figures as fig
-from src.report.comparison import SEEDS, Cell, Comparison, Row, are_of_one_sweep
+from src.report.comparison import AGAIN, SEEDS, Cell, Comparison, Row, are_of_one_sweep
 from src.report.curves import Curve, curves_of, seconds_of
 from src.report.effects import Marginal, Mean, Result, digits, interactions, marginal_means, mean
 from src.report.pictures import picture_groups
@@ -167,7 +167,7 @@ def _question(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _seeds(comparison: Comparison) -> list[str]:
-    return [value for name in SEEDS for value in comparison.options.get(name, ())]
+    return [value for name in SEEDS if name != AGAIN for value in comparison.options.get(name, ())]
 
 
 def _results(comparison: Comparison, lead: Column) -> list[Result]:

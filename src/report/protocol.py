@@ -83,8 +83,9 @@ def column_of(record: Record, score: str, run: Run | None, asked: set[str]) -> C
         of_base = per_class.get(base)
         of_label = of_base.get(label) if isinstance(of_base, dict) else None
         entries |= flat(of_label if isinstance(of_label, dict) else {}, "per_class_of_this")
+    of_rows = {f"recipe.{key}" for key in asked}
     kept = {
-        key: AS_IN_ROW if key.removeprefix("recipe.") in asked else shortened(value, None)
+        key: AS_IN_ROW if key in of_rows else shortened(value, None)
         for key, value in entries.items()
         if not IMMATERIAL.fullmatch(key)
     }

@@ -1,7 +1,7 @@
 """Save a view of curves, scores and samples in wandb: python -m src.wandb_workspace <run folder> --entity NAME
 
 The panels are those of the curves that the run has written; the view shows all runs of its wandb project. Needs an API
-key and `pip install wandb-workspaces`.
+key and the extra `workspace` (pip install -e ".[workspace]"). Each start makes a new view.
 """
 
 import argparse
@@ -79,22 +79,20 @@ def main() -> None:
         project = flat(read_yaml(arguments.run / CONFIG_FILE)).get("logger.wandb.project")
     except UserError as error:
         parser.error(str(error))
+    except (OSError, ValueError, csv.Error) as error:
+        parser.error(f"{arguments.run}: its configuration or its curves cannot be read ({error})")
     project = arguments.project or project
     if not project:
         parser.error(f"--project: {arguments.run} was not logged to wandb; give the name of a project")
     try:
         workspace = workspace_of(curves, arguments.entity, project)
     except ImportError as error:
-        parser.error(f"{error}; pip install wandb-workspaces")
+        parser.error(f'{error}; pip install -e ".[workspace]"')
     try:
-        workspace.save()
-    except (
-        Exception
-    ) as error:  # of the network, of a missing key or permission: the package has no common class
-        parser.error(
-            f"wandb did not take the view: {str(error).strip().partition(chr(10))[0]}; see wandb login"
-        )
-    print(workspace.url)
+        workspace.save()  # prints the address
+    except Exception as error:  # the package has no class for a missing key, permission or network
+        first = str(error).strip().partition("\n")[0]
+        parser.error(f"wandb did not take the view: {first}; see wandb login")
 
 
 if __name__ == "__main__":

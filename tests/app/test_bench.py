@@ -88,6 +88,15 @@ def test_labels_of_a_record():
     assert _labels("image i has text i mod 2 of ['a', 'b'], encoded by CLIP") is None
 
 
+class OwnDigits:
+    """The data of the run."""
+
+    name = "digits"
+
+    def fingerprint(self, split: str) -> str:
+        return f"of digits {split}"
+
+
 def test_conditions_of_a_record_that_no_option_makes_are_listed():
     reference = {"data": "digits", "split": "train", "count": 1504, "fingerprint": "abc"}
     mine = {
@@ -98,7 +107,7 @@ def test_conditions_of_a_record_that_no_option_makes_are_listed():
     }
 
     def found(**theirs):
-        rows = other_conditions(mine, theirs, "kd", "digits")
+        rows = other_conditions(mine, theirs, "kd", OwnDigits())
         assert all(row.options is None for row in rows)
         return {row.name: (row.before, row.after) for row in rows}
 
@@ -148,13 +157,21 @@ def test_another_split_of_the_runs_data_is_an_axis(mine, theirs, axis):
         reference = {"data": data, "split": split, "count": 9, "fingerprint": f"of {data} {split}"}
         return {"reference": reference, "recipe": {}}
 
-    found = other_conditions(protocol(*mine), protocol(*theirs), "kd", "digits")
+    found = other_conditions(protocol(*mine), protocol(*theirs), "kd", OwnDigits())
     if axis is None:
         assert found == []
     elif len(axis) == 2:
         assert found == [Axis("reference", *axis, (f"reference={axis[1]}",))]
     else:
         assert found == [Axis("reference.split", *axis)]
+
+
+def test_a_split_of_the_same_name_with_other_images_is_no_axis():
+    mine = {"reference": {"data": "digits", "split": "train", "count": 9, "fingerprint": "a"}, "recipe": {}}
+    theirs = {"reference": {"data": "digits", "split": "test", "fingerprint": "of digits elsewhere"}}
+    assert other_conditions(mine, theirs, "kd", OwnDigits()) == [
+        Axis("reference.fingerprint", "of digits test", "of digits elsewhere", None)
+    ]
 
 
 def test_entries_that_a_record_of_this_program_leaves_out_are_as_usual():
@@ -177,6 +194,14 @@ def test_a_score_to_explain_is_finite(value):
         check_score(record, "theirs.json", "fid")
     with pytest.raises(UserError, match=r"^record=theirs.json: it has fid, kid and not fd_digits; choose"):
         check_score(record, "theirs.json", "fd_digits")
+
+
+def test_an_interval_that_is_not_finite_is_refused():
+    record = Record({"fid": 3.0}, {}, intervals={"fid": [2.0, float("inf")]})
+    with pytest.raises(
+        UserError, match=r"^record=theirs.json: the interval of fid is not finite; correct it"
+    ):
+        check_score(record, "theirs.json", "fid")
 
 
 def test_the_share_of_a_gap_includes_the_interval_of_the_gap():

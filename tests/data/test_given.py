@@ -104,6 +104,15 @@ def test_published_statistics(tmp_path):
     assert given.statistics is not None
 
 
+def test_rounding_of_a_singular_covariance_is_no_mistake(tmp_path):
+    features = np.random.default_rng(0).normal(size=(40, 128)).astype(np.float32)
+    centred = features - features.mean(0)
+    sigma = centred.T @ centred / np.float32(39)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=sigma)
+    assert open_given(str(tmp_path / "ref.npz"), "reference").statistics.covariance.dtype == torch.float64
+
+
 def spoil(tmp_path, kind):
     folder = folder_of(tmp_path / "given")
     path = tmp_path / "given.npz"
@@ -141,7 +150,20 @@ def spoil(tmp_path, kind):
             "text": {"mu": np.array(["a", "b"]), "sigma": np.eye(2)},
             "no features": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         }.get(kind)
-        if kind in ("damaged npz", "encrypted"):
+        if kind == "one array":
+            with path.open("wb") as file:
+                np.save(file, PIXELS)
+        elif kind in ("no array", "huge"):
+            header = (
+                b"{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 9999, 9999, 3), }".ljust(117)
+                + b"\n"
+            )
+            entry = (
+                b"abc" if kind == "no array" else b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header
+            )
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+                file.writestr("arr_0.npy", entry)
+        elif kind in ("damaged npz", "encrypted"):
             np.savez_compressed(path, arr_0=PIXELS)
             content_of_file = bytearray(path.read_bytes())
             if kind == "damaged npz":
@@ -179,7 +201,10 @@ def spoil(tmp_path, kind):
         ("complex", "sigma has the type complex128; give real numbers"),
         ("text", "mu has the type <U1; give real numbers"),
         ("no features", r"mu of shape \(0,\) and sigma of shape \(0, 0\) do not fit"),
-        ("damaged npz", "is no intact .npz file"),
+        ("damaged npz", "is no intact .npz file .*decompress"),
+        ("one array", "is no intact .npz file"),
+        ("no array", "is no intact .npz file"),
+        ("huge", "is no intact .npz file"),
         ("encrypted", "is no intact .npz file .*encrypted"),
         ("empty", "is no intact .npz file"),
     ],

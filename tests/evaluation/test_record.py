@@ -13,6 +13,7 @@ RECIPE = {"training_steps": 500, "weights": "ema", "ema_decay": 0.999, "sampler"
 REFERENCE = {"data": "noise", "split": "train", "count": 50, "fingerprint": "abc-train"}
 FEATURES = {"name": "pixels", "num_features": 6, "sha256": "pixels", "origin": "the pixels themselves"}
 KD = {"kernel": "(x.y/d + 1)^3", "subsets": 3, "subset_size": 20, "seed": 2020}
+KD["drawn_from"] = "the images in their order"
 
 
 def protocol(*scores) -> dict:

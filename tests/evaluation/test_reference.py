@@ -166,4 +166,4 @@ def test_states_survive_a_round_trip(tmp_path):
     assert {name: tensor.tolist() for name, tensor in read.items()} == {
         name: states[name].tolist() for name in one.reference_names
     }
-    assert set(states) - set(read) == {"vectors"}  # of the generated images only
+    assert set(states) - set(read) == {"vectors", "numbers"}  # of the generated images only

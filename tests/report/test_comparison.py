@@ -254,6 +254,17 @@ def test_an_option_of_the_trainings_hides_no_further_sampling(tmp_path, first, s
     assert len(set(kept)) == 2, "what was trained is still there"
 
 
+def test_the_sampler_of_a_record_without_a_run_is_not_what_was_trained_with(tmp_path):
+    first = write_run(tmp_path / "a")
+    write_run(tmp_path / "b", sampler={"_target_": "src.diffusion.sampler.DDPM", "steps": 50})
+    write_further(first, "ddpm", 99.0, recipe__sampler="DDPM()")
+    Record({"fd_digits": 1.0}, protocol(recipe__sampler="DDPM()")).write(tmp_path / "other.json")
+    found = compared(tmp_path / "a", tmp_path / "b", tmp_path / "other.json")
+    (other,) = (row for row in found.rows if row.subject.name == "other")
+    assert "sampler" not in other.options
+    assert other.options["sampling sampler"] == "DDPM"
+
+
 def test_different_scores_with_equal_options_are_numbered_rows(tmp_path):
     run = write_run(tmp_path / "run")
     for number, value in enumerate((5.0, 7.0, 8.0, 7.0)):
@@ -261,6 +272,7 @@ def test_different_scores_with_equal_options_are_numbered_rows(tmp_path):
     found = compared(run)
     assert found.options == {"record": ["2", "3", "–"]}
     assert [len(row.records) for row in found.rows] == [2, 2, 1]
+    assert [row.setting for row in found.rows] == [{}, {}, {}], "a repetition is no setting"
     assert {5, 7, 8} <= set(in_table(run))
 
 

@@ -234,6 +234,8 @@ def test_a_browser_draws_the_page_and_opens_a_card(browser, page, tmp_path, widt
         tab.keyboard.press("Tab")
         if tab.evaluate("document.activeElement.matches('#scores thead button')"):
             break
+    else:
+        pytest.fail("the heads of the table cannot be reached by keyboard")
     tab.keyboard.press("Enter")
     runs = tab.locator("#scores tbody").first.locator("th").all_inner_texts()
     assert runs == sorted(runs, key=int)
@@ -266,10 +268,12 @@ def test_a_page_of_fifty_runs_loads_within_two_seconds_and_prints(browser, tmp_p
     for number in range(50):
         write_run(tmp_path / "runs" / f"run{number}", score=5 + number / 10, picture=True, seed=number)
     assert command("report.__main__", "runs", "out=page.html") == 0
-    tab = browser.new_context(offline=True).new_page()
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
     tab.goto((tmp_path / "page.html").as_uri(), wait_until="load")
     times = tab.evaluate("performance.getEntriesByType('navigation')[0].toJSON()")
     assert 0 < times["loadEventStart"] < 2000
     printed = tab.pdf()
     assert printed.startswith(b"%PDF")
     assert len(printed) > 50_000
+    context.close()

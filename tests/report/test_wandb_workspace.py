@@ -58,17 +58,21 @@ def test_what_is_sent_names_the_project_of_the_run(called, monkeypatch, capsys):
     assert called() == 0
     assert (sent[0].entity, sent[0].project) == ("me", "digits")
     assert '"fd_digits"' in sent[0].model_dump_json()
-    assert capsys.readouterr().out == "the address\n"
+    assert "View saved: the address" in capsys.readouterr().err
     assert called("--project", "another") == 0
     assert sent[1].project == "another"
 
 
-def test_what_is_missing_is_said_in_one_line(called, run, monkeypatch, capsys):
+def test_what_is_missing_is_said(called, run, monkeypatch, capsys):
     monkeypatch.setattr("netrc.netrc", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
     monkeypatch.setenv("WANDB_API_KEY", "")
     assert called() == 2
     assert "wandb did not take the view: No API key" in capsys.readouterr().err
-    (run / "csv" / "version_0" / "metrics.csv").unlink()
+    curves = run / "csv" / "version_0" / "metrics.csv"
+    curves.write_bytes(b"\xff")
+    assert called() == 2
+    assert "its configuration or its curves cannot be read" in capsys.readouterr().err
+    curves.unlink()
     assert called() == 2
     assert "has no curves yet" in capsys.readouterr().err
     (run / "config.yaml").unlink()
@@ -79,4 +83,4 @@ def test_what_is_missing_is_said_in_one_line(called, run, monkeypatch, capsys):
 def test_the_package_is_named_if_it_is_not_installed(called, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
     assert called() == 2
-    assert "pip install wandb-workspaces" in capsys.readouterr().err
+    assert 'pip install -e ".[workspace]"' in capsys.readouterr().err

@@ -120,6 +120,18 @@ def test_batch_size_is_that_of_the_device_unless_given(fit):
     assert fit(1, max_steps=1, batch_size=40).recipe.batches == [40, 10]
 
 
+def test_images_are_added_with_their_numbers(fit, monkeypatch):
+    seen, plain = [], ScoreSet.update
+
+    def update(self, images, labels=None, numbers=None):
+        seen.append(list(numbers))
+        plain(self, images, labels, numbers)
+
+    monkeypatch.setattr(ScoreSet, "update", update)
+    fit(1, max_steps=1)
+    assert seen == [[*range(20)], [*range(20, 40)], [*range(40, 50)]]
+
+
 @pytest.mark.parametrize(
     ("every", "at_end", "steps"), [(3, True, [3, 4]), (3, False, [3]), (2, False, [2, 4]), (9, False, [])]
 )
