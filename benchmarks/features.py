@@ -8,6 +8,7 @@ Random weights, images of 32x32x3. The deviation is that of the features, relati
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
@@ -50,16 +51,18 @@ def main() -> None:
         path = Path(folder) / "weights.pth"
         random_weights(path)
         theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(path))
-        ours = InceptionFeatures(str(path))
+        ours = {chunk: InceptionFeatures(str(path), chunk=chunk).to(device) for chunk in (None, 8, 64)}
     images = torch.randint(0, 256, (arguments.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     theirs.to(device)
-    ours.to(device)
 
     @torch.no_grad()
     def fidelity() -> torch.Tensor:
         return theirs(images)[0]
 
-    rows = {"torch-fidelity": fidelity, "ours": lambda: ours(images)}
+    rows = {"torch-fidelity": fidelity, "ours": lambda: ours[None](images)}
+    for chunk in (8, 64):
+        if chunk <= arguments.batch:
+            rows[f"ours, {chunk} at once"] = partial(ours[chunk], images)
     found = {name: run() for name, run in rows.items()}  # warms up
     speeds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(arguments.rounds):

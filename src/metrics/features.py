@@ -157,7 +157,7 @@ class InceptionFeatures(FeatureExtractor):
         layer: torch-fidelity's name of the layer. With "2048", used by FID, the feature space is called "inception",
             otherwise "inception_<layer>". "logits_unbiased" is for the Inception Score.
         chunk: largest number of images per network call. None takes 16 on a CPU, whose caches hold the activations
-            of so many (1.2 times as fast as 64), otherwise 64.
+            of so many (docs/performance.md), otherwise 64.
 
     Raises:
         ValueError: the layer is unknown, or chunk is below 1.
