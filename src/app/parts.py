@@ -249,11 +249,12 @@ def image_scores(
         if is_likelihood(node):
             raise UserError(
                 f"{option}: bits per dimension are only for src.evaluate run=<run> (metrics=nll or nll_flow), by"
-                " themselves; choose a score of images"
+                " themselves; choose a score of images, or metrics=none"
             )
         if is_memorisation(node):
             raise UserError(
-                f"{option}: memorisation is only for src.evaluate run=<run>, by itself; choose a score of images"
+                f"{option}: memorisation is only for src.evaluate run=<run>, by itself; choose a score of images, or"
+                " metrics=none"
             )
         try:
             score = build(node, FidelityScore, option)

@@ -296,7 +296,7 @@ class FeatureSetScore(FidelityScore):
             added = len(self.vectors[-1]) // self.features.num_features
             first = sum(len(each) for each in self.numbers)
             places = range(first, first + added) if numbers is None else numbers
-            self.numbers.append(torch.tensor(places, dtype=torch.float32, device=self.device))
+            self.numbers.append(torch.tensor(places, dtype=torch.float32).to(self.device, non_blocking=True))
 
     def accumulate(self, features: Tensor) -> None:
         self.vectors.append(features.flatten())
